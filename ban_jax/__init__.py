@@ -1,0 +1,19 @@
+"""Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
+
+from ban_jax.errors import BanError, CheckpointError, ConfigError, DataError
+from ban_jax.evaluate import evaluate
+from ban_jax.train import run, train_generation
+from ban_jax.types import Generation
+from ban_jax.version import __version__
+
+__all__ = [
+  "BanError",
+  "CheckpointError",
+  "ConfigError",
+  "DataError",
+  "Generation",
+  "__version__",
+  "evaluate",
+  "run",
+  "train_generation",
+]

@@ -1,0 +1,117 @@
+"""Where arrays lie and how devices talk: the axis that every step is mapped over, placement, and the one reduction.
+
+State and carry have a leading device axis; a teacher's variables and the data set are placed once and broadcast.
+`jax.pmap` is used here and in step.py only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree
+
+from ban_jax.errors import ConfigError
+from ban_jax.types import Devices
+
+AXIS = "devices"
+
+
+def resolve(devices: Sequence[jax.Device] | None) -> Devices:
+  """Returns the devices to run on, in mapped order: those named, or all devices of all processes."""
+  return tuple(jax.devices() if devices is None else devices)
+
+
+def local(devices: Devices) -> Devices:
+  """Returns the devices among `devices` that this process feeds."""
+  return tuple(device for device in devices if device.process_index == jax.process_index())
+
+
+def pmap(function, *, devices: Devices, in_axes, donate_argnums: tuple[int, ...] = ()):
+  """Maps `function` over `devices`; arrays go in and come out with one leading row per device of this process."""
+  # Named devices would pin a run of several processes to a layout that pmap already knows: leave that case to it.
+  named = None if devices == tuple(jax.devices()) else devices
+  return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate_argnums, devices=named)
+
+
+def all_sum(tree: PyTree) -> PyTree:
+  """Sums every leaf over the devices, inside a mapped function: the only cross-device sum outside batch norm."""
+  return jax.lax.psum(tree, AXIS)
+
+
+def all_mean(tree: PyTree) -> PyTree:
+  """Averages every leaf over the devices, inside a mapped function."""
+  return jax.lax.pmean(tree, AXIS)
+
+
+def example_positions(rows: int) -> Int[jax.Array, " B"]:
+  """Returns this device's examples' places in the global mini-batch, inside a mapped function with `rows` rows each."""
+  return jax.lax.axis_index(AXIS) * rows + jax.numpy.arange(rows)
+
+
+def _sharding(devices: Devices, spec: PartitionSpec) -> NamedSharding:
+  return NamedSharding(Mesh(np.asarray(local(devices)), (AXIS,)), spec)
+
+
+def broadcast(tree: PyTree, devices: Devices) -> PyTree:
+  """Copies every leaf to each local device, for an argument that is mapped with axis `None`."""
+  return jax.device_put(tree, _sharding(devices, PartitionSpec()))
+
+
+def replicate(tree: PyTree, devices: Devices) -> PyTree:
+  """Copies every leaf to each local device behind a leading device axis, for an argument mapped with axis 0."""
+  count = len(local(devices))
+
+  def stacked(leaf: Any) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return np.broadcast_to(leaf, (count, *leaf.shape))
+
+  return jax.device_put(jax.tree.map(stacked, tree), _sharding(devices, PartitionSpec(AXIS)))
+
+
+def split_rows(tree: PyTree, devices: Devices) -> PyTree:
+  """Cuts every leaf [B, ...] into this process's rows [local devices, B / devices, ...]."""
+  here = [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
+
+  def rows(leaf: Any) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return leaf.reshape(len(devices), -1, *leaf.shape[1:])[here]
+
+  return jax.tree.map(rows, tree)
+
+
+def join_rows(tree: PyTree) -> PyTree:
+  """Joins every leaf's rows [local devices, B / devices, ...] to a NumPy array [B, ...]: what `split_rows` cut."""
+  return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(tree))
+
+
+def first(tree: PyTree) -> PyTree:
+  """Returns the first local device's copy of every leaf as a NumPy array: what `replicate` put there, brought back."""
+  shards = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
+  return jax.tree.map(lambda leaf: leaf[0], jax.device_get(shards))
+
+
+def check_batch_size(batch_size: int, devices: Devices) -> None:
+  """Raises a ConfigError where the devices cannot share the mini-batch equally; it names the counts that work."""
+  if batch_size < 1:
+    raise ConfigError(f"train.batch_size must be at least 1, not {batch_size}")
+  count = len(devices)
+  if batch_size % count:
+    works = ", ".join(str(n) for n in range(1, count + 1) if batch_size % n == 0)
+    below = batch_size // count * count
+    sizes = " or ".join(str(size) for size in (below, below + count) if size)
+    raise ConfigError(
+      f"train.batch_size={batch_size} cannot be shared equally by {count} devices; use {works} devices "
+      f"(--devices), or a batch size of {sizes}"
+    )
+
+
+def layout(devices: Devices) -> dict[str, Any]:
+  """Returns what the bytes of a run depend on besides its configuration, for the manifest."""
+  return {
+    "platform": devices[0].platform,
+    "device_kind": devices[0].device_kind,
+    "devices": len(devices),
+    "processes": len({device.process_index for device in devices}),
+  }

@@ -1,0 +1,46 @@
+"""The networks. A new one is one file and one entry in MODELS."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from ban_jax import devices
+from ban_jax.errors import ConfigError, look_up
+from ban_jax.models.wide_resnet import wide_resnet
+from ban_jax.types import InputSpec, Model
+
+MODELS = {
+  "wide_resnet": wide_resnet,
+}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_model(
+  model: Mapping[str, Any], spec: InputSpec, *, compute_dtype: str = "float32", sync_batch_stats: bool = True
+) -> Model:
+  """Returns the network that a `model` group of a configuration names; equal arguments give the same object.
+
+  With `sync_batch_stats` its training mode runs only under a mapped axis (devices.AXIS). Raises a ConfigError for an
+  unknown name, dtype or option, and for a missing option.
+  """
+  options = dict(model.items())
+  factory = look_up(MODELS, options.pop("name"), "model")
+  parameters = inspect.signature(factory).parameters.values()
+  accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "axis_name")]
+  if sorted(options) != sorted(accepted):
+    raise ConfigError(
+      f"model {model['name']!r} takes the options {', '.join(accepted)}; the configuration gives "
+      f"{', '.join(options) or 'none'}"
+    )
+  dtype = look_up(DTYPES, compute_dtype, "compute_dtype")
+  frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(options.items()))
+  return _make(factory, spec, dtype, devices.AXIS if sync_batch_stats else None, frozen)
+
+
+@functools.lru_cache
+def _make(factory, spec: InputSpec, dtype: Any, axis_name: str | None, options: tuple) -> Model:
+  return factory(spec, dtype=dtype, axis_name=axis_name, **dict(options))

@@ -1,0 +1,98 @@
+"""What a run shows and writes while it goes on: a progress bar or plain lines, TensorBoard events, JSON lines."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tqdm
+from etils import epath
+
+# Where there is no terminal, a line at the most every so many seconds.
+PLAIN_INTERVAL = 30.0
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes `value` as JSON such that a reader finds the old file or the whole new one, never a part."""
+  partial = path.parent / f".{path.name}.partial"
+  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  partial.replace(path)
+
+
+def write_lines(path: epath.Path, rows: list[Mapping[str, Any]]) -> None:
+  """Writes one JSON object a line, all at once or not at all."""
+  partial = path.parent / f".{path.name}.partial"
+  partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  partial.replace(path)
+
+
+class Progress:
+  """A progress bar on a terminal; elsewhere a line now and then; nothing at all where it is switched off."""
+
+  def __init__(self, title: str, total: int, initial: int, enabled: bool):
+    self._title, self._total, self._done, self._initial = title, total, initial, initial
+    self._terminal = enabled and sys.stderr.isatty()
+    self._enabled = enabled
+    self._note = ""
+    self._start = self._shown = time.monotonic()
+    self._bar = tqdm.tqdm(
+      total=total, initial=initial, desc=title, unit="step", disable=not self._terminal, dynamic_ncols=True
+    )
+
+  def advance(self) -> None:
+    self._done += 1
+    self._bar.update()
+    if self._enabled and not self._terminal and time.monotonic() - self._shown > PLAIN_INTERVAL:
+      self._print()
+
+  def note(self, **values: float) -> None:
+    self._note = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+    self._bar.set_postfix_str(self._note)
+
+  def close(self) -> None:
+    self._bar.close()
+    if self._enabled and not self._terminal:
+      self._print()
+
+  def _print(self) -> None:
+    self._shown = time.monotonic()
+    rate = (self._done - self._initial) / max(self._shown - self._start, 1e-9)
+    left = (self._total - self._done) / rate if rate else math.inf
+    remaining = f", {left:.0f} s left" if 0 < left < math.inf else ""
+    note = f", {self._note}" if self._note else ""
+    print(
+      f"{self._title}: step {self._done}/{self._total}, {rate:.3g} steps/s{remaining}{note}",
+      file=sys.stderr,
+      flush=True,
+    )
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, initial: int, enabled: bool) -> Iterator[Progress]:
+  """Yields a Progress over `total` steps of which `initial` are done, and closes it however the block is left."""
+  shown = Progress(title, total, initial, enabled)
+  try:
+    yield shown
+  finally:
+    shown.close()
+
+
+@contextlib.contextmanager
+def tensorboard(directory: epath.Path | None) -> Iterator[Any]:
+  """Yields `write(step, values)`, which adds scalars to an event file under `directory`; None writes nothing."""
+  if directory is None:
+    yield lambda step, values: None
+    return
+  import tensorboardX  # not needed, and not imported, where nothing is written
+
+  with tensorboardX.SummaryWriter(str(directory)) as writer:
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+      for name, value in values.items():
+        writer.add_scalar(name, value, step)
+      writer.flush()
+
+    yield write

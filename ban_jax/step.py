@@ -1,0 +1,131 @@
+"""The training step and the evaluation step: the only place where losses are normalised and devices are summed over."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from ban_jax import devices as devices_lib
+from ban_jax.losses import Loss
+from ban_jax.types import Batch, Devices, Model, TrainState
+
+CALIBRATION_BINS = 15
+
+
+def mean_probabilities(logits: list[Float[Array, "B *T n"]]) -> Float[Array, "B *T n"]:
+  """Returns the log of the members' mean softmax (Eq. 4), itself logits; one member's logits come back normalised."""
+  stacked = jnp.stack([jax.nn.log_softmax(member) for member in logits])  # [M, B, *T, n]
+  return jax.nn.logsumexp(stacked, axis=0) - jnp.log(len(logits))
+
+
+@functools.lru_cache
+def make_train_step(
+  student: Model,
+  teachers: tuple[Model, ...],
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  fetch: Callable[..., Batch],
+  devices: Devices,
+  sync_batch_stats: bool,
+) -> Callable[..., tuple[TrainState, Any, dict[str, Array]]]:
+  """Returns the pmapped step `(state, teacher_variables, carry, arrays, index, key_data) -> (state, carry, sums)`.
+
+  Equal arguments give the same object, so that it compiles once for all generations. Without a leading device axis and
+  broadcast: `teacher_variables`, one tree per member of `teachers` (evaluation mode, no gradient, never donated); the data
+  set's `arrays`; `key_data` uint32 [2], the generation's key. With one: `state` and `carry = (student's, teachers')`,
+  both donated, and `index` int32 [devices, B / devices]. `sums` are over the global mini-batch, the same on every device:
+  "loss" and "weight" (their quotient is the mean loss), "errors" and "count".
+  """
+
+  def train_step(state: TrainState, teacher_variables, carry, arrays, index, key_data):
+    positions = devices_lib.example_positions(len(index))
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), state.step)
+    augment_key, dropout_key, loss_key = jax.random.split(key, 3)
+    batch = fetch(arrays, index, key=augment_key, positions=positions, train=True)
+    carry, teacher_carries = carry
+
+    taught = [
+      teacher.apply(variables, teacher_carry, batch.inputs, train=False)
+      for teacher, variables, teacher_carry in zip(teachers, teacher_variables, teacher_carries, strict=True)
+    ]
+    teacher_carries = tuple(carry for _, carry, _ in taught)
+    # One teacher's logits are used as they are; several teach by their mean probabilities.
+    teacher_logits = [logits for logits, _, _ in taught]
+    teacher_logits = mean_probabilities(teacher_logits) if len(taught) > 1 else teacher_logits[0] if taught else None
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+
+    def weighted_sum(params):
+      logits, new_carry, batch_stats = student.apply(
+        {"params": params, "batch_stats": state.batch_stats},
+        carry,
+        batch.inputs,
+        train=True,
+        key=dropout_key,
+        positions=positions,
+      )
+      values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
+      weights = weights * batch.mask
+      errors = (jnp.argmax(logits, -1) != batch.labels) & batch.mask
+      sums = {"weight": weights.sum(), "errors": errors.sum(), "count": batch.mask.sum()}
+      return (values * weights).sum(), (sums, new_carry, batch_stats)
+
+    (total, (sums, carry, batch_stats)), gradient = jax.value_and_grad(weighted_sum, has_aux=True)(state.params)
+    # The sum of this device's losses alone is differentiated: a psum inside the closure would count the others twice.
+    gradient, sums = devices_lib.all_sum((gradient, {"loss": total, **sums}))
+    gradient = jax.tree.map(lambda g: g / sums["weight"], gradient)
+    if not sync_batch_stats:
+      batch_stats = devices_lib.all_mean(batch_stats)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), (carry, teacher_carries), sums
+
+  return devices_lib.pmap(train_step, devices=devices, in_axes=(0, None, 0, None, 0, None), donate_argnums=(0, 2))
+
+
+@functools.lru_cache
+def make_eval_step(
+  members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of an ensemble of `members`.
+
+  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` have a leading device axis. `sums` are
+  over the global batch: "count", "errors", "nll", "brier" (scalars), and by confidence bin (top probability in
+  ((b-1)/15, b/15]) "bin_count", "bin_confidence" and "bin_correct" [15]: what the calibration error is made of.
+  """
+
+  def eval_step(variables, carries, arrays, index):
+    batch = fetch(arrays, index, key=None, positions=None, train=False)
+    outputs = [
+      member.apply(tree, carry, batch.inputs, train=False)
+      for member, tree, carry in zip(members, variables, carries, strict=True)
+    ]
+    sums = prediction_sums(mean_probabilities([logits for logits, _, _ in outputs]), batch)
+    return tuple(carry for _, carry, _ in outputs), devices_lib.all_sum(sums)
+
+  return devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0))
+
+
+def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> Mapping[str, Array]:
+  """Returns `make_eval_step`'s sums over one device's batch."""
+  labels = batch.labels[..., None]
+  probabilities = jnp.exp(log_probabilities)
+  correct = (jnp.argmax(log_probabilities, -1) == batch.labels) & batch.mask
+  confidence = probabilities.max(axis=-1)
+  # (p - one_hot)^2 summed over classes, without the one-hot.
+  brier = (probabilities**2).sum(-1) - 2 * jnp.take_along_axis(probabilities, labels, -1)[..., 0] + 1
+  bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
+  member = (bins[..., None] == jnp.arange(CALIBRATION_BINS)) & batch.mask[..., None]  # [B, *T, bins]
+  axes = tuple(range(bins.ndim))
+  return {
+    "count": batch.mask.sum(),
+    "errors": (batch.mask & ~correct).sum(),
+    "nll": jnp.where(batch.mask, -jnp.take_along_axis(log_probabilities, labels, -1)[..., 0], 0).sum(),
+    "brier": jnp.where(batch.mask, brier, 0).sum(),
+    "bin_count": member.sum(axes),
+    "bin_confidence": jnp.where(member, confidence[..., None], 0).sum(axes),
+    "bin_correct": (member & correct[..., None]).sum(axes),
+  }

@@ -1,0 +1,308 @@
+"""Generations: a plain Python loop over training steps, and a plain Python loop over immutable variables trees."""
+
+import collections
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from ban_jax import checkpoint, data, losses, optim, report
+from ban_jax import devices as devices_lib
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.evaluate import Member, evaluate_placed, fit_models, make_models, members_of
+from ban_jax.losses import Loss
+from ban_jax.step import make_train_step
+from ban_jax.types import Dataset, Devices, Generation, Model, TrainState, Variables
+
+logger = logging.getLogger(__name__)
+
+# Steps dispatched ahead of the one whose sums are read. Unbounded dispatch to several CPU devices deadlocks; this many
+# keep an accelerator busy.
+IN_FLIGHT = 8
+# What a generation's key is folded with, one number a purpose.
+INIT, ORDER, STEPS = range(3)
+
+
+class _Job(NamedTuple):
+  """Everything that a generation is trained from, checked and resolved before any work."""
+
+  cfg: ConfigDict
+  dataset: Dataset
+  student: Model
+  teachers: tuple[Model, ...]
+  teacher_variables: tuple[Variables, ...]
+  loss: Loss
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  devices: Devices
+  generation: int
+  steps_per_epoch: int
+
+  @property
+  def total_steps(self) -> int:
+    return self.steps_per_epoch * self.cfg.train.epochs
+
+  @property
+  def seed(self) -> jax.Array:
+    """The generation's key."""
+    return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
+
+
+def _prepare(
+  params_prev: Member | Sequence[Member] | None,
+  cfg: ConfigDict,
+  generation: int | None,
+  devices: Sequence[jax.Device] | None,
+) -> _Job:
+  """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
+  for key, least in (
+    ("train.epochs", 1),
+    ("train.checkpoint_every", 1),
+    ("train.evaluate_every", 0),
+    ("generations", 0),
+    ("evaluate.batch_size", 1),
+    ("seed", 0),
+  ):
+    value = cfg[key.split(".")[0]] if "." not in key else cfg[key.split(".")[0]][key.split(".")[1]]
+    if value < least:
+      raise ConfigError(f"{key} must be at least {least}, not {value}")
+  loss = losses.make_loss(cfg.loss)
+  optim.make_optimizer(cfg.optim, 1)
+  devices = devices_lib.resolve(devices)
+  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+
+  dataset = data.load(cfg.data)
+  models = make_models(cfg, dataset.spec)
+  trees = members_of(params_prev)
+  if params_prev is not None and not trees:
+    raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
+  fitting = fit_models(trees, models, "teacher")
+  if generation is None:
+    generation = 1 + max(map(checkpoint.lineage, trees)) if trees else 0
+  if generation < 0:
+    raise ConfigError(f"generation must be at least 0, not {generation}")
+  if not trees:
+    loss = losses.make_loss({**cfg.loss, "name": "label"})
+  elif not loss.needs_teacher:
+    trees, fitting = [], ()
+
+  steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
+  total = steps_per_epoch * cfg.train.epochs
+  return _Job(
+    cfg,
+    dataset,
+    models[min(generation, 1)],
+    fitting,
+    tuple(trees),
+    loss,
+    optim.make_schedule(cfg.optim, total),
+    optim.make_optimizer(cfg.optim, total),
+    devices,
+    generation,
+    steps_per_epoch,
+  )
+
+
+def train_generation(
+  params_prev: Member | Sequence[Member] | None,
+  cfg: ConfigDict,
+  *,
+  generation: int | None = None,
+  workdir: epath.PathLike | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  progress: bool = True,
+) -> Generation:
+  """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
+
+  `params_prev` is a variables tree, a Generation, or a sequence of them, which teaches by its mean probabilities.
+  `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every random
+  draw. The same arguments give the same bytes on the same machine, device count and thread settings.
+
+  With `workdir`, the generation is checkpointed under `workdir/gen_K`, goes on from there when called again, and is only
+  read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
+
+  Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
+  configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
+  network or a workdir that holds something else.
+  """
+  job = _prepare(params_prev, cfg, generation, devices)
+  if workdir is None:
+    return _train(job, None, progress)
+  directory = checkpoint.open_workdir(workdir, cfg) / f"gen_{job.generation}"
+  finished = checkpoint.load(directory)
+  if finished is None:
+    return _train(job, directory, progress)
+  done, manifest = finished
+  _check_lineage(_lineage(job), manifest, directory)
+  return done
+
+
+def run(
+  cfg: ConfigDict,
+  workdir: epath.PathLike,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+  progress: bool = True,
+) -> list[Generation]:
+  """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
+
+  Goes on where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
+  what `train_generation` raises.
+  """
+  generations = []
+  for index in range(cfg.generations + 1):
+    teacher = generations[-1] if generations else None
+    generations.append(
+      train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
+    )
+  return generations
+
+
+def _lineage(job: _Job) -> dict[str, Any]:
+  """Returns what ties a generation to where it comes from."""
+  return {
+    "generation": job.generation,
+    "seed": job.cfg.seed,
+    "scale": job.cfg.scale,
+    "model": job.student.name,
+    "loss": job.loss.name,
+    "teachers": [checkpoint.digest(tree) for tree in job.teacher_variables],
+    "config": checkpoint.config_digest(job.cfg),
+    "dataset": job.dataset.digest,
+    # What bytes depend on beyond that; recorded, and no reason to refuse a resumption.
+    "layout": {**devices_lib.layout(job.devices), "cpus": len(os.sched_getaffinity(0))},
+  }
+
+
+def _check_lineage(own: dict[str, Any], recorded: dict[str, Any], directory: epath.Path) -> None:
+  """Raises a CheckpointError where a generation on disk has another origin; warns where only the layout differs."""
+  differing = [key for key in own if key != "layout" and own[key] != recorded.get(key)]
+  if differing:
+    detail = "; ".join(f"{key}: {recorded.get(key)} there, {own[key]} here" for key in differing)
+    raise CheckpointError(
+      f"{directory} holds a generation of another origin ({detail}); give another workdir, or remove it"
+    )
+  if own["layout"] != recorded["layout"]:
+    logger.warning(
+      "%s was trained on %s and goes on on %s: the result is as good, but its bytes may differ",
+      directory,
+      recorded["layout"],
+      own["layout"],
+    )
+
+
+def _initial(job: _Job) -> tuple[TrainState, Any]:
+  """Returns a generation's (state, carry) before its first step, as NumPy arrays on the host, rows in global order."""
+  variables = job.student.init(jax.random.fold_in(job.seed, INIT))
+  state = TrainState(
+    np.int32(0), variables["params"], variables.get("batch_stats", {}), job.optimizer.init(variables["params"])
+  )
+  rows = job.cfg.train.batch_size
+  carry = (job.student.init_carry(rows), tuple(teacher.init_carry(rows) for teacher in job.teachers))
+  return jax.tree.map(np.asarray, jax.device_get((state, carry)))
+
+
+def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
+  """Trains a generation from its newest checkpoint, or its beginning, to its end."""
+  cfg, devices = job.cfg, job.devices
+  lineage = _lineage(job)
+  state, carry = _initial(job)
+  history: list[dict[str, float]] = []
+  sums = collections.Counter()  # of the epoch so far
+
+  with checkpoint.open_steps(directory / "steps") if directory else contextlib.nullcontext() as manager:
+    restored = checkpoint.restore_step(manager, {"state": state, "carry": carry}) if manager else None
+    if restored:
+      tree, meta = restored
+      _check_lineage(lineage, meta["lineage"], directory)
+      state, carry = tree["state"], tree["carry"]
+      history, sums = meta["history"], collections.Counter(meta["sums"])
+    start = int(state.step)
+
+    step = make_train_step(
+      job.student, job.teachers, job.loss, job.optimizer, job.dataset.fetch, devices, cfg.train.sync_batch_stats
+    )
+    state = devices_lib.replicate(state, devices)
+    carry = devices_lib.split_rows(carry, devices)
+    teacher_variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, job.teacher_variables)), devices)
+    arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
+    key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.seed, STEPS)), devices)
+    in_flight = collections.deque()
+
+    def read(limit: int) -> None:
+      while len(in_flight) > limit:
+        sums.update({name: float(value) for name, value in devices_lib.first(in_flight.popleft()).items()})
+
+    title = f"generation {job.generation} of {cfg.generations}"
+    epoch_start = time.monotonic()
+    with (
+      report.progress(title, job.total_steps, start, show) as bar,
+      report.tensorboard(directory) as write,
+    ):
+      for done in range(start + 1, job.total_steps + 1):
+        epoch, within = divmod(done - 1, job.steps_per_epoch)
+        if within == 0 or done == start + 1:
+          order_key = jax.random.fold_in(jax.random.fold_in(job.seed, ORDER), epoch)
+          order = job.dataset.train_order(order_key, cfg.train.batch_size)
+        index = devices_lib.split_rows(order[within], devices)
+        state, carry, step_sums = step(state, teacher_variables, carry, arrays, index, key_data)
+        in_flight.append(step_sums)
+        read(IN_FLIGHT)
+        bar.advance()
+
+        if within + 1 == job.steps_per_epoch:
+          read(0)
+          row = _summary(job, epoch + 1, done, sums, epoch_start)
+          sums.clear()
+          if done == job.total_steps or cfg.train.evaluate_every and (epoch + 1) % cfg.train.evaluate_every == 0:
+            row |= _evaluate(job, state)
+          history.append(row)
+          write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
+          bar.note(**{name: row[name] for name in ("train_loss", "train_error", "test_error") if name in row})
+          epoch_start = time.monotonic()
+        if manager and done % cfg.train.checkpoint_every == 0 and done < job.total_steps:
+          read(0)
+          tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry)}
+          checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
+
+  state = devices_lib.first(state)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "seconds")}
+  generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
+  if directory is not None:
+    checkpoint.finish(directory, generation, lineage)
+  return generation
+
+
+def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: float) -> dict[str, float]:
+  """Returns an epoch's row of the history, from its summed metrics."""
+  return {
+    "epoch": epoch,
+    "step": step,
+    "learning_rate": float(job.schedule(step - 1)),
+    "train_loss": sums["loss"] / sums["weight"],
+    "train_error": 100 * sums["errors"] / sums["count"],
+    "seconds": round(time.monotonic() - start, 3),
+  }
+
+
+def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:
+  """Returns the metrics, by split, of a network in training."""
+  state = devices_lib.first(state)
+  variables = devices_lib.broadcast(({"params": state.params, "batch_stats": state.batch_stats},), job.devices)
+  splits = [split for split in ("validation", "test") if split in job.dataset.splits]
+  return {
+    f"{split}_{name}": value
+    for split in splits
+    for name, value in evaluate_placed(
+      (job.student,), variables, job.dataset, split, job.cfg.evaluate.batch_size, job.devices
+    ).items()
+  }

@@ -1,0 +1,95 @@
+"""The shapes that the package's parts hand to each other: model, data set, training state, generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
+
+# A nested mapping of arrays: {"params": ..., "batch_stats": ...}, and outside a training step also "lineage".
+Variables = Mapping[str, Any]
+# What a recurrent model hands from one window to the next, rows first ([B, ...] in every leaf); () for image models.
+Carry = Any
+# What a data set's examples are. A teacher and its student must agree on it.
+Kind = Literal["images", "tokens"]
+
+
+class Batch(NamedTuple):
+  """One device's share of a mini-batch, as the models and losses see it."""
+
+  inputs: Shaped[Array, "B ..."]  # float32 [B, H, W, C] images, or int32 [B, T] tokens
+  labels: Int[Array, "B ..."]  # int32 [B], or [B, T]
+  mask: Bool[Array, "B ..."]  # the labels' shape; False where a row or position only fills up the shape
+
+
+class InputSpec(NamedTuple):
+  """What a model must know of its data set to be built."""
+
+  kind: Kind
+  shape: tuple[int, ...]  # one example's: (H, W, C), or (T,)
+  num_classes: int
+
+
+class Model(NamedTuple):
+  """A network as pure functions, the way an optax transformation is.
+
+  `apply(variables, carry, inputs, *, train, key, positions)` returns `(logits, carry, batch_stats)`: float32 logits
+  [B, n] or [B, T, n], the carry after the window, and the batch statistics as they are after this batch (unchanged
+  where `train` is false). `positions` [B] are the examples' places in the global mini-batch: dropout draws by them, so
+  that a run does not depend on how the batch is spread over devices. `key` and `positions` may be None where `train`
+  is false.
+  """
+
+  name: str
+  spec: InputSpec
+  init: Callable[[PRNGKeyArray], dict[str, Any]]
+  init_carry: Callable[[int], Carry]
+  apply: Callable[..., tuple[Array, Carry, Any]]
+  # Top-level names in `params` that a student copies from its teacher and keeps frozen (Table 5: stem and classifier).
+  inherits: tuple[str, ...] = ()
+
+
+class Dataset(NamedTuple):
+  """A data set whose arrays lie on the device, and the pure functions that cut mini-batches out of them.
+
+  `fetch(arrays, index, *, key, positions, train)` turns an index vector int32 [B] into a Batch inside the compiled
+  step: gather, augmentation (where `train`), normalisation, mask; a negative index is a padding row. `fetch` is the
+  same object for every data set that behaves alike, because compiled steps are memoised on it.
+  `train_order(key, batch_size)` gives one epoch's index vectors, int32 [steps, batch_size], incomplete batch dropped;
+  `eval_order(split, batch_size)` gives every example of a split exactly once, int32 [steps, batch_size], padded by -1.
+  """
+
+  name: str
+  spec: InputSpec
+  splits: Mapping[str, Mapping[str, np.ndarray]]  # "train", "test", perhaps "validation" -> arrays for `fetch`
+  sizes: Mapping[str, int]  # examples of each split
+  digest: str  # SHA-256 of the arrays
+  fetch: Callable[..., Batch]
+  train_order: Callable[[PRNGKeyArray, int], np.ndarray]
+  eval_order: Callable[[str, int], np.ndarray]
+
+
+class TrainState(NamedTuple):
+  """What a training step changes, the carry aside."""
+
+  step: Int[Array, ""]
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+class Generation(NamedTuple):
+  """A trained network: its place in the lineage, its variables and how it came about.
+
+  `params` is the full immutable variables tree on the host (parameters, batch statistics, lineage), ready to be handed
+  to `train_generation` as the next teacher.
+  """
+
+  index: int
+  params: Variables
+  metrics: Mapping[str, float]
+  history: Sequence[Mapping[str, float]]
+
+
+Devices = tuple[jax.Device, ...]

@@ -1,0 +1,1 @@
+"""Command lines: training, the quickstart and the scripts behind the paper's tables."""
