@@ -34,13 +34,12 @@ def load(data: Mapping[str, Any]) -> Dataset:
 
 @functools.lru_cache(maxsize=4)  # one CIFAR is 185 MB: a sweep over many subsets should not keep them all
 def _load(name: str, directory: str, validation: float, train_examples: int, pad: int, flip: bool) -> Dataset:
-  return DATASETS[name](
-    directory=directory, validation=validation, train_examples=train_examples, pad=pad, flip=flip
-  )
+  return DATASETS[name](directory=directory, validation=validation, train_examples=train_examples, pad=pad, flip=flip)
 
 
 def _checked(data: Mapping[str, Any]) -> tuple[str, str, float, int, int, bool]:
   """Returns the group's values in `_load`'s order, after checking each, or raises ConfigError."""
+
   # A bool is an int to Python, but `pad=True` is a mistake.
   def is_count(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0

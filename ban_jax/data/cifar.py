@@ -95,13 +95,14 @@ def read(name: str, directory: str) -> dict[str, Examples]:
 def _read(name: str, root: pathlib.Path) -> dict[str, Examples]:
   if not _is_prepared(name, root):
     prepare(name, root)
-  prepared = _prepared_directory(name, root)
+  prepared, file_format = _prepared_directory(name, root), None
   try:
     builder = tfds.builder_from_directory(prepared)  # reads local files only; by name TFDS may look further
+    file_format = builder.info.file_format.value
     return {split: _read_split(builder, split) for split in ("train", "test")}
   except NotImplementedError as error:
     raise DataError(
-      f"{name}: {prepared} is prepared as {builder.info.file_format.value}, which cannot be read without TensorFlow;"
+      f"{name}: {prepared} is prepared as {file_format}, which cannot be read without TensorFlow;"
       f" expected array_record. Set data.dir to another directory, or delete this one and it is prepared again from"
       f" {SOURCES[name].archive}"
     ) from error
@@ -153,14 +154,15 @@ def prepare(name: str, root: pathlib.Path) -> None:
           download_dir=staging / "downloads",
           download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
-        with contextlib.suppress(FileExistsError):
-          os.rename(builder.data_dir, prepared)  # all or nothing
+        os.rename(builder.data_dir, prepared)  # all or nothing
       except OSError:
         if not _is_prepared(name, root):  # else somebody without our lock, perhaps TFDS itself, was faster
           raise
       finally:
         shutil.rmtree(staging, ignore_errors=True)
-  except OSError as error:
+  except DataError:
+    raise
+  except Exception as error:  # a full disk, for one, is an OSError here and something else in the record writer
     raise DataError(f"{name}: cannot prepare the data set in {root}: {_brief(error)}") from error
 
 

@@ -1,0 +1,654 @@
+"""Data sets: preparing and reading CIFAR without TensorFlow or network, splits, mini-batch orders, every message."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from ban_jax import data
+from ban_jax.data import images
+from ban_jax.errors import ConfigError, DataError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
+BOTH = pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+
+# How the original archives are laid out: the rows' label columns (feature, names' file, classes) and the splits' files.
+LAYOUT = {
+  "cifar10": (
+    [("label", "batches.meta.txt", 10)],
+    {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
+  ),
+  "cifar100": (
+    [("coarse_label", "coarse_label_names.txt", 20), ("label", "fine_label_names.txt", 100)],
+    {"train": ["train.bin"], "test": ["test.bin"]},
+  ),
+}
+ARCHIVES = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}
+
+
+def group(**changes):
+  """Returns a configuration's `data` group."""
+  values = {"name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False} | changes
+  return ml_collections.ConfigDict(values).lock()
+
+
+def write_archive(path, name, *, rows=24, seed=0, change=lambda files: None):
+  """Writes an archive in the original format, `rows` random images a file, and returns what it holds.
+
+  `change` may alter the dict of file names and bytes before they are packed.
+  """
+  rng, (columns, splits), files, expected = np.random.default_rng(seed), LAYOUT[name], {}, {}
+  for split, names in splits.items():
+    pixels = rng.integers(0, 256, (rows * len(names), 32, 32, 3), dtype=np.uint8)
+    labels = {feature: rng.integers(0, count, len(pixels), dtype=np.uint8) for feature, _, count in columns}
+    expected[split] = {"image": pixels} | labels
+    table = np.concatenate([*(label[:, None] for label in labels.values()),
+                            *(pixels[..., channel].reshape(-1, 1024) for channel in range(3))], axis=1)  # fmt: skip
+    for file, part in zip(names, np.split(table, len(names)), strict=True):
+      files[file] = part.tobytes()
+  for feature, file, count in columns:
+    files[file] = "\n".join(f"{feature} {i}" for i in range(count)).encode() + b"\n\n"
+  files["readme.html"] = b"not data"
+  change(files)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+    for file, content in files.items():
+      member = tarfile.TarInfo(f"{name}-batches-bin/{file}")
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  return expected
+
+
+def assert_holds(dataset, expected):
+  """Asserts that a data set is the archive's images and labels, in the archive's order."""
+  for split in ("train", "test"):
+    arrays = dataset.splits[split]
+    np.testing.assert_array_equal(arrays["images"], expected[split]["image"])
+    np.testing.assert_array_equal(arrays["labels"], expected[split]["label"])
+    assert dataset.sizes[split] == len(arrays["labels"])
+
+
+def run_python(code, *arguments):
+  """Starts another Python on some code."""
+  return subprocess.Popen(
+    [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+
+
+@pytest.fixture
+def offline(monkeypatch):
+  """Lets every connection fail as without a network, and for real: nothing listens at the proxy's port."""
+  for variable in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+  monkeypatch.setenv("NO_PROXY", "")
+  monkeypatch.setenv("no_proxy", "")
+
+
+@pytest.fixture
+def no_connections(monkeypatch):
+  """Collects the addresses that anything in this process tries to connect to or look up."""
+  attempts = []
+
+  def refuse(*arguments, **_):
+    attempts.append(arguments)
+    raise OSError("no connection in this test")
+
+  monkeypatch.setattr(socket.socket, "connect", refuse)
+  monkeypatch.setattr(socket, "getaddrinfo", refuse)
+  return attempts
+
+
+# --- CIFAR: an archive in the original format, prepared and read ------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("place", ["downloads/manual", "."])
+def test_archive_is_prepared_and_read_back(name, place, tmp_path, no_connections):
+  expected = write_archive(tmp_path / place / ARCHIVES[name], name)
+  dataset = data.load(group(name=name, dir=str(tmp_path)))
+  assert_holds(dataset, expected)
+  assert dataset.spec == ("images", (32, 32, 3), {"cifar10": 10, "cifar100": 100}[name])
+  assert no_connections == []
+
+
+@BOTH
+def test_stock_tfds_reads_what_was_prepared(name, tmp_path, no_connections):
+  import tensorflow_datasets as tfds
+
+  expected = write_archive(tmp_path / ARCHIVES[name], name)
+  data.load(group(name=name, dir=str(tmp_path)))
+  builder = tfds.builder(name, data_dir=tmp_path)
+  assert type(builder).__module__ == "tensorflow_datasets.image_classification.cifar"
+  assert str(builder.version) == "3.0.2"
+  assert builder.info.features["label"].names[:2] == ["label 0", "label 1"]
+  for split in ("train", "test"):
+    source = tfds.data_source(name, data_dir=tmp_path, split=split, download=False)
+    assert len(source) == len(expected[split]["label"])
+    numbers = []
+    for example in source:
+      numbers.append(int(re.fullmatch(rf"{split}_(\d{{5}})", example["id"].decode()).group(1)))
+      for feature, values in expected[split].items():
+        np.testing.assert_array_equal(example[feature], values[numbers[-1]])
+    assert sorted(numbers) == list(range(len(source)))
+    assert numbers != sorted(numbers), "in archive order already: this test would not notice that ids are not used"
+  assert no_connections == []
+
+
+def test_prepared_directory_alone_is_enough(tmp_path, no_connections):
+  from ban_jax.data import cifar
+
+  archive = tmp_path / ARCHIVES["cifar10"]
+  expected = write_archive(archive, "cifar10")
+  cifar.prepare("cifar10", tmp_path)
+  archive.unlink()
+  assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
+  assert no_connections == []
+
+
+def test_default_directory_is_that_of_tfds(tmp_path, monkeypatch):
+  from ban_jax.data import cifar
+
+  expected = write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  np.testing.assert_array_equal(cifar.read("cifar10", "")["test"].images, expected["test"]["image"])
+
+
+def test_official_checksums_are_those_of_tfds():
+  import tensorflow_datasets as tfds
+
+  from ban_jax.data import cifar
+
+  for name, source in cifar.SOURCES.items():
+    info = tfds.builder_cls(name).url_infos[source.url]
+    assert (info.size, info.checksum, info.filename) == (source.size, source.sha256, source.archive)
+
+
+def test_unofficial_archive_is_accepted_with_a_warning_and_recorded(tmp_path, caplog):
+  archive = tmp_path / ARCHIVES["cifar10"]
+  write_archive(archive, "cifar10")
+  sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+  with caplog.at_level("WARNING", logger="absl"):
+    data.load(group(name="cifar10", dir=str(tmp_path)))
+  message = next(record.getMessage() for record in caplog.records if "not the official" in record.getMessage())
+  assert sha256 in message
+  assert "120 training and 24 test images" in message
+  assert json.loads((tmp_path / "cifar10/3.0.2/metadata.json").read_text()) == {"archive_sha256": sha256}
+
+
+def test_no_network_is_told_within_seconds_and_leaves_nothing(tmp_path, offline):
+  directory = tmp_path / "absent"
+  start = time.monotonic()
+  with pytest.raises(DataError) as error:
+    data.load(group(name="cifar100", dir=str(directory)))
+  assert time.monotonic() - start < 5
+  for part in (
+    "cifar100", str(directory / "cifar100/3.0.2"), str(directory / "downloads/manual/cifar-100-binary.tar.gz"),
+    "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "ProxyError", "run again",
+  ):  # fmt: skip
+    assert part in str(error.value)
+  assert len(str(error.value)) < 1000
+  assert not directory.exists()
+
+
+def truncate(path):
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) * 2 // 3])
+
+
+def drop_a_byte(files):
+  files["data_batch_3.bin"] = files["data_batch_3.bin"][:-1]
+
+
+def empty_a_file(files):
+  files["test_batch.bin"] = b""
+
+
+def make_a_label_of_ten(files):
+  files["data_batch_1.bin"] = b"\x0a" + files["data_batch_1.bin"][1:]
+
+
+def lose_a_file(files):
+  del files["test_batch.bin"]
+
+
+def lose_a_name(files):
+  files["batches.meta.txt"] = files["batches.meta.txt"].replace(b"label 4\n", b"")
+
+
+BROKEN = {
+  "not an archive": (lambda path: path.write_bytes(b"<html>404</html>"), "truncated or broken"),
+  "empty": (lambda path: path.write_bytes(b""), "truncated or broken"),
+  "truncated": (truncate, "truncated or broken"),
+  "row length": (drop_a_byte, "data_batch_3.bin .* has 73751 bytes, expected whole rows of 3073 bytes"),
+  "no rows": (empty_a_file, "test_batch.bin .* has 0 bytes, expected whole rows of 3073 bytes"),
+  "label": (make_a_label_of_ten, "label of 10 in train, expected less than 10"),
+  "file": (lose_a_file, "does not hold test_batch.bin"),
+  "names": (lose_a_name, "batches.meta.txt .* names 9 classes, expected 10"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_archive_is_refused_and_a_good_one_then_works(case, tmp_path):
+  break_it, message = BROKEN[case]
+  archive = tmp_path / "downloads/manual" / ARCHIVES["cifar10"]
+  if break_it in (drop_a_byte, empty_a_file, make_a_label_of_ten, lose_a_file, lose_a_name):
+    write_archive(archive, "cifar10", change=break_it)
+  else:
+    write_archive(archive, "cifar10")
+    break_it(archive)
+  with pytest.raises(DataError, match=message) as error:
+    data.load(group(name="cifar10", dir=str(tmp_path)))
+  for part in ("cifar10: ", str(archive), "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"):
+    assert part in str(error.value)
+  assert not (tmp_path / "cifar10/3.0.2").exists()
+  expected = write_archive(archive, "cifar10")
+  assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
+
+
+def test_another_file_format_is_told(tmp_path):
+  from ban_jax.data import cifar
+
+  write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
+  cifar.prepare("cifar10", tmp_path)
+  info = tmp_path / "cifar10/3.0.2/dataset_info.json"
+  info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+  for file in info.parent.glob("*.array_record-*"):
+    file.rename(str(file).replace("array_record", "tfrecord"))
+  with pytest.raises(DataError, match=r"cifar10: .*3\.0\.2 is prepared as tfrecord.*expected array_record.*data\.dir"):
+    data.load(group(name="cifar10", dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no info", "empty"])
+def test_damaged_prepared_directory_is_told(damage, tmp_path):
+  from ban_jax.data import cifar
+
+  write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10")
+  cifar.prepare("cifar10", tmp_path)
+  prepared = tmp_path / "cifar10/3.0.2"
+  if damage == "truncated":
+    truncate(next(prepared.glob("*train.array_record*")))
+  elif damage == "missing":
+    next(prepared.glob("*test.array_record*")).unlink()
+  elif damage == "no info":
+    (prepared / "dataset_info.json").unlink()
+  else:
+    for file in prepared.iterdir():
+      file.unlink()
+  with pytest.raises(DataError, match=r"cifar10: the prepared data set in .*3\.0\.2 cannot be read .*Delete that"):
+    data.load(group(name="cifar10", dir=str(tmp_path)))
+
+
+def test_directory_that_cannot_be_written_is_told(tmp_path):
+  (tmp_path / "cifar10").write_text("in the way")
+  write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
+  with pytest.raises(DataError, match="cifar10: cannot prepare the data set in .*FileExistsError"):
+    data.load(group(name="cifar10", dir=str(tmp_path)))
+
+
+READ = "import sys; from ban_jax.data import cifar, images as i; splits = cifar.read('cifar10', sys.argv[1]); " \
+  "print(i.digest({split: part._asdict() for split, part in splits.items()}))"  # fmt: skip
+
+
+def test_killed_preparation_is_never_trusted(tmp_path):
+  expected = write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=1000)
+  process = run_python(READ, tmp_path)
+  staging = tmp_path / "cifar10/incomplete.ban_jax"
+  deadline = time.monotonic() + 60
+  while not any(path.is_file() for path in staging.rglob("*")):
+    assert process.poll() is None, process.stdout.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  assert staging.exists()
+  assert not (tmp_path / "cifar10/3.0.2").exists()
+  assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
+  assert [path.name for path in (tmp_path / "cifar10").iterdir()] == ["3.0.2"]
+
+
+def test_leftover_of_another_archive_is_not_taken(tmp_path):
+  """A process killed just before the last rename leaves a complete data set under the provisional name."""
+  from ban_jax.data import cifar
+
+  write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", seed=1)
+  cifar.prepare("cifar10", tmp_path)
+  leftover = tmp_path / "cifar10/incomplete.ban_jax/cifar10"
+  leftover.mkdir(parents=True)
+  (tmp_path / "cifar10/3.0.2").rename(leftover / "3.0.2")
+  expected = write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", seed=2)
+  assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
+
+
+def test_somebody_without_our_lock_may_be_faster(tmp_path):
+  from ban_jax.data import cifar
+
+  other, ours = tmp_path / "other", tmp_path / "ours"
+  write_archive(other / ARCHIVES["cifar10"], "cifar10", seed=1)
+  write_archive(ours / ARCHIVES["cifar10"], "cifar10", rows=400)
+  cifar.prepare("cifar10", other)
+
+  def be_faster():
+    while not (ours / "cifar10/incomplete.ban_jax/cifar10").exists():
+      time.sleep(0.001)
+    (other / "cifar10/3.0.2").rename(ours / "cifar10/3.0.2")
+
+  thread = threading.Thread(target=be_faster, daemon=True)
+  thread.start()
+  dataset = data.load(group(name="cifar10", dir=str(ours)))
+  thread.join(timeout=10)
+  assert dataset.sizes["test"] == 24, "theirs was there first, so it is theirs that is read"
+  assert [path.name for path in (ours / "cifar10").iterdir()] == ["3.0.2"]
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+  write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=400)
+  processes = [run_python(READ, tmp_path) for _ in range(2)]
+  outputs = [process.communicate()[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  digests = [output.split()[-1] for output in outputs]
+  assert re.fullmatch("[0-9a-f]{64}", digests[0])
+  assert digests[0] == digests[1]
+  assert sum("Generating train examples" in output for output in outputs) == 1, "both did the work"
+
+
+@contextlib.contextmanager
+def serve(directory):
+  """Serves a directory over HTTP and gives its address and the list of paths asked for."""
+  asked = []
+
+  class Handler(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *arguments, **options):
+      super().__init__(*arguments, directory=directory, **options)
+
+    def log_message(self, *_):
+      asked.append(self.path)
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+      yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+      server.shutdown()
+      thread.join()
+
+
+def test_downloaded_archive_must_be_the_official_one(tmp_path, monkeypatch):
+  from ban_jax.data import cifar
+
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  served, directory = tmp_path / "served", tmp_path / "data"
+  official = cifar.SOURCES["cifar10"]
+  expected = write_archive(served / official.archive, "cifar10")
+  with serve(served) as (address, asked):
+    url = f"{address}/{official.archive}"
+    monkeypatch.setitem(cifar.SOURCES, "cifar10", official._replace(url=url))
+    with pytest.raises(DataError, match=r"cifar10: .*cannot be had: NonMatchingChecksumError"):
+      data.load(group(name="cifar10", dir=str(directory)))
+    left = sorted(path.name for path in directory.rglob("*"))
+    assert left == [".cifar10.lock", "cifar10"], "something of the wrong file was left"
+
+    monkeypatch.setitem(cifar.SOURCES, "cifar10", official._replace(url=f"{address}/absent.tar.gz"))
+    with pytest.raises(DataError, match=r"cifar10: .*absent.tar.gz cannot be had: HTTPError: 404"):
+      data.load(group(name="cifar10", dir=str(directory)))
+
+    content = (served / official.archive).read_bytes()
+    as_if = official._replace(url=url, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(cifar.SOURCES, "cifar10", as_if)
+    assert_holds(data.load(group(name="cifar10", dir=str(directory))), expected)
+    assert (directory / "downloads/manual" / official.archive).read_bytes() == content
+    assert [path.name for path in (directory / "cifar10").iterdir()] == ["3.0.2"]
+    assert asked
+
+
+@pytest.mark.slow
+def test_the_real_data_set(tmp_path):
+  tool = SHARED / "tools/make_tfds.py"
+  if not tool.exists():
+    pytest.skip(f"no real CIFAR-10 at {SHARED}; set BAN_SHARED")
+  subprocess.run([sys.executable, tool, tmp_path, "cifar10"], check=True, capture_output=True)
+  dataset = data.load(group(name="cifar10", dir=str(tmp_path), pad=4, flip=True))
+  assert dataset.sizes == {"train": 50_000, "test": 10_000}
+  assert (np.bincount(dataset.splits["train"]["labels"]) == 5000).all()
+  assert (np.bincount(dataset.splits["test"]["labels"]) == 1000).all()
+  # The values that everybody normalises CIFAR-10 with.
+  np.testing.assert_allclose(dataset.splits["train"]["mean"], [0.4914, 0.4822, 0.4465], atol=5e-4)
+  np.testing.assert_allclose(dataset.splits["train"]["std"], [0.2470, 0.2435, 0.2616], atol=5e-4)
+
+
+# --- Splits -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(arrays):
+  return [image.tobytes() for image in arrays["images"]]
+
+
+def test_digits_are_the_1797_digits():
+  from sklearn.datasets import load_digits
+
+  dataset = data.load(group())
+  assert dataset.spec == ("images", (8, 8, 1), 10)
+  assert dataset.sizes == {"train": 400, "test": 1397}
+  assert set(dataset.splits) == {"train", "test"}
+  assert (np.bincount(dataset.splits["train"]["labels"]) == 40).all()
+  pixels, labels = load_digits(return_X_y=True)
+  grey = np.floor(pixels * 255 / 16 + 0.5).astype(np.uint8)
+  original = sorted((image.tobytes(), label) for image, label in zip(grey, labels, strict=True))
+  ours = [pair for arrays in dataset.splits.values() for pair in zip(rows_of(arrays), arrays["labels"], strict=True)]
+  assert sorted(ours) == original
+  assert len(np.unique(dataset.splits["train"]["images"])) == 17
+
+
+def test_which_digits_train_never_changes():
+  """Published results rest on these very examples."""
+  train = data.load(group()).splits["train"]
+  assert hashlib.sha256(train["images"].tobytes() + train["labels"].tobytes()).hexdigest() == (
+    "dd700ccf2b0866d01b2d617d4ec97a6c2b640ced36dc82249dd357fb3712783f"
+  )
+
+
+@pytest.mark.parametrize(("validation", "train_examples"), [(0.25, 0), (0.25, 100), (0.0, 50), (0.1, 359)])
+def test_splits_are_disjoint_and_balanced(validation, train_examples):
+  whole = data.load(group())
+  dataset = data.load(group(validation=validation, train_examples=train_examples))
+  held_out = round(400 * validation)
+  chosen = train_examples or 400 - held_out
+  assert dataset.sizes == {"train": chosen, "test": 1397} | ({"validation": held_out} if held_out else {})
+  parts = [dataset.splits[split] for split in dataset.splits if split != "test"]
+  seen = [row for arrays in parts for row in rows_of(arrays)]
+  assert len(set(seen)) == len(seen)
+  assert set(seen) <= set(rows_of(whole.splits["train"]))
+  for arrays in parts:
+    counts = np.bincount(arrays["labels"], minlength=10)
+    assert counts.max() - counts.min() <= 1
+  np.testing.assert_array_equal(dataset.splits["test"]["images"], whole.splits["test"]["images"])
+
+
+def test_choices_are_fixed_nested_and_leave_validation_alone():
+  small = data.load(group(validation=0.1, train_examples=60))
+  large = data.load(group(validation=0.1, train_examples=200, pad=1))
+  assert set(rows_of(small.splits["train"])) < set(rows_of(large.splits["train"]))
+  np.testing.assert_array_equal(small.splits["validation"]["images"], large.splits["validation"]["images"])
+  np.random.seed(0)  # noqa: NPY002  # the global generator must not matter
+  data._load.cache_clear()
+  assert data.load(group(validation=0.1, train_examples=60)).digest == small.digest
+
+
+def test_balanced_order_takes_classes_in_turn():
+  labels = np.repeat(np.arange(4), [10, 10, 3, 5])
+  order = images.balanced_order(labels)
+  assert sorted(order) == list(range(28))
+  for round_ in range(3):
+    assert sorted(labels[order[4 * round_ : 4 * round_ + 4]]) == [0, 1, 2, 3]
+  assert (np.diff(order[labels[order] == 0]) < 0).any(), "a class is taken in the order of the file"
+
+
+def test_digest_tells_data_apart():
+  digests = [
+    data.load(group(**change)).digest
+    for change in ({}, {"train_examples": 399}, {"validation": 0.1}, {"train_examples": 360})
+  ]
+  assert len(set(digests)) == 4
+  assert data.load(group(pad=2, flip=True)).digest == digests[0], "augmentation is no part of the data"
+  base = {"train": {"images": np.zeros((2, 3), np.uint8), "labels": np.zeros(2, np.int32)}}
+  for key, array in (("images", np.zeros((3, 2), np.uint8)), ("images", np.zeros((2, 3), np.int8))):
+    assert images.digest(base) != images.digest({"train": base["train"] | {key: array}})
+  assert images.digest(base) != images.digest({"test": base["train"]})
+  flipped = np.zeros((2, 3), np.uint8)
+  flipped[1, 2] = 1
+  assert images.digest(base) != images.digest({"train": base["train"] | {"images": flipped}})
+  assert images.digest(base) == images.digest({"train": dict(reversed(base["train"].items()))})
+
+
+def test_loading_is_memoised_and_arrays_are_read_only():
+  dataset = data.load(group(pad=1))
+  assert data.load(ml_collections.FrozenConfigDict(group(pad=1))) is dataset
+  assert data.load(group(pad=2)).fetch is not dataset.fetch
+  assert data.load(group(pad=1, train_examples=10)).fetch is dataset.fetch
+  for arrays in dataset.splits.values():
+    assert arrays["mean"] is dataset.splits["train"]["mean"]
+    for array in arrays.values():
+      assert not array.flags.writeable
+
+
+@pytest.mark.parametrize("change", [{}, {"train_examples": 30, "validation": 0.2}])
+def test_normalised_training_images_have_mean_0_and_deviation_1(change):
+  dataset = data.load(group(**change))
+  arrays = dataset.splits["train"]
+  index = np.arange(dataset.sizes["train"], dtype=np.int32)
+  inputs = np.asarray(dataset.fetch(arrays, index, key=None, positions=None, train=False).inputs, np.float64)
+  np.testing.assert_allclose(inputs.mean(axis=(0, 1, 2)), 0, atol=1e-6)
+  np.testing.assert_allclose(inputs.std(axis=(0, 1, 2)), 1, atol=1e-6)
+
+
+def test_channel_statistics_are_those_of_float64():
+  pixels = np.random.default_rng(0).integers(0, 200, (2500, 4, 5, 3), dtype=np.uint8) + np.arange(3, dtype=np.uint8)
+  pixels[..., 2] = 7
+  mean, std = images.channel_statistics(pixels)
+  assert mean.dtype == std.dtype == np.float32
+  np.testing.assert_allclose(mean, (pixels / 255).mean(axis=(0, 1, 2)), rtol=1e-7)
+  np.testing.assert_allclose(std[:2], (pixels / 255).std(axis=(0, 1, 2))[:2], rtol=1e-7)
+  assert std[2] == 1, "a constant channel must not divide by zero"
+
+
+# --- Orders -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128, 1397, 2000])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_eval_order_is_every_example_once(split, batch_size):
+  dataset = data.load(group())
+  order, size = dataset.eval_order(split, batch_size), dataset.sizes[split]
+  assert order.dtype == np.int32
+  assert order.shape == (-(-size // batch_size), batch_size)
+  assert order.ravel()[:size].tolist() == list(range(size))
+  assert (order.ravel()[size:] == -1).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128, 400])
+def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
+  dataset = data.load(group())
+  order = dataset.train_order(jax.random.key(0), batch_size)
+  assert order.dtype == np.int32
+  assert order.shape == (400 // batch_size, batch_size)
+  assert len(np.unique(order)) == order.size
+  assert order.min() >= 0
+  assert order.max() < 400
+  np.testing.assert_array_equal(dataset.train_order(jax.random.key(0), batch_size), order)
+  assert (dataset.train_order(jax.random.key(1), batch_size) != order).mean() > 0.9
+  assert (order.ravel() != np.arange(order.size)).mean() > 0.9
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
+    ({"name": 3}, "data.name = 3: expected the name of a data set"),
+    ({"dir": None}, 'data.dir = None: expected a local directory, or "" for the default'),
+    ({"dir": "gs://bucket/tfds"}, "data.dir = 'gs://bucket/tfds': expected a local directory, or \"\" for the default"),
+    ({"validation": 1.0}, "data.validation = 1.0: expected a share in [0, 1), 0 for no validation split"),
+    ({"validation": -0.1}, "data.validation = -0.1: expected a share in [0, 1), 0 for no validation split"),
+    ({"validation": float("nan")}, "data.validation = nan: expected a share in [0, 1), 0 for no validation split"),
+    ({"train_examples": -1}, "data.train_examples = -1: expected a whole number, 0 for all training examples"),
+    ({"train_examples": 2.5}, "data.train_examples = 2.5: expected a whole number, 0 for all training examples"),
+    ({"pad": -1}, "data.pad = -1: expected a whole number of pixels, 0 for no crop"),
+    ({"pad": True}, "data.pad = True: expected a whole number of pixels, 0 for no crop"),
+    ({"flip": 1}, "data.flip = 1: expected True or False"),
+    (
+      {"train_examples": 401},
+      "data.train_examples = 401: expected at most 400, what digits has to train on",
+    ),
+    (
+      {"train_examples": 400, "validation": 0.1},
+      "data.train_examples = 400: expected at most 360, what digits has to train on after 40 examples are held out for"
+      " validation",
+    ),
+    (
+      {"validation": 0.001},
+      "data.validation = 0.001: expected a share that leaves examples on both sides; it takes 0 of digits's 400"
+      " training examples",
+    ),
+    (
+      {"pad": 8},
+      "data.pad = 8: expected at most 7, because reflection needs more pixels than it pads, and digits has 8x8 images",
+    ),
+    (
+      {"augment": "all"},
+      "data: missing keys [], unknown keys ['augment']; the keys are: dir, flip, name, pad, train_examples, validation",
+    ),
+  ],
+)
+def test_bad_configuration_is_told(change, message):
+  with pytest.raises(ConfigError) as error:
+    data.load(group(**change))
+  assert str(error.value) == message
+
+
+def test_bad_values_are_refused_before_any_work(tmp_path, no_connections):
+  with pytest.raises(ConfigError, match="data.pad"):
+    data.load(group(name="cifar10", dir=str(tmp_path / "absent"), pad=-4))
+  assert list(tmp_path.iterdir()) == []
+  assert no_connections == []
+
+
+def test_bad_orders_are_told():
+  dataset = data.load(group(train_examples=100))
+  with pytest.raises(ConfigError) as error:
+    dataset.train_order(jax.random.key(0), 128)
+  assert str(error.value) == (
+    "train.batch_size = 128 is more than the 100 training examples of digits: expected at most 100"
+  )
+  with pytest.raises(ConfigError) as error:
+    dataset.eval_order("validation", 10)
+  assert str(error.value) == "unknown split of digits 'validation'; choose one of: test, train"
+  for order in (lambda: dataset.train_order(jax.random.key(0), 0), lambda: dataset.eval_order("test", 0)):
+    with pytest.raises(ConfigError, match="batch size = 0: expected at least 1"):
+      order()
+
+
+def test_importing_the_package_imports_no_reader():
+  heavy = {"tensorflow_datasets", "sklearn", "PIL"}
+  process = run_python(f"import sys, ban_jax.data; print(sorted({heavy} & set(sys.modules)))")
+  assert process.communicate()[0].strip() == "[]"
