@@ -9,50 +9,50 @@ ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text()).group(1)
 
 setuptools.setup(
-    name="ban_jax",
-    version=VERSION,
-    description="Born-Again Networks in JAX and Flax: self-distillation over generations",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    author="The ban_jax authors",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    keywords=["born-again networks", "knowledge distillation", "self-distillation", "jax", "flax", "tpu"],
-    classifiers=[
-        "Development Status :: 4 - Beta",
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX",
-        "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
-    python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["ban_jax*", "configs*", "experiments*"]),
-    install_requires=[
-        "absl-py",
-        "array_record",  # the file format of a prepared data directory
-        "etils[epath,epy]",
-        "flax>=0.12",
-        "importlib_resources",  # TFDS needs it and does not say so
-        "jax>=0.10",
-        "jaxlib>=0.10",
-        "jaxtyping",
-        "matplotlib",
-        "ml_collections>=1.0",
-        "numpy",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
-        "pillow",  # TFDS decodes images with it where TensorFlow is absent
-        "scikit-learn",  # the embedded data set: handwritten digits
-        "tensorboardX",
-        "tensorflow-datasets>=4.9.9",
-        "tqdm",
-    ],
-    extras_require={
-        "cuda": ["jax[cuda12]>=0.10"],
-        "notebook": ["ipywidgets", "jupyterlab"],
-        "test": ["hypothesis", "pytest", "ruff"],
-        "tpu": ["jax[tpu]>=0.10"],
-    },
+  name="ban_jax",
+  version=VERSION,
+  description="Born-Again Networks in JAX and Flax: self-distillation over generations",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  author="The ban_jax authors",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  keywords=["born-again networks", "knowledge distillation", "self-distillation", "jax", "flax", "tpu"],
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["ban_jax*", "configs*", "experiments*"]),
+  install_requires=[
+    "absl-py",
+    "array_record",  # the file format of a prepared data directory
+    "etils[epath,epy]",
+    "flax>=0.12",
+    "importlib_resources",  # TFDS needs it and does not say so
+    "jax>=0.10",
+    "jaxlib>=0.10",
+    "jaxtyping",
+    "matplotlib",
+    "ml_collections>=1.0",
+    "numpy",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11",
+    "pillow",  # TFDS decodes images with it where TensorFlow is absent
+    "scikit-learn",  # the embedded data set: handwritten digits
+    "tensorboardX",
+    "tensorflow-datasets>=4.9.9",
+    "tqdm",
+  ],
+  extras_require={
+    "cuda": ["jax[cuda12]>=0.10"],
+    "notebook": ["ipywidgets", "jupyterlab"],
+    "test": ["hypothesis", "pytest", "ruff==0.17.6"],
+    "tpu": ["jax[tpu]>=0.10"],
+  },
 )

@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from ban_jax import report
+from ban_jax import devices, report
 from ban_jax.errors import CheckpointError
 from ban_jax.types import Generation, Model, Variables
 from ban_jax.version import __version__
@@ -154,7 +153,8 @@ def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> epath.Path:
     raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    report.write_json(record, config_values(cfg))
+    if devices.is_primary():
+      report.write_json(record, config_values(cfg))
   except OSError as error:
     raise CheckpointError(f"workdir {workdir} cannot be written: {error}") from error
   return workdir
@@ -169,7 +169,8 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
   import orbax.checkpoint as ocp
 
   trash = ".trash"  # a kill in the middle of a deletion then never leaves half a checkpoint under a valid name
-  shutil.rmtree(directory / trash, ignore_errors=True)
+  if devices.is_primary():
+    (directory / trash).rmtree(missing_ok=True)
   options = ocp.CheckpointManagerOptions(
     max_to_keep=2, todelete_subdir=trash, cleanup_tmp_directories=True, enable_async_checkpointing=True
   )
@@ -216,6 +217,14 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
 
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(directory / "params", flax.core.unfreeze(generation.params), force=True)
+  devices.wait_for_all(f"params of generation {generation.index}")
+  if devices.is_primary():
+    _write_records(directory, generation, manifest)
+    (directory / "steps").rmtree(missing_ok=True)
+  devices.wait_for_all(f"manifest of generation {generation.index}")
+
+
+def _write_records(directory: epath.Path, generation: Generation, manifest: Mapping[str, Any]) -> None:
   report.write_json(directory / "metrics.json", dict(generation.metrics))
   report.write_lines(directory / "history.jsonl", list(generation.history))
   packages = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -229,7 +238,6 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
       "packages": packages,
     },
   )
-  shutil.rmtree(directory / "steps", ignore_errors=True)
 
 
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
@@ -255,6 +263,8 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
     raise CheckpointError(
       f"{directory}/params is damaged: its digest is not the manifest's; remove {directory} to train it again"
     )
+  if devices.is_primary():
+    (directory / "steps").rmtree(missing_ok=True)  # left by a kill right behind the manifest
   index = manifest["generation"]
   return Generation(
     index, freeze({k: v for k, v in variables.items() if k != "lineage"}, index), metrics, history

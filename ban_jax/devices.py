@@ -4,11 +4,13 @@ State and carry have a leading device axis; a teacher's variables and the data s
 `jax.pmap` is used here and in step.py only.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
@@ -107,6 +109,22 @@ def check_batch_size(batch_size: int, devices: Devices) -> None:
     )
 
 
+def cores() -> int:
+  """Returns how many processor cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_primary() -> bool:
+  """Returns whether this process is the one that reports: the first of several, or the only one."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process has come this far; nothing to wait for where there is one."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
 def layout(devices: Devices) -> dict[str, Any]:
   """Returns what the bytes of a run depend on besides its configuration, for the manifest."""
   return {
@@ -114,4 +132,5 @@ def layout(devices: Devices) -> dict[str, Any]:
     "device_kind": devices[0].device_kind,
     "devices": len(devices),
     "processes": len({device.process_index for device in devices}),
+    "cores": cores(),
   }

@@ -1,7 +1,7 @@
 """The losses of the paper (Furlanello et al. 2018, Eq. 1-11). A new one is one function and one entry in LOSSES.
 
-A loss returns `(values, weights)`, one per example or token; only step.py normalises, by the sum of the weights over all
-devices. So the batch-wide weights of CWTM are right on any number of devices.
+A loss returns `(values, weights)`, one per example or token; only step.py normalises, by the sum of the weights over
+all devices. So the batch-wide weights of CWTM are right on any number of devices.
 """
 
 import functools

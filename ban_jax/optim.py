@@ -23,7 +23,7 @@ SCHEDULES = {"steps": steps, "cosine": cosine}
 
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step, for a run of `total` steps; raises a ConfigError if it cannot."""
+  """Returns the learning rate as a function of the step, for a run of `total` steps; may raise a ConfigError."""
   schedule = look_up(SCHEDULES, optim["schedule"], "optim.schedule")
   boundaries = tuple(optim["boundaries"])
   if any(not 0 < share < 1 for share in boundaries) or list(boundaries) != sorted(set(boundaries)):
@@ -37,8 +37,8 @@ def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
 def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
   """Returns SGD with coupled weight decay on all parameters; equal arguments give the same object.
 
-  `total` is the number of steps that the schedule spans. Weight decay is added before the Nesterov trace, as the
-  reference Wide-ResNet has it; `clip_norm` 0 leaves the gradient as it is. Raises a ConfigError for values out of range.
+  `total` is the number of steps that the schedule spans. Weight decay is added before the Nesterov trace, as in
+  the reference Wide-ResNet; `clip_norm` 0 leaves the gradient as it is. Raises a ConfigError for values out of range.
   """
   for name, below in (("momentum", 1.0), ("weight_decay", float("inf")), ("clip_norm", float("inf"))):
     if not 0 <= optim[name] < below:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ban_jax import devices as devices_lib
+from ban_jax import gradient as gradient_lib
 from ban_jax.losses import Loss
 from ban_jax.types import Batch, Devices, Model, TrainState
 
@@ -24,21 +25,25 @@ def mean_probabilities(logits: list[Float[Array, "B *T n"]]) -> Float[Array, "B 
 
 @functools.lru_cache
 def make_train_step(
+  *,
   student: Model,
   teachers: tuple[Model, ...],
+  frozen: tuple[str, ...],
   loss: Loss,
   optimizer: optax.GradientTransformation,
   fetch: Callable[..., Batch],
   devices: Devices,
   sync_batch_stats: bool,
+  gradient_split: bool,
 ) -> Callable[..., tuple[TrainState, Any, dict[str, Array]]]:
   """Returns the pmapped step `(state, teacher_variables, carry, arrays, index, key_data) -> (state, carry, sums)`.
 
   Equal arguments give the same object, so that it compiles once for all generations. Without a leading device axis and
-  broadcast: `teacher_variables`, one tree per member of `teachers` (evaluation mode, no gradient, never donated); the data
-  set's `arrays`; `key_data` uint32 [2], the generation's key. With one: `state` and `carry = (student's, teachers')`,
-  both donated, and `index` int32 [devices, B / devices]. `sums` are over the global mini-batch, the same on every device:
-  "loss" and "weight" (their quotient is the mean loss), "errors" and "count".
+  broadcast: `teacher_variables`, one tree a member of `teachers` (evaluation mode, no gradient, never donated); the
+  data set's `arrays`; `key_data` uint32 [2], the generation's key. With one: `state` and `carry = (student's,
+  teachers')`, both donated, and `index` int32 [devices, B / devices]. The optimizer sees the parameters other than the
+  `frozen` top-level ones. `sums` are over the global mini-batch, the same on every device: "loss" and "weight" (their
+  quotient is the mean loss), "errors" and "count"; with `gradient_split` those of gradient.split_sums, too.
   """
 
   def train_step(state: TrainState, teacher_variables, carry, arrays, index, key_data):
@@ -46,22 +51,20 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), state.step)
     augment_key, dropout_key, loss_key = jax.random.split(key, 3)
     batch = fetch(arrays, index, key=augment_key, positions=positions, train=True)
-    carry, teacher_carries = carry
-
+    student_carry, teacher_carries = carry
     taught = [
       teacher.apply(variables, teacher_carry, batch.inputs, train=False)
       for teacher, variables, teacher_carry in zip(teachers, teacher_variables, teacher_carries, strict=True)
     ]
-    teacher_carries = tuple(carry for _, carry, _ in taught)
-    # One teacher's logits are used as they are; several teach by their mean probabilities.
-    teacher_logits = [logits for logits, _, _ in taught]
-    teacher_logits = mean_probabilities(teacher_logits) if len(taught) > 1 else teacher_logits[0] if taught else None
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    teacher_carries = tuple(teacher_carry for _, teacher_carry, _ in taught)
+    teacher_logits = jax.lax.stop_gradient(_teaching_logits([logits for logits, _, _ in taught]))
+    kept = {name: tree for name, tree in state.params.items() if name in frozen}
+    trained = {name: tree for name, tree in state.params.items() if name not in frozen}
 
-    def weighted_sum(params):
+    def weighted_sum(trained):
       logits, new_carry, batch_stats = student.apply(
-        {"params": params, "batch_stats": state.batch_stats},
-        carry,
+        {"params": {**trained, **kept}, "batch_stats": state.batch_stats},
+        student_carry,
         batch.inputs,
         train=True,
         key=dropout_key,
@@ -71,19 +74,28 @@ def make_train_step(
       weights = weights * batch.mask
       errors = (jnp.argmax(logits, -1) != batch.labels) & batch.mask
       sums = {"weight": weights.sum(), "errors": errors.sum(), "count": batch.mask.sum()}
+      if gradient_split and taught:
+        sums |= gradient_lib.split_sums(logits, batch.labels, teacher_logits, batch.mask)
       return (values * weights).sum(), (sums, new_carry, batch_stats)
 
-    (total, (sums, carry, batch_stats)), gradient = jax.value_and_grad(weighted_sum, has_aux=True)(state.params)
+    (total, (sums, student_carry, batch_stats)), gradient = jax.value_and_grad(weighted_sum, has_aux=True)(trained)
     # The sum of this device's losses alone is differentiated: a psum inside the closure would count the others twice.
     gradient, sums = devices_lib.all_sum((gradient, {"loss": total, **sums}))
     gradient = jax.tree.map(lambda g: g / sums["weight"], gradient)
     if not sync_batch_stats:
       batch_stats = devices_lib.all_mean(batch_stats)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), (carry, teacher_carries), sums
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    params = {**optax.apply_updates(trained, updates), **kept}
+    return TrainState(state.step + 1, params, batch_stats, opt_state), (student_carry, teacher_carries), sums
 
   return devices_lib.pmap(train_step, devices=devices, in_axes=(0, None, 0, None, 0, None), donate_argnums=(0, 2))
+
+
+def _teaching_logits(logits: list[Float[Array, "B *T n"]]) -> Float[Array, "B *T n"] | None:
+  """Returns the only teacher's logits as they are, several teachers' mean probabilities as logits, or None."""
+  if not logits:
+    return None
+  return logits[0] if len(logits) == 1 else mean_probabilities(logits)
 
 
 @functools.lru_cache
@@ -92,8 +104,8 @@ def make_eval_step(
 ) -> Callable[..., tuple[Any, dict[str, Array]]]:
   """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of an ensemble of `members`.
 
-  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` have a leading device axis. `sums` are
-  over the global batch: "count", "errors", "nll", "brier" (scalars), and by confidence bin (top probability in
+  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` have a leading device axis. `sums`
+  are over the global batch: "count", "errors", "nll", "brier" (scalars), and by confidence bin (top probability in
   ((b-1)/15, b/15]) "bin_count", "bin_confidence" and "bin_correct" [15]: what the calibration error is made of.
   """
 

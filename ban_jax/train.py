@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import checkpoint, data, losses, optim, report
+from ban_jax import checkpoint, data, gradient, losses, optim, report
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluate import Member, evaluate_placed, fit_models, make_models, members_of
 from ban_jax.losses import Loss
+from ban_jax.models import check_options
 from ban_jax.step import make_train_step
 from ban_jax.types import Dataset, Devices, Generation, Model, TrainState, Variables
 
@@ -29,6 +29,15 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 8
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
+# The smallest value of what is counted.
+LEAST = {
+  "seed": 0,
+  "generations": 0,
+  "train.epochs": 1,
+  "train.checkpoint_every": 1,
+  "train.evaluate_every": 0,
+  "evaluate.batch_size": 1,
+}
 
 
 class _Job(NamedTuple):
@@ -37,8 +46,9 @@ class _Job(NamedTuple):
   cfg: ConfigDict
   dataset: Dataset
   student: Model
-  teachers: tuple[Model, ...]
-  teacher_variables: tuple[Variables, ...]
+  parents: tuple[Variables, ...]  # whom the generation depends on
+  teachers: tuple[Model, ...]  # those of them whose outputs teach it
+  frozen: tuple[str, ...]  # top-level parameters that it copies from its parent
   loss: Loss
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
@@ -63,17 +73,14 @@ def _prepare(
   devices: Sequence[jax.Device] | None,
 ) -> _Job:
   """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
-  for key, least in (
-    ("train.epochs", 1),
-    ("train.checkpoint_every", 1),
-    ("train.evaluate_every", 0),
-    ("generations", 0),
-    ("evaluate.batch_size", 1),
-    ("seed", 0),
-  ):
-    value = cfg[key.split(".")[0]] if "." not in key else cfg[key.split(".")[0]][key.split(".")[1]]
+  for key, least in LEAST.items():
+    group, _, name = key.rpartition(".")
+    value = (cfg[group] if group else cfg)[name]
     if value < least:
       raise ConfigError(f"{key} must be at least {least}, not {value}")
+  for group in (cfg.model, cfg.teacher.model):
+    if group is not None:
+      check_options(group)
   loss = losses.make_loss(cfg.loss)
   optim.make_optimizer(cfg.optim, 1)
   devices = devices_lib.resolve(devices)
@@ -81,34 +88,61 @@ def _prepare(
 
   dataset = data.load(cfg.data)
   models = make_models(cfg, dataset.spec)
-  trees = members_of(params_prev)
-  if params_prev is not None and not trees:
+  parents = tuple(members_of(params_prev))
+  if params_prev is not None and not parents:
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
-  fitting = fit_models(trees, models, "teacher")
+  fitting = fit_models(parents, models, "teacher")
+  for number, tree in enumerate(parents):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.thaw(tree))):
+      raise CheckpointError(f"teacher {number + 1} has parameters that are not finite; it cannot teach")
   if generation is None:
-    generation = 1 + max(map(checkpoint.lineage, trees)) if trees else 0
+    generation = 1 + max(map(checkpoint.lineage, parents)) if parents else 0
   if generation < 0:
     raise ConfigError(f"generation must be at least 0, not {generation}")
-  if not trees:
+  student = models[min(generation, 1)]
+  frozen = student.inherits if parents else ()
+  if frozen:
+    _check_inherits(student, parents)
+  if not parents:
     loss = losses.make_loss({**cfg.loss, "name": "label"})
-  elif not loss.needs_teacher:
-    trees, fitting = [], ()
+  if not loss.needs_teacher:
+    fitting = ()
+    parents = parents if frozen else ()
 
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
   return _Job(
-    cfg,
-    dataset,
-    models[min(generation, 1)],
-    fitting,
-    tuple(trees),
-    loss,
-    optim.make_schedule(cfg.optim, total),
-    optim.make_optimizer(cfg.optim, total),
-    devices,
-    generation,
-    steps_per_epoch,
+    cfg=cfg,
+    dataset=dataset,
+    student=student,
+    parents=parents,
+    teachers=fitting,
+    frozen=frozen,
+    loss=loss,
+    schedule=optim.make_schedule(cfg.optim, total),
+    optimizer=optim.make_optimizer(cfg.optim, total),
+    devices=devices,
+    generation=generation,
+    steps_per_epoch=steps_per_epoch,
   )
+
+
+def _check_inherits(student: Model, parents: tuple[Variables, ...]) -> None:
+  """Raises a ConfigError where the layers that a student copies from its teacher are not there in the right shapes."""
+  names = " and ".join(student.inherits)
+  if len(parents) != 1:
+    raise ConfigError(f"model {student.name} copies {names} from one teacher; {len(parents)} were given")
+  expected = jax.eval_shape(student.init, jax.random.key(0))["params"]
+  for name in student.inherits:
+    want = checkpoint.leaves(expected[name])
+    have = checkpoint.leaves(parents[0]["params"].get(name, {}))
+    for path in sorted(want.keys() | have.keys()):
+      shapes = [f"{list(tree[path].shape)}" if path in tree else "nothing" for tree in (want, have)]
+      if shapes[0] != shapes[1]:
+        raise ConfigError(
+          f"model {student.name} copies {names} from its teacher, but they do not fit: at {name}/{path} the student "
+          f"has {shapes[0]}, the teacher {shapes[1]}"
+        )
 
 
 def train_generation(
@@ -123,11 +157,11 @@ def train_generation(
   """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
 
   `params_prev` is a variables tree, a Generation, or a sequence of them, which teaches by its mean probabilities.
-  `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every random
-  draw. The same arguments give the same bytes on the same machine, device count and thread settings.
+  `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
+  random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
 
-  With `workdir`, the generation is checkpointed under `workdir/gen_K`, goes on from there when called again, and is only
-  read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
+  With `workdir`, the generation is checkpointed under `workdir/gen_K`, goes on from there when called again, and is
+  only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
 
   Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
   configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
@@ -174,11 +208,11 @@ def _lineage(job: _Job) -> dict[str, Any]:
     "scale": job.cfg.scale,
     "model": job.student.name,
     "loss": job.loss.name,
-    "teachers": [checkpoint.digest(tree) for tree in job.teacher_variables],
+    "teachers": [checkpoint.digest(tree) for tree in job.parents],
     "config": checkpoint.config_digest(job.cfg),
     "dataset": job.dataset.digest,
     # What bytes depend on beyond that; recorded, and no reason to refuse a resumption.
-    "layout": {**devices_lib.layout(job.devices), "cpus": len(os.sched_getaffinity(0))},
+    "layout": devices_lib.layout(job.devices),
   }
 
 
@@ -202,9 +236,9 @@ def _check_lineage(own: dict[str, Any], recorded: dict[str, Any], directory: epa
 def _initial(job: _Job) -> tuple[TrainState, Any]:
   """Returns a generation's (state, carry) before its first step, as NumPy arrays on the host, rows in global order."""
   variables = job.student.init(jax.random.fold_in(job.seed, INIT))
-  state = TrainState(
-    np.int32(0), variables["params"], variables.get("batch_stats", {}), job.optimizer.init(variables["params"])
-  )
+  params = variables["params"] | {name: checkpoint.thaw(job.parents[0])["params"][name] for name in job.frozen}
+  trained = {name: tree for name, tree in params.items() if name not in job.frozen}
+  state = TrainState(np.int32(0), params, variables.get("batch_stats", {}), job.optimizer.init(trained))
   rows = job.cfg.train.batch_size
   carry = (job.student.init_carry(rows), tuple(teacher.init_carry(rows) for teacher in job.teachers))
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
@@ -228,11 +262,19 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
     start = int(state.step)
 
     step = make_train_step(
-      job.student, job.teachers, job.loss, job.optimizer, job.dataset.fetch, devices, cfg.train.sync_batch_stats
+      student=job.student,
+      teachers=job.teachers,
+      frozen=job.frozen,
+      loss=job.loss,
+      optimizer=job.optimizer,
+      fetch=job.dataset.fetch,
+      devices=devices,
+      sync_batch_stats=cfg.train.sync_batch_stats,
+      gradient_split=cfg.train.gradient_split,
     )
     state = devices_lib.replicate(state, devices)
     carry = devices_lib.split_rows(carry, devices)
-    teacher_variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, job.teacher_variables)), devices)
+    teacher_variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, job.parents[: len(job.teachers)])), devices)
     arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
     key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.seed, STEPS)), devices)
     in_flight = collections.deque()
@@ -241,11 +283,11 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
       while len(in_flight) > limit:
         sums.update({name: float(value) for name, value in devices_lib.first(in_flight.popleft()).items()})
 
-    title = f"generation {job.generation} of {cfg.generations}"
+    title = f"generation {job.generation}"
     epoch_start = time.monotonic()
     with (
-      report.progress(title, job.total_steps, start, show) as bar,
-      report.tensorboard(directory) as write,
+      report.progress(title, job.total_steps, start, show and devices_lib.is_primary()) as bar,
+      report.tensorboard(directory if devices_lib.is_primary() else None) as write,
     ):
       for done in range(start + 1, job.total_steps + 1):
         epoch, within = divmod(done - 1, job.steps_per_epoch)
@@ -284,7 +326,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
 
 def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: float) -> dict[str, float]:
   """Returns an epoch's row of the history, from its summed metrics."""
-  return {
+  row = {
     "epoch": epoch,
     "step": step,
     "learning_rate": float(job.schedule(step - 1)),
@@ -292,6 +334,7 @@ def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: fl
     "train_error": 100 * sums["errors"] / sums["count"],
     "seconds": round(time.monotonic() - start, 3),
   }
+  return row | (gradient.summarise(sums) if "dark_squared" in sums else {})
 
 
 def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:

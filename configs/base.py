@@ -74,6 +74,8 @@ def get_config() -> ConfigDict:
   config.train.evaluate_every = 1
   # Whether batch norm sees the whole mini-batch on all devices; otherwise each device's share.
   config.train.sync_batch_stats = True
+  # Whether to log the distillation gradient's correct-class and dark-knowledge terms (Eq. 7-9) by epoch.
+  config.train.gradient_split = False
 
   config.evaluate = ConfigDict()
   # Of the global batch; the split need not divide by it.

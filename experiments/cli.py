@@ -1,13 +1,16 @@
 """What the command lines share: starting JAX, reading flags, and answering a user's mistake without a traceback."""
 
+import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
+from ban_jax import devices as devices_lib
 from ban_jax.errors import BanError, ConfigError
 
 DEVICES = flags.DEFINE_integer(
@@ -49,8 +52,7 @@ def start_jax() -> tuple[jax.Device, ...]:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
   if DEVICES.value < 0:
     raise ConfigError(f"--devices must be at least 0, not {DEVICES.value}")
-  cores = len(os.sched_getaffinity(0))
-  jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(cores))
+  jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(devices_lib.cores()))
   if COORDINATOR.value:
     if PROCESSES.value is None or PROCESS.value is None:
       raise ConfigError("--coordinator_address needs --num_processes and --process_id beside it")
@@ -80,7 +82,8 @@ def run(main: Callable[[], None]) -> None:
     return rest
 
   def guarded(_) -> None:
-    logging.set_verbosity(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns at each start that OpenCV would decode faster
+    logging.getLogger("ban_jax").setLevel(logging.INFO)
     try:
       main()
     except BanError as error:

@@ -185,7 +185,7 @@ def test_unofficial_archive_is_accepted_with_a_warning_and_recorded(tmp_path, ca
   archive = tmp_path / ARCHIVES["cifar10"]
   write_archive(archive, "cifar10")
   sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-  with caplog.at_level("WARNING", logger="absl"):
+  with caplog.at_level("WARNING", logger="ban_jax"):
     data.load(group(name="cifar10", dir=str(tmp_path)))
   message = next(record.getMessage() for record in caplog.records if "not the official" in record.getMessage())
   assert sha256 in message

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
@@ -20,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
-from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 from tensorflow_datasets.core.download import checksums, downloader
 
 from ban_jax.data.images import Examples
 from ban_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 VERSION = "3.0.2"
 # Without a network TFDS would try in silence for three and a half minutes.
@@ -217,7 +219,7 @@ def unpack(name: str, archive: pathlib.Path) -> Contents:
 
   sha256 = _sha256(archive)
   if sha256 != source.sha256:
-    logging.warning(
+    logger.warning(
       "%s: %s is not the official archive (SHA-256 %s); preparing the %d training and %d test images it holds",
       name, archive, sha256, len(rows["train"]), len(rows["test"]),
     )  # fmt: skip
@@ -290,7 +292,7 @@ def _lock(root: pathlib.Path, name: str) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info("%s: another process is preparing it in %s; waiting", name, root)
+      logger.info("%s: another process is preparing it in %s; waiting", name, root)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -319,7 +321,7 @@ def _download(name: str, root: pathlib.Path, staging: pathlib.Path) -> pathlib.P
   It goes through `staging`, so that nothing half-downloaded ever has the archive's name.
   """
   source, place = SOURCES[name], _archive_places(name, root)[0]
-  logging.info("%s: downloading %s (%d MB) to %s", name, source.url, source.size // 10**6, place)
+  logger.info("%s: downloading %s (%d MB) to %s", name, source.url, source.size // 10**6, place)
   retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, RETRIES
   try:
     info = checksums.UrlInfo(size=source.size, checksum=source.sha256, filename=source.archive)

@@ -2,21 +2,40 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from ban_jax import devices
 from ban_jax.errors import ConfigError, look_up
+from ban_jax.models.densenet import densenet
+from ban_jax.models.matched_resnet import matched_pre_resnet, matched_wide_resnet
 from ban_jax.models.wide_resnet import wide_resnet
 from ban_jax.types import InputSpec, Model
 
 MODELS = {
+  "densenet": densenet,
+  "matched_pre_resnet": matched_pre_resnet,
+  "matched_wide_resnet": matched_wide_resnet,
   "wide_resnet": wide_resnet,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def check_options(model: Mapping[str, Any]) -> tuple[Callable[..., Model], dict[str, Any]]:
+  """Returns a `model` group's factory and options; raises a ConfigError for an unknown name, or options not its own."""
+  options = dict(model.items())
+  factory = look_up(MODELS, options.pop("name"), "model")
+  parameters = inspect.signature(factory).parameters.values()
+  accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "axis_name")]
+  if sorted(options) != sorted(accepted):
+    raise ConfigError(
+      f"model {model['name']!r} takes the options {', '.join(accepted)}; the configuration gives "
+      f"{', '.join(options) or 'none'}"
+    )
+  return factory, options
 
 
 def make_model(
@@ -27,15 +46,7 @@ def make_model(
   With `sync_batch_stats` its training mode runs only under a mapped axis (devices.AXIS). Raises a ConfigError for an
   unknown name, dtype or option, and for a missing option.
   """
-  options = dict(model.items())
-  factory = look_up(MODELS, options.pop("name"), "model")
-  parameters = inspect.signature(factory).parameters.values()
-  accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "axis_name")]
-  if sorted(options) != sorted(accepted):
-    raise ConfigError(
-      f"model {model['name']!r} takes the options {', '.join(accepted)}; the configuration gives "
-      f"{', '.join(options) or 'none'}"
-    )
+  factory, options = check_options(model)
   dtype = look_up(DTYPES, compute_dtype, "compute_dtype")
   frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(options.items()))
   return _make(factory, spec, dtype, devices.AXIS if sync_batch_stats else None, frozen)

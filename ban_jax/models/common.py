@@ -25,6 +25,33 @@ def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.Bat
   )
 
 
+def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
+  """Returns the activated input: `norm` and ReLU; called in a compact module, whose submodule `name` it makes."""
+  return nn.relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
+
+
+def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
+  """Returns a `size` x `size` convolution to `width` channels, He-initialised and without bias.
+
+  Padding is size // 2 on all sides, as PyTorch has it, so that H becomes H / stride.
+  """
+  return nn.Conv(
+    width,
+    (size, size),
+    stride,
+    "SAME" if stride == 1 else [(size // 2, size // 2)] * 2,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=he_normal,
+    name=name,
+  )
+
+
+def halve(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+  """Returns the means of 2x2 pixels, as the networks pool between their stages."""
+  return nn.avg_pool(x, (2, 2), (2, 2))
+
+
 class Dropout(nn.Module):
   """Dropout whose mask belongs to an example's place in the global mini-batch.
 
@@ -80,6 +107,13 @@ def check_dropout(rate: float) -> None:
   """Raises a ConfigError unless 0 <= rate < 1."""
   if not 0 <= rate < 1:
     raise ConfigError(f"model.dropout={rate}: a dropout rate lies in [0, 1)")
+
+
+def check_positive(**options: Any) -> None:
+  """Raises a ConfigError unless every option is a whole number of at least 1."""
+  for key, value in options.items():
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ConfigError(f"model.{key}={value}: a whole number of at least 1 is expected")
 
 
 def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Array, "B n"]:

@@ -1,5 +1,6 @@
 """Wide-ResNet (Zagoruyko & Komodakis 2016), the networks of Table 1 and Table 3 of Furlanello et al. 2018."""
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -24,26 +25,13 @@ class WideBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train, positions):  # [B, H, W, C] -> [B, H / stride, W / stride, width]
-    def conv(size, stride, name):
-      return nn.Conv(
-        self.width,
-        (size, size),
-        stride,
-        "SAME" if stride == 1 else [(size // 2, size // 2)] * 2,
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=common.he_normal,
-        name=name,
-      )
-
-    def activated(x, name):
-      return nn.relu(common.norm(train=train, dtype=self.dtype, axis_name=self.axis_name, name=name)(x))
-
-    y = activated(x, "norm1")
-    shortcut = x if x.shape[-1] == self.width else conv(1, self.stride, "shortcut")(y)
-    y = conv(3, self.stride, "conv1")(y)
-    y = common.Dropout(self.dropout)(activated(y, "norm2"), train=train, positions=positions)
-    return shortcut + conv(3, 1, "conv2")(y)
+    conv = functools.partial(common.conv, self.width, dtype=self.dtype)
+    activated = functools.partial(common.norm_relu, train=train, dtype=self.dtype, axis_name=self.axis_name)
+    y = activated(x, name="norm1")
+    shortcut = x if x.shape[-1] == self.width else conv(1, stride=self.stride, name="shortcut")(y)
+    y = conv(3, stride=self.stride, name="conv1")(y)
+    y = common.Dropout(self.dropout)(activated(y, name="norm2"), train=train, positions=positions)
+    return shortcut + conv(3, name="conv2")(y)
 
 
 class WideResNet(nn.Module):
@@ -60,7 +48,7 @@ class WideResNet(nn.Module):
   def __call__(
     self, x: Float[Array, "B H W C"], *, train: bool, positions: Int[Array, " B"] | None
   ) -> Float[Array, "B n"]:
-    x = nn.Conv(16, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=common.he_normal, name="stem")(x)
+    x = common.conv(16, 3, dtype=self.dtype, name="stem")(x)
     for stage in range(3):
       for unit in range((self.depth - 4) // 6):
         x = WideBlock(
@@ -71,7 +59,7 @@ class WideResNet(nn.Module):
           self.axis_name,
           name=f"stage{stage + 1}_unit{unit + 1}",
         )(x, train=train, positions=positions)
-    x = nn.relu(common.norm(train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm")(x))
+    x = common.norm_relu(x, train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
     return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 

@@ -1,0 +1,105 @@
+"""What a finished run shows: its generations and ensembles evaluated, averaged over seeds, as a table and a plot."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+import ban_jax
+from ban_jax import report
+
+Metrics = Mapping[str, float]
+# Row name -> metrics, in the order in which they are shown.
+Results = dict[str, Metrics]
+
+
+def name_of(generation: int) -> str:
+  """Returns the paper's name of a generation."""
+  return f"BAN-{generation}" if generation else "teacher"
+
+
+def members(generations: int) -> dict[str, tuple[int, ...]]:
+  """Returns the rows of a run with so many students: each generation, then Ens*k, which is BAN-1 to BAN-k."""
+  rows = {name_of(index): (index,) for index in range(generations + 1)}
+  return rows | {f"Ens*{size}": tuple(range(1, size + 1)) for size in range(2, generations + 1)}
+
+
+def evaluate_run(
+  cfg: ConfigDict, workdir: epath.PathLike, *, devices: Sequence[jax.Device], progress: bool
+) -> tuple[Results, bool]:
+  """Trains what a run still lacks, evaluates every row on the test split, and returns (results, all there already).
+
+  The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
+  """
+  workdir = epath.Path(workdir)
+  record = workdir / "evaluations.json"
+  kept = json.loads(record.read_text()) if record.exists() else {}
+  rows = members(cfg.generations)
+  generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
+  digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
+  results, fresh = {}, {}
+  for name, indices in rows.items():
+    own = [digests[index] for index in indices]
+    if kept.get(name, {}).get("members") != own:
+      metrics = ban_jax.evaluate([generations[index] for index in indices], cfg, devices=devices)
+      fresh[name] = {"members": own, "metrics": metrics}
+    results[name] = (fresh.get(name) or kept[name])["metrics"]
+  if fresh and jax.process_index() == 0:
+    report.write_json(record, kept | fresh)
+  return results, not fresh
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean over seeds and its standard error; a single seed has none (not a number)."""
+  error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+  return statistics.fmean(values), error
+
+
+def table(per_seed: Sequence[Results]) -> str:
+  """Returns a Markdown table of test error, NLL, ECE and Brier score, as mean and standard error over the seeds."""
+  columns = (("error", "test error %", 2), ("nll", "NLL", 4), ("ece", "ECE", 4), ("brier", "Brier", 4))
+  cells = [["", *(title for _, title, _ in columns)]]
+  for name in per_seed[0]:
+    row = [name]
+    for key, _, digits in columns:
+      mean, error = mean_and_error([results[name][key] for results in per_seed])
+      row.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(per_seed) > 1 else ""))
+    cells.append(row)
+  widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+  lines = [
+    "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+  ]
+  return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def plot(per_seed: Sequence[Results], title: str, path: epath.Path) -> None:
+  """Draws test error by generation, ensembles beside it: every seed as a dot, the mean with its standard error."""
+  import matplotlib.figure
+
+  names = list(per_seed[0])
+  single = [name for name in names if not name.startswith("Ens")]
+  figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+  axes = figure.subplots()
+  for group, color in ((single, "tab:blue"), (names[len(single) :], "tab:orange")):
+    places = [names.index(name) + (name not in single) * 0.5 for name in group]
+    stats = [mean_and_error([results[name]["error"] for results in per_seed]) for name in group]
+    for place, name in zip(places, group, strict=True):
+      values = [results[name]["error"] for results in per_seed]
+      spread = [place + 0.12 * (2 * i / max(len(values) - 1, 1) - 1) for i in range(len(values))]
+      axes.plot(spread, values, ".", color=color, alpha=0.35)
+    means, errors = zip(*stats, strict=True) if stats else ((), ())
+    axes.errorbar(places, means, errors, fmt="o-" if group is single else "s", color=color, capsize=4, zorder=3)
+    for place, mean in zip(places, means, strict=True):
+      axes.annotate(f"{mean:.2f}", (place, mean), (9, 5), textcoords="offset points", color=color)
+  axes.set_xticks([names.index(name) + (name not in single) * 0.5 for name in names], names)
+  axes.set_xlim(-0.4, len(names) - 0.1 + 0.5 * (len(single) < len(names)))
+  axes.set_ylabel("test error, %")
+  axes.set_title(title)
+  axes.grid(axis="y", alpha=0.3)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  with path.open("wb") as file:
+    figure.savefig(file, format="png", dpi=150)

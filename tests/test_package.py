@@ -1,0 +1,35 @@
+"""The package as it is installed: import time and weight, the quickstart."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_importing_the_library_is_light_and_fast():
+  code = (
+    "import sys, time; start = time.perf_counter(); import ban_jax; seconds = time.perf_counter() - start;"
+    "heavy = {'tensorflow_datasets', 'sklearn', 'matplotlib', 'tensorflow', 'PIL', 'orbax'} & set(sys.modules);"
+    "print(seconds); assert not heavy, heavy"
+  )
+  # The best of three: a busy machine's delays are not the package's.
+  seconds = []
+  for _ in range(3):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    seconds.append(float(done.stdout))
+  assert min(seconds) < 2
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterwards(tmp_path):
+  command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path}", "--seeds=2",
+             "--words=digits,wrn_10_1,smoke", "--devices=2"]  # fmt: skip
+  first = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  assert first.returncode == 0, first.stderr
+  assert "±" in first.stdout
+  assert (tmp_path / "error_by_generation.png").read_bytes().startswith(b"\x89PNG")
+  assert f"plot:  {tmp_path}/error_by_generation.png" in first.stdout
+  again = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  assert "everything was finished already" in again.stdout
+  assert again.stdout.split("\n\n", 1)[1] == first.stdout.split("\n\n", 1)[1]

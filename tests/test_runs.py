@@ -1,0 +1,195 @@
+"""Run directories through the command line: finish, resume after a kill, refuse what does not belong."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, config
+
+import ban_jax
+from ban_jax import checkpoint
+from ban_jax.errors import CheckpointError
+
+QUIET = {"progress": False}
+WORDS = f"{ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
+COMMAND = [sys.executable, str(ROOT / "experiments" / "train.py"), f"--config={WORDS}", "--devices=2"]
+
+
+def train(workdir, *flags, cwd=None, **options):
+  # A run from another directory shows that the package, configurations and experiments are installed.
+  return subprocess.run(
+    [*COMMAND, f"--workdir={workdir}", *flags], cwd=cwd or "/", capture_output=True, text=True, timeout=300, **options
+  )
+
+
+def digests(workdir):
+  manifests = sorted(pathlib.Path(workdir).glob("gen_*/manifest.json"))
+  return [json.loads(path.read_text())["digest"] for path in manifests]
+
+
+def times_of(workdir):
+  """Returns when each file but config.json, which every start writes anew, was written."""
+  return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "config.json"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run directory of two generations, trained in one go."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  done = train(workdir, "--config.train.epochs=4")
+  assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+def test_a_run_leaves_the_record_that_the_readme_describes(finished):
+  workdir, done = finished
+  assert "| teacher |" in done.stdout
+  assert "| BAN-1   |" in done.stdout
+  assert "generation 1: step 20/20" in done.stderr  # plain lines, where there is no terminal
+  assert "\r" not in done.stderr
+  for index in (0, 1):
+    directory = workdir / f"gen_{index}"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["generation"] == index
+    assert manifest["scale"] == "smoke"
+    assert manifest["packages"]["jax"] == jax.__version__
+    assert len([json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]) == 4
+    assert json.loads((directory / "metrics.json").read_text())["test_count"] == 1397
+    assert list(directory.glob("events.out.tfevents.*"))
+    assert not (directory / "steps").exists()
+  first, second = (json.loads((workdir / f"gen_{i}" / "manifest.json").read_text()) for i in (0, 1))
+  assert first["teachers"] == []
+  assert second["teachers"] == [first["digest"]]
+
+
+def test_a_finished_run_is_only_shown(finished):
+  workdir, done = finished
+  before = {
+    path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != "config.json"
+  }
+  again = train(workdir, "--config.train.epochs=4")
+  assert again.returncode == 0, again.stderr
+  assert "everything was finished already" in again.stdout
+  assert "step" not in again.stderr
+  assert again.stdout.splitlines()[-8:] == done.stdout.splitlines()[-8:]
+  after = {
+    path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != "config.json"
+  }
+  assert after == before
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_run_killed_in_a_generation_and_resumed_ends_with_the_same_bytes(finished, generation, tmp_path):
+  workdir = tmp_path / "killed"
+  if generation:  # a teacher as the other run's: start in the middle of its student
+    workdir.mkdir()
+    shutil.copy(finished[0] / "config.json", workdir)
+    shutil.copytree(finished[0] / "gen_0", workdir / "gen_0")
+  process = subprocess.Popen(
+    [*COMMAND, f"--workdir={workdir}", "--config.train.epochs=4"], cwd="/", stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+  )  # fmt: skip
+  steps, deadline = workdir / f"gen_{generation}" / "steps", time.monotonic() + 200
+  # A checkpoint's directory gets its final name when it is complete.
+  while not [path for path in steps.glob("*") if path.name.isdigit()]:
+    assert process.poll() is None, "the run ended before it could be killed"
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert not (workdir / f"gen_{generation}" / "manifest.json").exists()
+
+  resumed = train(workdir, "--config.train.epochs=4")
+  assert resumed.returncode == 0, resumed.stderr
+  assert digests(workdir) == digests(finished[0])
+  histories = [
+    [json.loads(line) for line in (run / f"gen_{generation}" / "history.jsonl").read_text().splitlines()]
+    for run in (workdir, finished[0])
+  ]
+  for row, whole in zip(*histories, strict=True):
+    assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+
+
+def test_more_generations_may_be_asked_for_later(finished, tmp_path):
+  workdir = tmp_path / "more"
+  shutil.copytree(finished[0], workdir)
+  more = train(workdir, "--config.train.epochs=4", "--config.generations=2")
+  assert more.returncode == 0, more.stderr
+  assert digests(workdir)[:2] == digests(finished[0])
+  assert len(digests(workdir)) == 3
+  assert "| Ens*2   |" in more.stdout
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--config.model.width=2"], "another configuration (model.width: 1 there, 2 here); give another workdir"),
+    (
+      ["--config.seed=1", "--config.optim.momentum=0.8"],
+      "optim.momentum: 0.9 there, 0.8 here; seed: 0 there, 1",
+    ),
+    (["--config.train.epoch=1"], '"epoch" does not exist'),
+    (["--config.train.epochs=ten"], "ten"),
+    (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
+    (["--devices=-1"], "--devices must be at least 0, not -1"),
+    (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
+    (["surplus"], "unexpected arguments: surplus"),
+    ([f"--config={ROOT}/configs/digits.py:digits,wrn_11_1,smoke"], "unknown network 'wrn_11_1'; choose one of: "),
+    ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
+  ],
+)
+def test_mistakes_end_with_one_line_and_status_2(finished, flags, message):
+  done = train(finished[0], "--config.train.epochs=4", *flags)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+  assert done.stderr.startswith("error: ")
+  assert digests(finished[0])
+
+
+def test_a_workdir_that_cannot_be_written_is_refused():
+  with pytest.raises(CheckpointError, match="workdir /proc/ban_jax cannot be written"):
+    ban_jax.train_generation(None, config(), workdir="/proc/ban_jax", **QUIET)
+
+
+def test_a_swapped_teacher_is_refused(tmp_path):
+  cfg = config(train__epochs=1, train__evaluate_every=0)
+  teachers = [ban_jax.train_generation(None, config(train__epochs=1, seed=seed), **QUIET) for seed in (0, 1)]
+  ban_jax.train_generation(teachers[0], cfg, workdir=tmp_path, **QUIET)
+  with pytest.raises(CheckpointError, match=r"gen_1 holds a generation of another origin \(teachers: .* here"):
+    ban_jax.train_generation(teachers[1], cfg, workdir=tmp_path, **QUIET)
+
+
+def test_altered_final_params_are_noticed(tmp_path):
+  cfg = config(train__epochs=1, train__evaluate_every=0)
+  teacher = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  again = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert checkpoint.digest(again.params) == checkpoint.digest(teacher.params)
+  manifest = tmp_path / "gen_0" / "manifest.json"
+  manifest.write_text(manifest.read_text().replace(checkpoint.digest(teacher.params), "0" * 64))
+  with pytest.raises(CheckpointError, match="gen_0/params is damaged: its digest is not the manifest's"):
+    ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  (tmp_path / "gen_0" / "metrics.json").write_text("{")
+  with pytest.raises(CheckpointError, match="gen_0 is damaged and cannot be read"):
+    ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+
+
+def test_digests_tell_trees_apart():
+  tree = {"a": {"b": np.arange(4.0)}, "c": np.zeros((2, 2), np.float32)}
+  same = {"c": np.zeros((2, 2), np.float32), "a": {"b": np.arange(4.0)}, "lineage": {"generation": np.int32(3)}}
+  assert checkpoint.digest(tree) == checkpoint.digest(same)
+  for other in (
+    {**tree, "c": np.zeros((4, 1), np.float32)},
+    {**tree, "c": np.zeros((2, 2), np.int32)},
+    {**tree, "c": np.float32([[0, 0], [0, -0.0]])},
+    {"a": {"d": np.arange(4.0)}, "c": tree["c"]},
+  ):
+    assert checkpoint.digest(tree) != checkpoint.digest(other)

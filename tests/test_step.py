@@ -1,0 +1,190 @@
+"""The compiled steps: who gets a gradient, what is normalised by what, and exact evaluation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import config
+
+from ban_jax import data, losses, models, optim, step
+from ban_jax import devices as devices_lib
+from ban_jax.types import Batch, InputSpec, Model, TrainState
+
+SPEC = InputSpec("images", (6,), 3)
+
+
+def linear(spec=SPEC):
+  """Returns a linear classifier with a batch statistic of its own: small enough to work out by hand."""
+
+  def init(key):
+    kernel = jax.random.normal(key, (*spec.shape, spec.num_classes))
+    return {"params": {"kernel": kernel, "bias": jnp.zeros(spec.num_classes)}, "batch_stats": {"seen": jnp.zeros(())}}
+
+  def apply(variables, carry, inputs, *, train, key=None, positions=None):
+    logits = inputs @ variables["params"]["kernel"] + variables["params"]["bias"]
+    return logits, carry, {"seen": variables["batch_stats"]["seen"] + train}
+
+  return Model("linear", spec, init, lambda batch: (), apply)
+
+
+def fetch(arrays, index, *, key, positions, train):
+  rows = jnp.maximum(index, 0)
+  return Batch(arrays["inputs"][rows], arrays["labels"][rows], index >= 0)
+
+
+@functools.cache
+def arrays(n=64):
+  rng = np.random.default_rng(0)
+  return {"inputs": rng.normal(size=(n, 6)).astype(np.float32), "labels": rng.integers(0, 3, n).astype(np.int32)}
+
+
+MODEL = linear()
+
+
+def sgd():
+  """Returns plain SGD with rate 1."""
+  plain = {"learning_rate": 1.0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "boundaries": ()}
+  return optim.make_optimizer(config().optim.to_dict() | plain, 1)
+
+
+def make_step(loss, members, devices, frozen=(), split=False):
+  return step.make_train_step(
+    student=MODEL,
+    teachers=(MODEL,) * members,
+    frozen=frozen,
+    loss=losses.make_loss({"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7}),
+    optimizer=sgd(),
+    fetch=fetch,
+    devices=devices,
+    sync_batch_stats=True,
+    gradient_split=split,
+  )
+
+
+def initial(frozen=()):
+  variables = jax.device_get(MODEL.init(jax.random.key(1)))
+  trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
+  state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], sgd().init(trained))
+  return variables, jax.device_get(state)
+
+
+def one_step(loss, teachers, index, devices, frozen=(), split=False):
+  """Returns (variables before, state after, sums, placed teachers) of one step of plain SGD with rate 1."""
+  train_step = make_step(loss, len(teachers), devices, frozen, split)
+  variables, state = initial(frozen)
+  placed = devices_lib.broadcast(tuple(teachers), devices)
+  new_state, _, sums = train_step(
+    devices_lib.replicate(state, devices),
+    placed,
+    ((), ((),) * len(teachers)),
+    devices_lib.broadcast(arrays(), devices),
+    devices_lib.split_rows(np.asarray(index, np.int32), devices),
+    devices_lib.broadcast(jax.random.key_data(jax.random.key(3)), devices),
+  )
+  return variables, devices_lib.first(new_state), devices_lib.first(sums), placed
+
+
+TEACHER = jax.device_get(MODEL.init(jax.random.key(9)))
+OTHER = jax.device_get(MODEL.init(jax.random.key(10)))
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+def expected_update(variables, index, gradient, row_weights):
+  x = arrays()["inputs"][index]
+  return variables["params"]["kernel"] - x.T @ (gradient * row_weights[:, None]) / row_weights.sum()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("loss", ["label", "ban", "cwtm"])
+def test_one_step_is_the_formula_on_any_number_of_devices(loss, count):
+  index = np.arange(16)
+  before, after, sums, _ = one_step(loss, [TEACHER], index, tuple(jax.devices()[:count]))
+  x, y = arrays()["inputs"][index], arrays()["labels"][index]
+  q = softmax(x @ before["params"]["kernel"])
+  p = softmax(x @ TEACHER["params"]["kernel"])
+  one_hot = np.eye(3)[y]
+  row_weights = p.max(-1) if loss == "cwtm" else np.ones(16)
+  gradient = q - (p if loss == "ban" else one_hot)
+  np.testing.assert_allclose(
+    after.params["kernel"], expected_update(before, index, gradient, row_weights), rtol=2e-5, atol=1e-6
+  )
+  values = -np.sum((p if loss == "ban" else one_hot) * np.log(q), axis=-1)
+  np.testing.assert_allclose(sums["loss"], (values * row_weights).sum(), rtol=1e-5)
+  # CWTM's weights are each divided by this, their sum over the whole mini-batch (Eq. 10).
+  np.testing.assert_allclose(sums["weight"], row_weights.sum(), rtol=1e-6)
+  assert sums["count"] == 16
+  assert sums["errors"] == (q.argmax(-1) != y).sum()
+
+
+def test_padding_rows_count_for_nothing():
+  index = np.arange(12)
+  _, plain, plain_sums, _ = one_step("cwtm", [TEACHER], index, tuple(jax.devices()[:1]))
+  _, padded, padded_sums, _ = one_step("cwtm", [TEACHER], [*index, -1, -1, -1, -1], tuple(jax.devices()[:1]))
+  np.testing.assert_allclose(padded.params["kernel"], plain.params["kernel"], rtol=1e-5, atol=1e-6)
+  for name, value in plain_sums.items():
+    np.testing.assert_allclose(padded_sums[name], value, rtol=1e-6)
+
+
+def test_several_teachers_teach_by_their_mean_probabilities():
+  index = np.arange(16)
+  before, after, _, _ = one_step("ban", [TEACHER, OTHER], index, tuple(jax.devices()[:4]))
+  x = arrays()["inputs"][index]
+  p = (softmax(x @ TEACHER["params"]["kernel"]) + softmax(x @ OTHER["params"]["kernel"])) / 2
+  q = softmax(x @ before["params"]["kernel"])
+  np.testing.assert_allclose(
+    after.params["kernel"], expected_update(before, index, q - p, np.ones(16)), rtol=2e-5, atol=1e-6
+  )
+
+
+def test_the_teacher_is_neither_changed_nor_donated_nor_differentiated():
+  before = {path: leaf.tobytes() for path, leaf in TEACHER["params"].items()}
+  _, _, _, (placed,) = one_step("ban", [TEACHER], np.arange(16), tuple(jax.devices()))
+  assert {path: np.asarray(leaf).tobytes() for path, leaf in placed["params"].items()} == before
+  assert float(np.asarray(placed["batch_stats"]["seen"])) == 0  # evaluation mode
+
+  train_step = make_step("ban", 1, tuple(jax.devices()[:1]))
+
+  def reported_loss(teacher):
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], initial()[1])
+    index = jnp.arange(16, dtype=jnp.int32)[None]
+    key = jax.random.key_data(jax.random.key(3))
+    return train_step(state, (teacher,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), index, key)[2]["loss"].sum()
+
+  for leaf in jax.tree.leaves(jax.grad(reported_loss)(jax.tree.map(jnp.asarray, TEACHER))):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+def test_frozen_parameters_keep_their_bytes():
+  before, after, _, _ = one_step("label", [], np.arange(16), tuple(jax.devices()[:4]), frozen=("bias",))
+  assert after.params["bias"].tobytes() == before["params"]["bias"].tobytes()
+  assert (after.params["kernel"] != before["params"]["kernel"]).all()
+  assert not [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.shape == (3,)]  # no momentum either
+
+
+def test_gradient_split_is_logged_over_all_devices():
+  index = np.arange(16)
+  before, _, sums, _ = one_step("ban", [TEACHER], index, tuple(jax.devices()), split=True)
+  x, y = arrays()["inputs"][index], arrays()["labels"][index]
+  p = softmax(x @ TEACHER["params"]["kernel"])
+  difference = softmax(x @ before["params"]["kernel"]) - p
+  correct = difference[np.arange(16), y]
+  np.testing.assert_allclose(sums["correct"], correct.sum(), rtol=1e-4)
+  np.testing.assert_allclose(sums["correct_squared"], (correct**2).sum(), rtol=1e-4)
+  np.testing.assert_allclose(sums["dark_squared"], (difference**2).sum() - (correct**2).sum(), rtol=1e-4)
+  np.testing.assert_allclose(sums["teacher_confidence"], p.max(-1).sum(), rtol=1e-5)
+
+
+def test_steps_are_the_same_object_for_equal_arguments():
+  dataset = data.load(config().data)
+  made = [models.make_model(config().model, dataset.spec) for _ in range(2)]
+  assert made[0] is made[1]
+  devices = tuple(jax.devices()[:2])
+  assert step.make_eval_step((made[0],), dataset.fetch, devices) is step.make_eval_step(
+    (made[1],), data.load(config().data).fetch, devices
+  )

@@ -1,0 +1,240 @@
+"""Generations: what is the same, what differs, what is compiled, what is refused."""
+
+import logging
+
+import flax
+import jax
+import numpy as np
+import pytest
+from conftest import config
+
+import ban_jax
+from ban_jax import checkpoint, data, losses, models
+from ban_jax.errors import CheckpointError, ConfigError
+
+QUIET = {"progress": False}
+
+
+def bytes_of(tree):
+  return {path: leaf.tobytes() for path, leaf in checkpoint.leaves(checkpoint.thaw(tree)).items()}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+  return ban_jax.train_generation(None, config(), **QUIET)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+  return ban_jax.train_generation(teacher, config(), **QUIET)
+
+
+def test_a_generation_is_immutable_variables_with_a_lineage(teacher, student):
+  assert isinstance(teacher.params, flax.core.FrozenDict)
+  assert set(teacher.params) == {"params", "batch_stats", "lineage"}
+  for leaf in jax.tree.leaves(teacher.params):
+    assert isinstance(leaf, np.ndarray)
+    with pytest.raises(ValueError, match="read-only"):
+      leaf[...] = 0
+  assert (teacher.index, student.index) == (0, 1)
+  assert (checkpoint.lineage(teacher.params), checkpoint.lineage(student.params)) == (0, 1)
+  assert [row["epoch"] for row in student.history] == [1, 2]
+  assert student.metrics["test_count"] == 1397
+
+
+def test_the_teacher_is_the_same_bytes_after_a_generation(teacher):
+  before = bytes_of(teacher.params)
+  assert any(path.startswith("batch_stats/") for path in before)
+  ban_jax.train_generation(teacher.params, config(), **QUIET)
+  assert bytes_of(teacher.params) == before
+
+
+def test_the_same_call_gives_the_same_bytes(teacher, student):
+  again = ban_jax.train_generation(teacher.params, config(), **QUIET)  # the tree stands for the Generation
+  assert bytes_of(again.params) == bytes_of(student.params)
+  assert again.metrics == student.metrics
+  other = ban_jax.train_generation(teacher.params, config(seed=1), **QUIET)
+  assert bytes_of(other.params) != bytes_of(student.params)
+
+
+def test_bare_trees_start_each_generation_from_initial_params_of_its_own(monkeypatch):
+  # At this rate nothing moves, so the result is the start.
+  cfg = config(optim__learning_rate=1e-30, optim__weight_decay=0.0, train__epochs=1, train__evaluate_every=0)
+  params, kernels = None, []
+  for _ in range(3):
+    params = ban_jax.train_generation(params, cfg, **QUIET).params
+    kernels.append(params["params"]["stem"]["kernel"])
+  for first, second in ((0, 1), (0, 2), (1, 2)):
+    assert not np.allclose(kernels[first], kernels[second])
+  assert checkpoint.lineage(params) == 2
+  bare = {name: tree for name, tree in params.items() if name != "lineage"}
+  assert ban_jax.train_generation(bare, cfg, **QUIET).index == 1  # a tree that does not say counts as generation 0
+
+
+def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, caplog):
+  traced = []
+
+  def counting(name):
+    original = losses.LOSSES[name]
+
+    def counted(logits, labels, teacher_logits, *, key, positions):
+      traced.append(name)
+      return original(logits, labels, teacher_logits, key=key, positions=positions, **OPTIONS[name])
+
+    return counted
+
+  OPTIONS = {"label": {}, "ban": {"temperature": 1.0}}
+  for name in OPTIONS:
+    monkeypatch.setitem(losses.LOSSES, name, counting(name))
+  cfg = config(train__evaluate_every=0)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    params = ban_jax.train_generation(None, cfg, **QUIET).params
+    for _ in range(3):
+      params = ban_jax.train_generation(params, cfg, **QUIET).params
+    params = jax.tree.map(np.array, flax.core.unfreeze(params))  # a plain dict is as good as a FrozenDict
+    ban_jax.train_generation(params, config(train__evaluate_every=0, seed=5), **QUIET)
+  assert traced == ["label", "ban"]
+  compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(_fun)")]  # by pmap
+  assert len(compiled) <= 3  # two training programs and at the most one evaluation
+
+
+@pytest.mark.parametrize("loss", ["label", "ban", "cwtm", "dkpp"])
+def test_one_device_and_four_agree(loss, teacher):
+  # Dropout, crops and synchronised batch norm are on; 3 steps keep reordered sums from growing apart.
+  cfg = config(model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
+  parent = None if loss == "label" else teacher
+  one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
+  start = ban_jax.train_generation(
+    parent,
+    config(model__dropout=0.3, train__epochs=1, optim__learning_rate=1e-30, optim__weight_decay=0.0),
+    devices=jax.devices()[:1],
+    **QUIET,
+  ).params
+  for path, leaf in checkpoint.leaves(checkpoint.thaw(one)).items():
+    np.testing.assert_allclose(checkpoint.leaves(four)[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
+  moved = np.abs(one["params"]["stem"]["kernel"] - start["params"]["stem"]["kernel"]).max()
+  assert moved > 0.02  # a hundred times the tolerance
+
+
+def test_unsynchronised_batch_statistics_are_averaged_over_devices():
+  four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
+  sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
+  mean = "batch_stats/stage1_unit1/norm1/mean"  # of the stem's output: a mean of device means is the batch's mean
+  a, b = (checkpoint.leaves(g.params)[mean] for g in (four, sync))
+  np.testing.assert_allclose(a, b, atol=0.05)
+  assert bytes_of(four.params) != bytes_of(sync.params)
+
+
+def test_several_generations_teach_together(teacher, student):
+  taught = ban_jax.train_generation([teacher, student.params], config(train__epochs=1), **QUIET)
+  assert taught.index == 2
+  assert bytes_of(taught.params) != bytes_of(ban_jax.train_generation(student, config(train__epochs=1), **QUIET).params)
+
+
+def test_gradient_split_is_in_the_history_of_students_alone(teacher):
+  cfg = config(train__gradient_split=True, train__epochs=1)
+  row = ban_jax.train_generation(teacher, cfg, **QUIET).history[0]
+  assert 0 < row["dark_share"] < 1
+  assert 0.1 < row["teacher_confidence"] <= 1
+  assert -1 < row["correct_gradient"] < 1
+  assert 0 < row["teacher_entropy"] < np.log(10)
+  assert "dark_share" not in ban_jax.train_generation(None, cfg, **QUIET).history[0]
+
+
+def test_another_network_can_teach(tmp_path):
+  cfg = config("digits,wrn_10_1,smoke,teacher=wrn_16_1", train__epochs=1)
+  generations = ban_jax.run(cfg.copy_and_resolve_references(), tmp_path / "run", **QUIET)
+  units = [{name for name in g.params["params"] if "unit" in name} for g in generations]
+  assert len(units[0]) == 6
+  assert len(units[1]) == 3
+  both = ban_jax.evaluate(generations, cfg)  # an ensemble of both kinds
+  assert both["count"] == 1397
+  again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # taught by a student of the students' network
+  assert again.index == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"data__name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
+    ({"model__name": "resnet"}, "unknown model 'resnet'; choose one of: .*wide_resnet"),
+    ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, label"),
+    ({"model__depth": 12}, r"model.depth=12: a Wide-ResNet has depth 6n \+ 4"),
+    ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
+    ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),
+    ({"optim__schedule": "linear"}, "unknown optim.schedule 'linear'; choose one of: cosine, steps"),
+    ({"optim__boundaries": (0.5, 0.3)}, "optim.boundaries must be rising shares"),
+    ({"optim__learning_rate": 0.0}, "optim.learning_rate must be above 0"),
+    ({"optim__momentum": 1.0}, "optim.momentum must be at least 0 and below 1"),
+    ({"train__epochs": 0}, "train.epochs must be at least 1, not 0"),
+    ({"train__batch_size": 18}, "train.batch_size=18 cannot be shared equally by 4 devices; use 1, 2, 3 devices"),
+    ({"train__batch_size": 200}, "200.*100"),
+  ],
+)
+def test_wrong_configurations_are_answered_before_any_work(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    ban_jax.train_generation(None, config(**changes), **QUIET)
+
+
+def test_trees_that_do_not_fit_are_named(teacher):
+  with pytest.raises(CheckpointError, match="teacher must be a variables tree with 'params'.*not a mapping with stem"):
+    ban_jax.train_generation({"stem": 1}, config(), **QUIET)
+  wide = config(model__width=2)
+  expected = r"teacher does not fit model wide_resnet_10_2 with 10 classes: at batch_stats/norm/mean the model has "
+  with pytest.raises(CheckpointError, match=expected + r"float32\[128\], the tree float32\[64\]"):
+    ban_jax.train_generation(teacher, wide, **QUIET)
+  with pytest.raises(CheckpointError, match=r"member 2 does not fit model wide_resnet_10_1.*the tree nothing"):
+    ban_jax.evaluate([teacher, {"params": {}}], config())
+  with pytest.raises(ConfigError, match="an empty sequence cannot teach"):
+    ban_jax.train_generation([], config(), **QUIET)
+  spec = data.load(config().data).spec._replace(num_classes=7)
+  other = models.make_model(config().model, spec).init(jax.random.key(0))
+  with pytest.raises(CheckpointError, match=r"with 10 classes: at params/classifier/bias .*\[10\], the tree .*\[7\]"):
+    ban_jax.train_generation(jax.device_get(other), config(), **QUIET)
+
+
+def test_a_network_with_bad_numbers_does_not_teach(teacher):
+  broken = jax.tree.map(np.array, flax.core.unfreeze(teacher.params))
+  broken["params"]["stem"]["kernel"][0, 0, 0, 0] = np.nan
+  with pytest.raises(CheckpointError, match="not finite"):
+    ban_jax.train_generation(broken, config(), **QUIET)
+
+
+MATCHED = "digits,small_wide_match_1_1,smoke,teacher=densenet_16_8"
+
+
+@pytest.fixture(scope="module")
+def dense_teacher():
+  return ban_jax.train_generation(None, config(MATCHED, train__epochs=1), **QUIET)
+
+
+@pytest.mark.parametrize("loss", ["ban", "label"])  # a student, and its baseline from the labels
+def test_layers_copied_from_the_teacher_keep_their_bytes_and_all_others_change(loss, dense_teacher):
+  cfg = config(MATCHED, loss__name=loss, train__epochs=1)
+  student = ban_jax.train_generation(dense_teacher, cfg, **QUIET).params
+  still = config(MATCHED, loss__name=loss, train__epochs=1, optim__learning_rate=1e-30, optim__weight_decay=0.0)
+  start = checkpoint.leaves(ban_jax.train_generation(dense_teacher, still, **QUIET).params)
+  teacher = checkpoint.leaves(dense_teacher.params)
+  for path, leaf in checkpoint.leaves({"params": student["params"]}).items():
+    if path.split("/")[1] in ("stem", "classifier"):
+      assert leaf.tobytes() == teacher[path].tobytes(), path
+    else:
+      assert (leaf != start[path]).any(), path
+
+
+def test_a_matched_network_without_a_teacher_trains_all_its_layers():
+  cfg = config("digits,small_wide_match_1_1,smoke", train__epochs=1)
+  still = config("digits,small_wide_match_1_1,smoke", train__epochs=1, optim__learning_rate=1e-30)
+  kernels = [ban_jax.train_generation(None, c, **QUIET).params["params"]["stem"]["kernel"] for c in (cfg, still)]
+  assert (kernels[0] != kernels[1]).any()
+
+
+def test_layers_that_cannot_be_copied_are_refused(dense_teacher):
+  cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_22_12", train__epochs=1)
+  teacher = ban_jax.train_generation(None, cfg, **QUIET)
+  with pytest.raises(
+    ConfigError, match=r"copies stem and classifier .* at stem/kernel the student has \[3, 3, 1, 16\]"
+  ):
+    ban_jax.train_generation(teacher, cfg, **QUIET)
+  with pytest.raises(ConfigError, match="copies stem and classifier from one teacher; 2 were given"):
+    ban_jax.train_generation([dense_teacher] * 2, config(MATCHED), **QUIET)
