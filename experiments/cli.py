@@ -9,9 +9,10 @@ from collections.abc import Callable
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax.errors import BanError, ConfigError
+from ban_jax.errors import BanError, ConfigError, choices
 
 DEVICES = flags.DEFINE_integer(
   "devices", 0, "How many devices to run on; 0 takes all accelerators, or on CPU one device a core (2, 4 or 8 at most)."
@@ -75,8 +76,14 @@ def run(main: Callable[[], None]) -> None:
   def parse(arguments: list[str]) -> list[str]:
     try:
       rest = flags.FLAGS(arguments)
-    except (BanError, flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-      _fail(_message(error))
+      if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
+        raise ConfigError(_missing_config(arguments))
+    except (KeyError, AttributeError) as error:  # of a configuration key that there is not
+      _fail(_unknown_key(arguments) or str(error))
+    except OSError:
+      _fail(_missing_config(arguments))
+    except (BanError, flags.Error, TypeError, ValueError) as error:
+      _fail(_cause(error))
     if len(rest) > 1:
       _fail(f"unexpected arguments: {' '.join(rest[1:])}; options begin with --")
     return rest
@@ -95,10 +102,39 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
-def _message(error: Exception) -> str:
-  """Returns a flag's or configuration key's error in one line; KeyError's own form quotes and escapes it."""
-  text = error.args[0] if isinstance(error, (KeyError, AttributeError)) and error.args else error
-  return str(text)
+def _cause(error: BaseException) -> str:
+  """Returns our own message where there is one behind the flag library's, which prints a traceback around it."""
+  message, link = str(error), error
+  while link is not None:
+    message = str(link) if isinstance(link, BanError) else message
+    link = link.__context__
+  return message
+
+
+def _config_argument(arguments: list[str]) -> str:
+  given = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+  return given[-1] if given else ""
+
+
+def _missing_config(arguments: list[str]) -> str:
+  """Returns what is wrong with a configuration file that could not be loaded."""
+  path = _config_argument(arguments).partition(":")[0]
+  return f"--config={path}: there is no such file" if not os.path.exists(path) else f"--config={path} cannot be read"
+
+
+def _unknown_key(arguments: list[str]) -> str | None:
+  """Returns which `--config.group.key` names nothing, and what could stand there."""
+  config = flags.FLAGS["config"].parser.parse(_config_argument(arguments)) if "config" in flags.FLAGS else None
+  for argument in arguments:
+    if argument.startswith("--config.") and isinstance(config, ConfigDict):
+      group, path = config, []
+      for name in argument.partition("=")[0].removeprefix("--config.").split("."):
+        if not isinstance(group, ConfigDict) or name not in group:
+          known = choices(group) if isinstance(group, ConfigDict) else "none, it is a value"
+          where = f"under {'.'.join(path)}" if path else "there"
+          return f"unknown configuration key {'.'.join([*path, name])!r}; {where} are: {known}"
+        group, path = group[name], [*path, name]
+  return None
 
 
 def _fail(message: str) -> None:

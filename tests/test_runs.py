@@ -136,14 +136,19 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
       ["--config.seed=1", "--config.optim.momentum=0.8"],
       "optim.momentum: 0.9 there, 0.8 here; seed: 0 there, 1",
     ),
-    (["--config.train.epoch=1"], '"epoch" does not exist'),
+    (
+      ["--config.train.epoch=1"],
+      "unknown configuration key 'train.epoch'; under train are: batch_size, checkpoint_every",
+    ),
+    (["--config.sead=1"], "unknown configuration key 'sead'; there are: compute_dtype, data, evaluate, generations"),
+    (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
     (["--config.train.epochs=ten"], "ten"),
     (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
     (["--devices=-1"], "--devices must be at least 0, not -1"),
     (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
     (["surplus"], "unexpected arguments: surplus"),
     ([f"--config={ROOT}/configs/digits.py:digits,wrn_11_1,smoke"], "unknown network 'wrn_11_1'; choose one of: "),
-    ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
+    ([f"--config={ROOT}/configs/nothing.py"], "configs/nothing.py: there is no such file"),
   ],
 )
 def test_mistakes_end_with_one_line_and_status_2(finished, flags, message):

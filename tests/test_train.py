@@ -104,16 +104,14 @@ def test_one_device_and_four_agree(loss, teacher):
   cfg = config(model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
   parent = None if loss == "label" else teacher
   one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
-  start = ban_jax.train_generation(
-    parent,
-    config(model__dropout=0.3, train__epochs=1, optim__learning_rate=1e-30, optim__weight_decay=0.0),
-    devices=jax.devices()[:1],
-    **QUIET,
-  ).params
-  for path, leaf in checkpoint.leaves(checkpoint.thaw(one)).items():
-    np.testing.assert_allclose(checkpoint.leaves(four)[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
-  moved = np.abs(one["params"]["stem"]["kernel"] - start["params"]["stem"]["kernel"]).max()
-  assert moved > 0.02  # a hundred times the tolerance
+  # At this rate nothing moves, so the result is the start.
+  still = cfg.copy_and_resolve_references()
+  still.optim.update(learning_rate=1e-30, weight_decay=0.0)
+  start = ban_jax.train_generation(parent, still, devices=jax.devices()[:1], **QUIET).params
+  one, four, start = (checkpoint.leaves(checkpoint.thaw(tree)) for tree in (one, four, start))
+  for path in one:
+    moved = np.linalg.norm(one[path] - start[path])
+    assert np.linalg.norm(four[path] - one[path]) < 2e-3 * moved + 1e-6, path
 
 
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
