@@ -11,6 +11,7 @@ with before anything is computed from it.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -227,17 +228,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
 def _write_records(directory: epath.Path, generation: Generation, manifest: Mapping[str, Any]) -> None:
   report.write_json(directory / "metrics.json", dict(generation.metrics))
   report.write_lines(directory / "history.jsonl", list(generation.history))
-  packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-  report.write_json(
-    directory / "manifest.json",
-    {
-      **manifest,
-      "digest": digest(generation.params),
-      "ban_jax": __version__,
-      "git_commit": _commit(),
-      "packages": packages,
-    },
-  )
+  report.write_json(directory / "manifest.json", {**manifest, "digest": digest(generation.params)})
 
 
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
@@ -269,6 +260,13 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   return Generation(
     index, freeze({k: v for k, v in variables.items() if k != "lineage"}, index), metrics, history
   ), manifest
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+  """Returns which software this process runs, for the manifest: as it was at the first call, before a long training."""
+  packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {"ban_jax": __version__, "git_commit": _commit(), "packages": packages}
 
 
 def _commit() -> str | None:

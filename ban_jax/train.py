@@ -61,7 +61,7 @@ class _Job(NamedTuple):
     return self.steps_per_epoch * self.cfg.train.epochs
 
   @property
-  def seed(self) -> jax.Array:
+  def key(self) -> jax.Array:
     """The generation's key."""
     return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
 
@@ -217,25 +217,18 @@ def _lineage(job: _Job) -> dict[str, Any]:
 
 
 def _check_lineage(own: dict[str, Any], recorded: dict[str, Any], directory: epath.Path) -> None:
-  """Raises a CheckpointError where a generation on disk has another origin; warns where only the layout differs."""
+  """Raises a CheckpointError where a generation on disk has another origin."""
   differing = [key for key in own if key != "layout" and own[key] != recorded.get(key)]
   if differing:
     detail = "; ".join(f"{key}: {recorded.get(key)} there, {own[key]} here" for key in differing)
     raise CheckpointError(
       f"{directory} holds a generation of another origin ({detail}); give another workdir, or remove it"
     )
-  if own["layout"] != recorded["layout"]:
-    logger.warning(
-      "%s was trained on %s and goes on on %s: the result is as good, but its bytes may differ",
-      directory,
-      recorded["layout"],
-      own["layout"],
-    )
 
 
 def _initial(job: _Job) -> tuple[TrainState, Any]:
   """Returns a generation's (state, carry) before its first step, as NumPy arrays on the host, rows in global order."""
-  variables = job.student.init(jax.random.fold_in(job.seed, INIT))
+  variables = job.student.init(jax.random.fold_in(job.key, INIT))
   params = variables["params"] | {name: checkpoint.thaw(job.parents[0])["params"][name] for name in job.frozen}
   trained = {name: tree for name, tree in params.items() if name not in job.frozen}
   state = TrainState(np.int32(0), params, variables.get("batch_stats", {}), job.optimizer.init(trained))
@@ -248,6 +241,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
   """Trains a generation from its newest checkpoint, or its beginning, to its end."""
   cfg, devices = job.cfg, job.devices
   lineage = _lineage(job)
+  provenance = checkpoint.provenance()
   state, carry = _initial(job)
   history: list[dict[str, float]] = []
   sums = collections.Counter()  # of the epoch so far
@@ -257,6 +251,13 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
     if restored:
       tree, meta = restored
       _check_lineage(lineage, meta["lineage"], directory)
+      if lineage["layout"] != meta["lineage"]["layout"]:
+        logger.warning(
+          "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
+          directory,
+          meta["lineage"]["layout"],
+          lineage["layout"],
+        )
       state, carry = tree["state"], tree["carry"]
       history, sums = meta["history"], collections.Counter(meta["sums"])
     start = int(state.step)
@@ -276,7 +277,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
     carry = devices_lib.split_rows(carry, devices)
     teacher_variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, job.parents[: len(job.teachers)])), devices)
     arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
-    key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.seed, STEPS)), devices)
+    key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), devices)
     in_flight = collections.deque()
 
     def read(limit: int) -> None:
@@ -292,7 +293,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
       for done in range(start + 1, job.total_steps + 1):
         epoch, within = divmod(done - 1, job.steps_per_epoch)
         if within == 0 or done == start + 1:
-          order_key = jax.random.fold_in(jax.random.fold_in(job.seed, ORDER), epoch)
+          order_key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
           order = job.dataset.train_order(order_key, cfg.train.batch_size)
         index = devices_lib.split_rows(order[within], devices)
         state, carry, step_sums = step(state, teacher_variables, carry, arrays, index, key_data)
@@ -315,12 +316,11 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
           tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry)}
           checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
 
-  state = devices_lib.first(state)
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
   last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "seconds")}
   generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
   if directory is not None:
-    checkpoint.finish(directory, generation, lineage)
+    checkpoint.finish(directory, generation, lineage | provenance)
   return generation
 
 
@@ -339,8 +339,8 @@ def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: fl
 
 def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:
   """Returns the metrics, by split, of a network in training."""
-  state = devices_lib.first(state)
-  variables = devices_lib.broadcast(({"params": state.params, "batch_stats": state.batch_stats},), job.devices)
+  variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
+  variables = devices_lib.broadcast((variables,), job.devices)
   splits = [split for split in ("validation", "test") if split in job.dataset.splits]
   return {
     f"{split}_{name}": value

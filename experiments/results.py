@@ -93,10 +93,13 @@ def plot(per_seed: Sequence[Results], title: str, path: epath.Path) -> None:
     means, errors = zip(*stats, strict=True) if stats else ((), ())
     axes.errorbar(places, means, errors, fmt="o-" if group is single else "s", color=color, capsize=4, zorder=3)
     for place, mean in zip(places, means, strict=True):
-      axes.annotate(f"{mean:.2f}", (place, mean), (9, 5), textcoords="offset points", color=color)
+      box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+      axes.annotate(
+        f"{mean:.2f}", (place, mean), (12, 0), textcoords="offset points", color=color, va="center", bbox=box
+      )
   axes.set_xticks([names.index(name) + (name not in single) * 0.5 for name in names], names)
-  axes.set_xlim(-0.4, len(names) - 0.1 + 0.5 * (len(single) < len(names)))
-  axes.set_ylabel("test error, %")
+  axes.margins(x=0.12)
+  axes.set_ylabel("test error, % (mean, standard error, seeds)")
   axes.set_title(title)
   axes.grid(axis="y", alpha=0.3)
   for side in ("top", "right"):

@@ -198,3 +198,22 @@ def test_digests_tell_trees_apart():
     {"a": {"d": np.arange(4.0)}, "c": tree["c"]},
   ):
     assert checkpoint.digest(tree) != checkpoint.digest(other)
+
+
+def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, caplog):
+  cfg = config(train__evaluate_every=0)
+  whole = ban_jax.train_generation(None, cfg, devices=jax.devices()[:4], **QUIET)
+  directory = checkpoint.open_workdir(tmp_path, cfg) / "gen_0"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:4], **QUIET)
+  assert [int(path.name) for path in (directory / "steps").glob("[0-9]*")]
+  resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:2], **QUIET)
+  assert any("its bytes may differ" in record.getMessage() for record in caplog.records)
+  for path, leaf in checkpoint.leaves(whole.params).items():
+    np.testing.assert_allclose(checkpoint.leaves(resumed.params)[path], leaf, rtol=0.01, atol=1e-3, err_msg=path)
+
+
+def interrupted(*_):
+  raise KeyboardInterrupt
