@@ -63,5 +63,6 @@ def test_unknown_words_list_the_choices(words, message):
 
 def test_every_data_key_is_one_that_data_sets_take():
   data.load(digits.get_config().data)
-  with pytest.raises(KeyError):
-    digits.get_config().data.padding = 1
+  cfg = digits.get_config()
+  with pytest.raises(AttributeError, match="padding"):
+    cfg.data.padding = 1
