@@ -105,3 +105,10 @@ def test_other_splits():
     ban_jax.evaluate([], CFG)
   with pytest.raises(ConfigError, match="a Generation or a sequence of them, not int"):
     ban_jax.evaluate([3], CFG)
+
+
+def test_confidences_in_neighbouring_bins_do_not_cancel():
+  p = np.full((2, 30), 1 / 30)  # right at a confidence of 1/30, in the lowest bin,
+  p[1] = [0.1] + [0.9 / 29] * 29  # and wrong at 0.1, in the next
+  sums = step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1]), jnp.ones(2, bool)))
+  np.testing.assert_allclose(summarise(jax.device_get(sums))["ece"], ((1 - 1 / 30) + 0.1) / 2, rtol=1e-6)
