@@ -125,7 +125,7 @@ def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> 
   """Returns `make_eval_step`'s sums over one device's batch."""
   labels = batch.labels[..., None]
   probabilities = jnp.exp(log_probabilities)
-  correct = (jnp.argmax(log_probabilities, -1) == batch.labels) & batch.mask
+  correct = jnp.argmax(log_probabilities, -1) == batch.labels
   confidence = probabilities.max(axis=-1)
   # (p - one_hot)^2 summed over classes, without the one-hot.
   brier = (probabilities**2).sum(-1) - 2 * jnp.take_along_axis(probabilities, labels, -1)[..., 0] + 1

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import config_flags
 
 import ban_jax
+from ban_jax.devices import is_primary
 from ban_jax.losses import LOSSES
 from experiments import cli, results
 
@@ -29,13 +30,10 @@ def main() -> None:
     student_cfg.loss.name = name
     student = ban_jax.train_generation(teacher, student_cfg, workdir=workdir / name, **options)
     rows[name] = ban_jax.evaluate(student, student_cfg, devices=devices)
-  title = (
-    f"{cfg.data.name}, {cfg.data.train_examples or 'all'} training examples, {cfg.model.name}, "
-    f"{cfg.train.epochs} epochs, scale {cfg.scale}, seed {cfg.seed}; test split, last epoch"
-  )
-  text = f"{title}\n\n{results.table([rows])}\n"
-  (workdir / "losses.md").write_text(text)
-  print(f"{text}\ntable: {workdir / 'losses.md'}")
+  text = f"{results.describe(cfg)}\n\n{results.table([rows])}\n"
+  if is_primary():
+    (workdir / "losses.md").write_text(text)
+    print(f"{text}\ntable: {workdir / 'losses.md'}")
 
 
 if __name__ == "__main__":

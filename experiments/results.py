@@ -52,6 +52,16 @@ def evaluate_run(
   return results, not fresh
 
 
+def describe(cfg: ConfigDict) -> str:
+  """Returns what was trained on what, for how long: the line above a table."""
+  options = ", ".join(f"{name}={value}" for name, value in cfg.model.items() if name != "name")
+  examples = f"{cfg.data.train_examples or 'all'} training examples"
+  return (
+    f"{cfg.data.name}, {examples}, {cfg.model.name}({options}), {cfg.train.epochs} epochs, scale {cfg.scale}, "
+    f"seed {cfg.seed}; test split, last epoch"
+  )
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
   """Returns the mean over seeds and its standard error; a single seed has none (not a number)."""
   error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")

@@ -6,6 +6,7 @@ python experiments/train.py --config=configs/cifar.py:cifar100,wrn_28_1,paper --
 from absl import flags
 from ml_collections import config_flags
 
+from ban_jax.devices import is_primary
 from experiments import cli, results
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -19,10 +20,10 @@ def main() -> None:
   """Trains what is missing and prints a table of all generations and ensembles."""
   cfg, devices = CONFIG.value, cli.start_jax()
   rows, finished = results.evaluate_run(cfg, WORKDIR.value, devices=devices, progress=cli.PROGRESS.value)
-  if finished:
-    print("everything was finished already")
-  print(f"{cfg.data.name}, {cfg.model.name}, scale {cfg.scale}, seed {cfg.seed}; test split, last epoch")
-  print(f"\n{results.table([rows])}\n\nresults: {WORKDIR.value}")
+  if is_primary():
+    if finished:
+      print("everything was finished already")
+    print(f"{results.describe(cfg)}\n\n{results.table([rows])}\n\nresults: {WORKDIR.value}")
 
 
 if __name__ == "__main__":

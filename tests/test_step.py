@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from ban_jax import data, losses, models, optim, step
 from ban_jax import devices as devices_lib
@@ -120,6 +123,16 @@ def test_one_step_is_the_formula_on_any_number_of_devices(loss, count):
   np.testing.assert_allclose(sums["weight"], row_weights.sum(), rtol=1e-6)
   assert sums["count"] == 16
   assert sums["errors"] == (q.argmax(-1) != y).sum()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@settings(max_examples=15, deadline=None)
+@given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-3, 3, width=32, allow_subnormal=False)))
+def test_cwtm_weights_sum_to_one_over_the_global_batch(count, kernel):
+  teacher = {"params": {"kernel": kernel, "bias": np.zeros(3, np.float32)}, "batch_stats": TEACHER["batch_stats"]}
+  _, _, sums, _ = one_step("cwtm", [teacher], np.arange(16), tuple(jax.devices()[:count]))
+  confidences = softmax(arrays()["inputs"][:16] @ kernel).max(-1)
+  np.testing.assert_allclose((confidences / sums["weight"]).sum(), 1, rtol=1e-5)  # Eq. 10
 
 
 def test_padding_rows_count_for_nothing():
