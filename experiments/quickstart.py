@@ -37,13 +37,13 @@ def main() -> None:
     per_seed.append(rows)
     finished &= there
   words = f"{cfg.data.train_examples} training digits, {cfg.model.name} {cfg.model.depth}-{cfg.model.width}"
-  title = f"{words}, scale {cfg.scale}, {SEEDS.value} seeds"
+  title = f"{words}, scale {cfg.scale}, {SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
   table = results.table(per_seed)
   (workdir / "table.md").write_text(f"{title}; mean and standard error; test split, last epoch\n\n{table}\n")
   plot = workdir / "error_by_generation.png"
   results.plot(per_seed, title, plot)
   print("everything was finished already" if finished else f"finished in {time.monotonic() - start:.0f} s")
-  print(f"\n{title}; mean ± standard error over seeds\n\n{table}\n")
+  print(f"\n{title}; mean and standard error; test split, last epoch\n\n{table}\n")
   print(f"table: {workdir / 'table.md'}\nplot:  {plot}")
 
 
