@@ -73,11 +73,7 @@ def _prepare(
   devices: Sequence[jax.Device] | None,
 ) -> _Job:
   """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
-  for key, least in LEAST.items():
-    group, _, name = key.rpartition(".")
-    value = (cfg[group] if group else cfg)[name]
-    if value < least:
-      raise ConfigError(f"{key} must be at least {least}, not {value}")
+  _check_counts(cfg)
   for group in (cfg.model, cfg.teacher.model):
     if group is not None:
       check_options(group)
@@ -125,6 +121,17 @@ def _prepare(
     generation=generation,
     steps_per_epoch=steps_per_epoch,
   )
+
+
+def _check_counts(cfg: ConfigDict) -> None:
+  """Raises a ConfigError where one of the configuration's whole numbers is out of range."""
+  for key, least in LEAST.items():
+    group, _, name = key.rpartition(".")
+    value = (cfg[group] if group else cfg)[name]
+    if value < least:
+      raise ConfigError(f"{key} must be at least {least}, not {value}")
+  if cfg.seed >= 2**32:
+    raise ConfigError(f"seed must be below 2**32, not {cfg.seed}")
 
 
 def _check_inherits(student: Model, parents: tuple[Variables, ...]) -> None:
@@ -191,6 +198,7 @@ def run(
   Goes on where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
   what `train_generation` raises.
   """
+  _check_counts(cfg)
   generations = []
   for index in range(cfg.generations + 1):
     teacher = generations[-1] if generations else None

@@ -143,6 +143,8 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--config.sead=1"], "unknown configuration key 'sead'; there are: compute_dtype, data, evaluate, generations"),
     (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
     (["--config.train.epochs=ten"], "ten"),
+    (["--config.generations=-1"], "generations must be at least 0, not -1"),
+    (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
     (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
     (["--devices=-1"], "--devices must be at least 0, not -1"),
     (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
