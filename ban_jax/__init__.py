@@ -1,6 +1,6 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
-from ban_jax.errors import BanError, CheckpointError, ConfigError, DataError
+from ban_jax.errors import BanError, CheckpointError, ConfigError, DataError, TrainingError
 from ban_jax.evaluate import evaluate
 from ban_jax.train import run, train_generation
 from ban_jax.types import Generation
@@ -12,6 +12,7 @@ __all__ = [
   "ConfigError",
   "DataError",
   "Generation",
+  "TrainingError",
   "__version__",
   "evaluate",
   "run",

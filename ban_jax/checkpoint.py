@@ -28,7 +28,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from ban_jax import devices, report
-from ban_jax.errors import CheckpointError
+from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation, Model, Variables
 from ban_jax.version import __version__
 
@@ -125,15 +125,21 @@ def config_digest(cfg: ConfigDict) -> str:
   return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
+  """Returns a run directory's full path, "~" resolved; raises a ConfigError for an empty one."""
+  if not str(workdir):
+    raise ConfigError("the workdir is empty; name the directory that the run is to be kept in")
+  workdir = epath.Path(workdir).expanduser()
+  return workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
+
+
 def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> epath.Path:
   """Creates a run directory, or opens one of the same configuration, and records the configuration in it.
 
   Raises a CheckpointError that names the differing keys where the directory holds another run, and one that says why
   where it cannot be written.
   """
-  workdir = epath.Path(workdir).expanduser()
-  if "://" not in str(workdir):  # Orbax takes absolute paths only
-    workdir = workdir.absolute()
+  workdir = resolve_workdir(workdir)
   record = workdir / "config.json"
   if record.exists():
     try:
@@ -200,11 +206,15 @@ def restore_step(manager: Any, target: PyTree) -> tuple[PyTree, dict[str, Any]] 
   if step is None:
     return None
   args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-  restored = manager.restore(step, args=args)
+  remedy = f"remove {manager.directory}/{step} to go on from the checkpoint before it, or from the beginning"
+  try:
+    restored = manager.restore(step, args=args)
+  except Exception as error:  # Orbax raises nearly anything for a broken file
+    raise CheckpointError(f"checkpoint {step} in {manager.directory} is damaged ({error}); {remedy}") from error
   tree = jax.tree.map(np.asarray, restored.state)
   if digest(tree) != restored.meta["digest"]:
     raise CheckpointError(
-      f"checkpoint {step} in {manager.directory} is damaged: its digest is not the one it was saved with"
+      f"checkpoint {step} in {manager.directory} is damaged: its digest is not the one it was saved with; {remedy}"
     )
   return tree, restored.meta
 

@@ -22,6 +22,10 @@ class CheckpointError(BanError, RuntimeError):
   """A run directory or parameter tree that does not belong to what was asked of it."""
 
 
+class TrainingError(BanError, RuntimeError):
+  """A training that came to numbers that are not finite."""
+
+
 def choices(names: Iterable[object]) -> str:
   """Returns the names as a sorted, comma-separated list for an error message."""
   return ", ".join(sorted(str(name) for name in names))

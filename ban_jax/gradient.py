@@ -1,4 +1,7 @@
-"""The distillation gradient under the light: its correct-class and its dark-knowledge term (Eq. 7-9)."""
+"""The distillation gradient under the light: its correct-class and its dark-knowledge term (Eq. 7-9).
+
+It is the plain BAN gradient between a student and its teacher, whatever loss trains the student.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple

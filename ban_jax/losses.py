@@ -6,6 +6,7 @@ all devices. So the batch-wide weights of CWTM are right on any number of device
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -118,11 +119,13 @@ def make_loss(loss: Mapping[str, Any]) -> Loss:
   """
   options = dict(loss.items())
   function = look_up(LOSSES, options.pop("name"), "loss")
-  if not options["temperature"] > 0:
-    raise ConfigError(f"loss.temperature must be above 0, not {options['temperature']}")
+  if not 0 < options["temperature"] < math.inf:
+    raise ConfigError(f"loss.temperature must be above 0 and finite, not {options['temperature']}")
   for name in ("label_weight", "teacher_weight"):
-    if not options[name] >= 0:
-      raise ConfigError(f"loss.{name} must be at least 0, not {options[name]}")
+    if not 0 <= options[name] < math.inf:
+      raise ConfigError(f"loss.{name} must be at least 0 and finite, not {options[name]}")
+  if not options["label_weight"] + options["teacher_weight"] > 0:
+    raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
   accepted = inspect.signature(function).parameters
   return _make(function, tuple((name, value) for name, value in sorted(options.items()) if name in accepted))
 

@@ -1,6 +1,9 @@
 """Learning-rate schedules and optimizers from the `optim` group of a configuration."""
 
+import collections
 import functools
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +14,10 @@ from ban_jax.errors import ConfigError, look_up
 
 def steps(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
   """Returns `peak`, multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
-  return optax.piecewise_constant_schedule(peak, {round(share * total): factor for share in boundaries})
+  scales = collections.defaultdict(lambda: 1.0)
+  for share in boundaries:
+    scales[round(share * total)] *= factor  # in a very short run two of them are one step
+  return optax.piecewise_constant_schedule(peak, dict(scales))
 
 
 def cosine(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
@@ -26,11 +32,13 @@ def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
   """Returns the learning rate as a function of the step, for a run of `total` steps; may raise a ConfigError."""
   schedule = look_up(SCHEDULES, optim["schedule"], "optim.schedule")
   boundaries = tuple(optim["boundaries"])
-  if any(not 0 < share < 1 for share in boundaries) or list(boundaries) != sorted(set(boundaries)):
+  if not all(isinstance(share, numbers.Real) and 0 < share < 1 for share in boundaries) or list(boundaries) != sorted(
+    set(boundaries)
+  ):
     raise ConfigError(f"optim.boundaries must be rising shares of the run between 0 and 1, not {boundaries}")
   for name in ("learning_rate", "factor"):
-    if not optim[name] > 0:
-      raise ConfigError(f"optim.{name} must be above 0, not {optim[name]}")
+    if not 0 < optim[name] < math.inf:
+      raise ConfigError(f"optim.{name} must be above 0 and finite, not {optim[name]}")
   return schedule(optim["learning_rate"], total, boundaries, optim["factor"])
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import checkpoint, data, gradient, losses, optim, report
 from ban_jax import devices as devices_lib
-from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.errors import CheckpointError, ConfigError, TrainingError
 from ban_jax.evaluate import Member, evaluate_placed, fit_models, make_models, members_of
 from ban_jax.losses import Loss
 from ban_jax.models import check_options
@@ -89,7 +89,7 @@ def _prepare(
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
   fitting = fit_models(parents, models, "teacher")
   for number, tree in enumerate(parents):
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.thaw(tree))):
+    if not _is_finite(checkpoint.thaw(tree)):
       raise CheckpointError(f"teacher {number + 1} has parameters that are not finite; it cannot teach")
   if generation is None:
     generation = 1 + max(map(checkpoint.lineage, parents)) if parents else 0
@@ -132,6 +132,10 @@ def _check_counts(cfg: ConfigDict) -> None:
       raise ConfigError(f"{key} must be at least {least}, not {value}")
   if cfg.seed >= 2**32:
     raise ConfigError(f"seed must be below 2**32, not {cfg.seed}")
+
+
+def _is_finite(variables: Variables) -> bool:
+  return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
 def _check_inherits(student: Model, parents: tuple[Variables, ...]) -> None:
@@ -315,6 +319,11 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
           sums.clear()
           if done == job.total_steps or cfg.train.evaluate_every and (epoch + 1) % cfg.train.evaluate_every == 0:
             row |= _evaluate(job, state)
+          if not np.isfinite(row["train_loss"]):
+            raise TrainingError(
+              f"generation {job.generation} diverged: the training loss of epoch {epoch + 1} (up to step {done}) is "
+              f"{row['train_loss']}; a lower optim.learning_rate or optim.clip_norm may help"
+            )
           history.append(row)
           write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
           bar.note(**{name: row[name] for name in ("train_loss", "train_error", "test_error") if name in row})
@@ -325,6 +334,8 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
           checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
 
   variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
+  if not _is_finite(variables):
+    raise TrainingError(f"generation {job.generation} diverged: its parameters are not finite at its end")
   last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "seconds")}
   generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
   if directory is not None:

@@ -74,7 +74,8 @@ def get_config() -> ConfigDict:
   config.train.evaluate_every = 1
   # Whether batch norm sees the whole mini-batch on all devices; otherwise each device's share.
   config.train.sync_batch_stats = True
-  # Whether to log the distillation gradient's correct-class and dark-knowledge terms (Eq. 7-9) by epoch.
+  # Whether to log by epoch the correct-class and dark-knowledge terms (Eq. 7-9) of the plain BAN gradient between a
+  # student and its teacher, whatever loss trains it.
   config.train.gradient_split = False
 
   config.evaluate = ConfigDict()

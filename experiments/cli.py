@@ -78,12 +78,10 @@ def run(main: Callable[[], None]) -> None:
       rest = flags.FLAGS(arguments)
       if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
         raise ConfigError(_missing_config(arguments))
-    except (KeyError, AttributeError) as error:  # of a configuration key that there is not
-      _fail(_unknown_key(arguments) or str(error))
     except OSError:
       _fail(_missing_config(arguments))
-    except (BanError, flags.Error, TypeError, ValueError) as error:
-      _fail(_cause(error))
+    except (BanError, flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+      _fail(_cause(error) or _wrong_key(arguments) or str(error))
     if len(rest) > 1:
       _fail(f"unexpected arguments: {' '.join(rest[1:])}; options begin with --")
     return rest
@@ -102,9 +100,9 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> str | None:
   """Returns our own message where there is one behind the flag library's, which prints a traceback around it."""
-  message, link = str(error), error
+  link, message = error, None
   while link is not None:
     message = str(link) if isinstance(link, BanError) else message
     link = link.__context__
@@ -112,8 +110,13 @@ def _cause(error: BaseException) -> str:
 
 
 def _config_argument(arguments: list[str]) -> str:
-  given = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-  return given[-1] if given else ""
+  """Returns what --config was given, as --config=FILE or as --config FILE."""
+  given = ""
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
+    if name == "--config":
+      given = value if equals else following
+  return given
 
 
 def _missing_config(arguments: list[str]) -> str:
@@ -122,18 +125,28 @@ def _missing_config(arguments: list[str]) -> str:
   return f"--config={path}: there is no such file" if not os.path.exists(path) else f"--config={path} cannot be read"
 
 
-def _unknown_key(arguments: list[str]) -> str | None:
-  """Returns which `--config.group.key` names nothing, and what could stand there."""
-  config = flags.FLAGS["config"].parser.parse(_config_argument(arguments)) if "config" in flags.FLAGS else None
+def _wrong_key(arguments: list[str]) -> str | None:
+  """Returns which `--config.group.key` names nothing, or no single value, and what could stand there."""
+  given = _config_argument(arguments)
+  if not given or not os.path.exists(given.partition(":")[0]):
+    return None
+  config = flags.FLAGS["config"].parser.parse(given)
   for argument in arguments:
-    if argument.startswith("--config.") and isinstance(config, ConfigDict):
-      group, path = config, []
-      for name in argument.partition("=")[0].removeprefix("--config.").split("."):
-        if not isinstance(group, ConfigDict) or name not in group:
-          known = choices(group) if isinstance(group, ConfigDict) else "none, it is a value"
-          where = f"under {'.'.join(path)}" if path else "there"
-          return f"unknown configuration key {'.'.join([*path, name])!r}; {where} are: {known}"
-        group, path = group[name], [*path, name]
+    if not argument.startswith("--config."):
+      continue
+    value, path = config, []
+    for name in argument.partition("=")[0].removeprefix("--config.").split("."):
+      if not isinstance(value, ConfigDict) or name not in value:
+        known = choices(value) if isinstance(value, ConfigDict) else "none, it is a value"
+        where = f"under {'.'.join(path)}" if path else "there"
+        return f"unknown configuration key {'.'.join([*path, name])!r}; {where} are: {known}"
+      value, path = value[name], [*path, name]
+    if isinstance(value, ConfigDict) or path == ["teacher", "model"]:
+      keys = f" with the keys: {choices(value)}" if value else ""
+      return (
+        f"--config.{'.'.join(path)} is a group{keys}; networks are chosen by the words behind the configuration file "
+        '("data set,network,scale,teacher=network")'
+      )
   return None
 
 

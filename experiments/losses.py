@@ -6,10 +6,10 @@ A run shorter than the paper says that a loss works, and nothing about which is 
 """
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 import ban_jax
+from ban_jax import checkpoint
 from ban_jax.devices import is_primary
 from ban_jax.losses import LOSSES
 from experiments import cli, results
@@ -21,7 +21,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
   """Trains what is missing, prints the table and writes it to workdir/losses.md."""
-  cfg, devices, workdir = CONFIG.value, cli.start_jax(), epath.Path(WORKDIR.value)
+  cfg, devices, workdir = CONFIG.value, cli.start_jax(), checkpoint.resolve_workdir(WORKDIR.value)
   options = {"devices": devices, "progress": cli.PROGRESS.value}
   teacher = ban_jax.train_generation(None, cfg, workdir=workdir / "teacher", **options)
   rows = {"teacher": ban_jax.evaluate(teacher, cfg, devices=devices)}
@@ -30,7 +30,7 @@ def main() -> None:
     student_cfg.loss.name = name
     student = ban_jax.train_generation(teacher, student_cfg, workdir=workdir / name, **options)
     rows[name] = ban_jax.evaluate(student, student_cfg, devices=devices)
-  text = f"{results.describe(cfg)}\n\n{results.table([rows])}\n"
+  text = f"{results.describe(cfg, 'by row')}\n\n{results.table([rows])}\n"
   if is_primary():
     (workdir / "losses.md").write_text(text)
     print(f"{text}\ntable: {workdir / 'losses.md'}")

@@ -9,8 +9,9 @@ interrupted, it goes on where it was.
 import time
 
 from absl import flags
-from etils import epath
 
+from ban_jax import checkpoint
+from ban_jax.devices import is_primary
 from ban_jax.errors import ConfigError
 from configs import digits
 from experiments import cli, results
@@ -26,7 +27,7 @@ def main() -> None:
     raise ConfigError(f"--seeds must be at least 1, not {SEEDS.value}")
   start = time.monotonic()
   devices = cli.start_jax()
-  workdir = epath.Path(WORKDIR.value)
+  workdir = checkpoint.resolve_workdir(WORKDIR.value)
   per_seed, finished = [], True
   for seed in range(SEEDS.value):
     cfg = digits.get_config(WORDS.value)
@@ -36,8 +37,10 @@ def main() -> None:
     rows, there = results.evaluate_run(cfg, workdir / f"seed_{seed}", devices=devices, progress=cli.PROGRESS.value)
     per_seed.append(rows)
     finished &= there
-  words = f"{cfg.data.train_examples} training digits, {cfg.model.name} {cfg.model.depth}-{cfg.model.width}"
-  title = f"{words}, scale {cfg.scale}, {SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
+  seeds = f"{SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
+  title = f"{cfg.data.train_examples} digits, {results.network(cfg.model)}, scale {cfg.scale}, {seeds}"
+  if not is_primary():
+    return
   table = results.table(per_seed)
   (workdir / "table.md").write_text(f"{title}; mean and standard error; test split, last epoch\n\n{table}\n")
   plot = workdir / "error_by_generation.png"

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import ban_jax
-from ban_jax import report
+from ban_jax import checkpoint, report
 
 Metrics = Mapping[str, float]
 # Row name -> metrics, in the order in which they are shown.
@@ -34,9 +34,12 @@ def evaluate_run(
 
   The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
   """
-  workdir = epath.Path(workdir)
+  workdir = checkpoint.resolve_workdir(workdir)
   record = workdir / "evaluations.json"
-  kept = json.loads(record.read_text()) if record.exists() else {}
+  try:
+    kept = json.loads(record.read_text())
+  except (FileNotFoundError, json.JSONDecodeError):  # it can be made again
+    kept = {}
   rows = members(cfg.generations)
   generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
   digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
@@ -52,13 +55,18 @@ def evaluate_run(
   return results, not fresh
 
 
-def describe(cfg: ConfigDict) -> str:
-  """Returns what was trained on what, for how long: the line above a table."""
-  options = ", ".join(f"{name}={value}" for name, value in cfg.model.items() if name != "name")
-  examples = f"{cfg.data.train_examples or 'all'} training examples"
+def network(model: ConfigDict) -> str:
+  """Returns a `model` group in short, as "wide_resnet(depth=16, dropout=0.0, width=1)"."""
+  return f"{model.name}({', '.join(f'{name}={value}' for name, value in model.items() if name != 'name')})"
+
+
+def describe(cfg: ConfigDict, loss: str | None = None) -> str:
+  """Returns what was trained on what, how and for how long: the line above a table."""
+  teacher = f" taught by {network(cfg.teacher.model)}" if cfg.teacher.model else ""
   return (
-    f"{cfg.data.name}, {examples}, {cfg.model.name}({options}), {cfg.train.epochs} epochs, scale {cfg.scale}, "
-    f"seed {cfg.seed}; test split, last epoch"
+    f"{cfg.data.name}, {cfg.data.train_examples or 'all'} training examples, {network(cfg.model)}{teacher}, "
+    f"loss {loss or cfg.loss.name}, {cfg.train.epochs} epochs, scale {cfg.scale}, seed {cfg.seed}; "
+    "test split, last epoch"
   )
 
 

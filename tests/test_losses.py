@@ -19,7 +19,7 @@ POSITIONS = jnp.arange(ROWS)
 # XLA flushes subnormal numbers to zero.
 logits_arrays = hnp.arrays(np.float32, (ROWS, CLASSES), elements=st.floats(-20, 20, width=32, allow_subnormal=False))
 labels_arrays = hnp.arrays(np.int32, (ROWS,), elements=st.integers(0, CLASSES - 1))
-weights = st.floats(0, 4)
+weights = st.floats(0.01, 4)
 fast = settings(max_examples=60, deadline=None)
 
 
@@ -204,8 +204,10 @@ def test_gradient_split_adds_up(z, y, t):
   ("options", "message"),
   [
     ({"name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, label"),
-    ({"name": "ban", "temperature": 0.0}, "loss.temperature must be above 0, not 0.0"),
-    ({"name": "ban_label", "label_weight": -1.0}, "loss.label_weight must be at least 0, not -1.0"),
+    ({"name": "ban", "temperature": 0.0}, "loss.temperature must be above 0 and finite, not 0.0"),
+    ({"name": "ban", "temperature": float("inf")}, "loss.temperature must be above 0 and finite, not inf"),
+    ({"name": "ban_label", "label_weight": 0.0, "teacher_weight": 0.0}, "cannot both be 0"),
+    ({"name": "ban_label", "label_weight": -1.0}, "loss.label_weight must be at least 0 and finite, not -1.0"),
   ],
 )
 def test_bad_options_are_named(options, message):

@@ -16,7 +16,7 @@ from conftest import ROOT, config
 
 import ban_jax
 from ban_jax import checkpoint
-from ban_jax.errors import CheckpointError
+from ban_jax.errors import CheckpointError, TrainingError
 
 QUIET = {"progress": False}
 WORDS = f"{ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
@@ -142,6 +142,9 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     ),
     (["--config.sead=1"], "unknown configuration key 'sead'; there are: compute_dtype, data, evaluate, generations"),
     (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
+    (["--config.loss=ban"], "--config.loss is a group with the keys: label_weight, name, teacher_weight, temperature"),
+    (["--config.teacher.model=wrn_16_1"], "--config.teacher.model is a group; networks are chosen by the words"),
+    (["--workdir="], "the workdir is empty"),
     (["--config.train.epochs=ten"], "ten"),
     (["--config.generations=-1"], "generations must be at least 0, not -1"),
     (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
@@ -205,11 +208,7 @@ def test_digests_tell_trees_apart():
 def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, caplog):
   cfg = config(train__evaluate_every=0)
   whole = ban_jax.train_generation(None, cfg, devices=jax.devices()[:4], **QUIET)
-  directory = checkpoint.open_workdir(tmp_path, cfg) / "gen_0"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-      ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:4], **QUIET)
+  directory = leave_unfinished(tmp_path, cfg)
   assert [int(path.name) for path in (directory / "steps").glob("[0-9]*")]
   resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:2], **QUIET)
   assert any("its bytes may differ" in record.getMessage() for record in caplog.records)
@@ -219,3 +218,40 @@ def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, capl
 
 def interrupted(*_):
   raise KeyboardInterrupt
+
+
+def leave_unfinished(workdir, cfg):
+  """Trains generation 0 up to its end on four devices, but not its last files; returns its directory."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(None, cfg, workdir=workdir, devices=jax.devices()[:4], **QUIET)
+  return workdir / "gen_0"
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(tmp_path):
+  cfg = config(train__evaluate_every=0)
+  whole = ban_jax.train_generation(None, cfg, **QUIET)
+  newest = max((leave_unfinished(tmp_path, cfg) / "steps").glob("[0-9]*"), key=lambda path: int(path.name))
+  for path in newest.rglob("*"):
+    if path.is_file() and path.stat().st_size > 1000:
+      path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(CheckpointError, match=f"checkpoint {newest.name} in .* is damaged .*remove {newest} to go on"):
+    ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  shutil.rmtree(newest)
+  resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert checkpoint.digest(resumed.params) == checkpoint.digest(whole.params)
+
+
+def test_a_diverged_training_is_an_error_and_leaves_no_result(tmp_path):
+  with pytest.raises(TrainingError, match="generation 0 diverged: .*optim.learning_rate"):
+    ban_jax.train_generation(None, config(optim__learning_rate=1e30), workdir=tmp_path, **QUIET)
+  assert not (tmp_path / "gen_0" / "manifest.json").exists()
+
+
+def test_home_directories_and_a_broken_table_cache(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path / "run")
+  (tmp_path / "run" / "evaluations.json").write_text("garbage")
+  done = train("~/run", "--config.train.epochs=4", env={**os.environ, "HOME": str(tmp_path)})
+  assert done.returncode == 0, done.stderr
+  assert "| BAN-1   |" in done.stdout
