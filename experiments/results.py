@@ -118,7 +118,7 @@ def plot(per_seed: Sequence[Results], title: str, path: epath.Path) -> None:
   axes.set_xticks([names.index(name) + (name not in single) * 0.5 for name in names], names)
   axes.margins(x=0.12)
   axes.set_ylabel("test error, % (mean, standard error, seeds)")
-  axes.set_title(title)
+  axes.set_title(title, fontsize="medium")
   axes.grid(axis="y", alpha=0.3)
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)
