@@ -44,6 +44,7 @@ setuptools.setup(
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
     "pillow",  # TFDS decodes images with it where TensorFlow is absent
+    "requests",  # asks for the archive before a long download is begun
     "scikit-learn",  # the embedded data set: handwritten digits
     "tensorboardX",
     "tensorflow-datasets>=4.9.9",

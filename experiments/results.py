@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import ban_jax
 from ban_jax import checkpoint, report
+from ban_jax.devices import is_primary
 
 Metrics = Mapping[str, float]
 # Row name -> metrics, in the order in which they are shown.
@@ -50,7 +51,7 @@ def evaluate_run(
       metrics = ban_jax.evaluate([generations[index] for index in indices], cfg, devices=devices)
       fresh[name] = {"members": own, "metrics": metrics}
     results[name] = (fresh.get(name) or kept[name])["metrics"]
-  if fresh and jax.process_index() == 0:
+  if fresh and is_primary():
     report.write_json(record, kept | fresh)
   return results, not fresh
 
