@@ -7,7 +7,9 @@ T = TypeVar("T")
 
 
 class BanError(Exception):
-  """Base of the errors whose message is the whole answer: the command line prints them without a traceback."""
+  """Base of the errors whose message is the whole answer: the command line prints it and exits with `exit_status`."""
+
+  exit_status = 2  # a mistake that the user can mend
 
 
 class ConfigError(BanError, ValueError):
@@ -24,6 +26,26 @@ class CheckpointError(BanError, RuntimeError):
 
 class TrainingError(BanError, RuntimeError):
   """A training that came to numbers that are not finite."""
+
+  exit_status = 3
+
+
+class PeerError(BanError, RuntimeError):
+  """A run of several processes that lost one of them; started again, all of them go on from the last checkpoint."""
+
+  exit_status = 69  # EX_UNAVAILABLE
+
+
+class StorageError(BanError, OSError):
+  """A disk that is full or failing; what was saved before is intact, and the run goes on once there is room."""
+
+  exit_status = 74  # EX_IOERR
+
+
+class Preempted(BanError, RuntimeError):
+  """A run asked to end by SIGTERM; what it had done is saved, and the same command goes on."""
+
+  exit_status = 75  # EX_TEMPFAIL
 
 
 def choices(names: Iterable[object]) -> str:

@@ -29,6 +29,7 @@ class InputSpec(NamedTuple):
   kind: Kind
   shape: tuple[int, ...]  # one example's: (H, W, C), or (T,)
   num_classes: int
+  words: tuple[str, ...] = ()  # of tokens: the vocabulary, token i being words[i]
 
 
 class Model(NamedTuple):
