@@ -9,13 +9,17 @@ import jax.numpy as jnp
 
 from ban_jax import devices
 from ban_jax.errors import ConfigError, look_up
+from ban_jax.models.char_cnn_lstm import char_cnn_lstm
 from ban_jax.models.densenet import densenet
+from ban_jax.models.lstm import lstm
 from ban_jax.models.matched_resnet import matched_pre_resnet, matched_wide_resnet
 from ban_jax.models.wide_resnet import wide_resnet
 from ban_jax.types import InputSpec, Model
 
 MODELS = {
+  "char_cnn_lstm": char_cnn_lstm,
   "densenet": densenet,
+  "lstm": lstm,
   "matched_pre_resnet": matched_pre_resnet,
   "matched_wide_resnet": matched_wide_resnet,
   "wide_resnet": wide_resnet,

@@ -111,9 +111,14 @@ def check_dropout(rate: float) -> None:
 
 def check_positive(**options: Any) -> None:
   """Raises a ConfigError unless every option is a whole number of at least 1."""
+  check_at_least(1, **options)
+
+
+def check_at_least(least: int, **options: Any) -> None:
+  """Raises a ConfigError unless every option is a whole number of at least `least`."""
   for key, value in options.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ConfigError(f"model.{key}={value}: a whole number of at least 1 is expected")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      raise ConfigError(f"model.{key}={value}: a whole number of at least {least} is expected")
 
 
 def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Array, "B n"]:

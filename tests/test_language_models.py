@@ -1,0 +1,523 @@
+"""The language models: counts, values against NumPy, what passes from window to window, and characters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import rnn
+
+from ban_jax import devices as devices_lib
+from ban_jax import losses, step
+from ban_jax.errors import ConfigError
+from ban_jax.models import make_model, recurrent
+from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, character_table
+from ban_jax.types import Batch, InputSpec, TrainState
+
+WORDS = ("<eos>", "<unk>", "a", "cab", "bad", "abacadaba", "dab", "decade", "bead", "e", "dacebad")
+SPEC = InputSpec("tokens", (6,), len(WORDS), WORDS)
+SMALL = {
+  "lstm": {"name": "lstm", "units": 5, "layers": 2, "dropout": 0.0, "init_scale": 0.6, "cudnn": False},
+  "char_cnn_lstm": {
+    "name": "char_cnn_lstm", "char_embedding": 3, "max_width": 4, "filters_per_width": 2, "filters_at_most": 5,
+    "highway_layers": 2, "units": 5, "layers": 2, "dropout": 0.0, "init_scale": 0.6, "max_word_length": 9,
+  },
+}  # fmt: skip
+LARGE = {
+  "lstm": SMALL["lstm"] | {"units": 1500, "dropout": 0.65, "init_scale": 0.04},
+  "char_cnn_lstm": SMALL["char_cnn_lstm"]
+  | {"char_embedding": 15, "max_width": 7, "filters_per_width": 50, "filters_at_most": 200, "units": 650}
+  | {"dropout": 0.5, "init_scale": 0.05, "max_word_length": 65},
+}
+BOTH = pytest.mark.parametrize("name", SMALL)
+
+
+def build(name, spec=SPEC, compute_dtype="float32", **changes):
+  return make_model(SMALL[name] | changes, spec, compute_dtype=compute_dtype)
+
+
+@functools.cache
+def initial(model, seed=0):
+  return jax.device_get(model.init(jax.random.key(seed)))
+
+
+def tokens(shape=(4, 6), seed=0):
+  return np.random.default_rng(seed).integers(0, len(WORDS), shape).astype(np.int32)
+
+
+def random_carry(model, batch=4, seed=3):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model.init_carry(batch))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def run(model, variables, carry, inputs, *, train=False, key=None, positions=None):
+  logits, carry, batch_stats = model.apply(variables, carry, inputs, train=train, key=key, positions=positions)
+  assert batch_stats == {}
+  return logits, carry
+
+
+def count(model):
+  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+# ---- Parameters.
+
+
+@pytest.mark.parametrize(("layers", "parameters"), [(2, 51_022_000), (1, 33_016_000)])
+def test_the_paper_s_lstm_has_its_parameters(layers, parameters):
+  words = tuple(str(number) for number in range(10_000))
+  model = make_model(LARGE["lstm"] | {"layers": layers}, InputSpec("tokens", (35,), 10_000, words))
+  assert count(model) == parameters
+
+
+def test_kim_s_large_model_has_its_parameters():
+  # 10,000 words over the 48 characters and two symbols that the Penn Treebank's vocabulary is written in.
+  rng = np.random.default_rng(0)
+  characters = [chr(ord("0") + number) for number in range(48)]
+  words = ("<eos>", "<unk>", *characters)
+  words += tuple("".join(rng.choice(characters, 12)) for _ in range(10_000 - len(words)))
+  model = make_model(LARGE["char_cnn_lstm"], InputSpec("tokens", (35,), 10_000, words))
+  assert abs(count(model) / 19.4e6 - 1) < 0.02
+  cnn = jax.eval_shape(model.init, jax.random.key(0))["params"]["cnn"]
+  assert cnn["embedding"]["embedding"].shape == (53, 15)
+  shapes = [cnn[f"width{width}"]["kernel"].shape for width in range(1, 8)]
+  assert shapes == [(15, 50), (30, 100), (45, 150), (60, 200), (75, 200), (90, 200), (105, 200)]
+
+
+@BOTH
+def test_parameters_are_drawn_evenly_and_highway_gates_begin_shut(name):
+  variables = initial(build(name, units=40))
+  assert variables["batch_stats"] == {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+    if jax.tree_util.keystr(path, simple=True, separator="/").endswith("gate/bias"):
+      np.testing.assert_array_equal(leaf, -2)
+      continue
+    assert leaf.dtype == np.float32
+    assert np.abs(leaf).max() <= 0.6, path
+    assert leaf.min() < 0 < leaf.max(), path
+  drawn = variables["params"]["lstm"]["layer2"]["recurrent_kernel"] / 0.6
+  assert abs(drawn.mean()) < 0.03
+  assert abs((drawn**2).mean() - 1 / 3) < 0.02
+
+
+# ---- Values: the networks once more, in NumPy and float64.
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def numpy_lstm(layers, carry, x):  # [B, T, D] -> [B, T, units], last states
+  last = []
+  for layer, (hidden, cell) in zip(layers, carry, strict=True):
+    w, u, b = (np.float64(layer[name]) for name in ("input_kernel", "recurrent_kernel", "bias"))
+    units = hidden.shape[-1]
+    outputs = []
+    for t in range(x.shape[1]):
+      i, f, g, o = ((x[:, t] @ w + hidden @ u + b)[:, k * units : (k + 1) * units] for k in range(4))
+      cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+      hidden = sigmoid(o) * np.tanh(cell)
+      outputs.append(hidden)
+    x = np.stack(outputs, axis=1)
+    last.append((hidden, cell))
+  return x, last
+
+
+def numpy_word(params, word, cut):
+  """The vector of a word, from its letters."""
+  numbers = {"<eos>": 3, "<unk>": 4} | {letter: 5 + place for place, letter in enumerate("abcde")}
+  inside = [word] if word.startswith("<") else list(word)[: cut - 2]
+  embedding = params["embedding"]["embedding"]
+  x = np.stack([embedding[1], *(embedding[numbers[symbol]] for symbol in inside), embedding[2]])
+  values = []
+  for width in range(1, 5):
+    kernel = params[f"width{width}"]["kernel"].reshape(width, x.shape[-1], -1)
+    filled = np.concatenate([x, np.zeros((max(width - len(x), 0), x.shape[-1]))])
+    places = [
+      sum(filled[start + offset] @ kernel[offset] for offset in range(width))
+      for start in range(len(filled) - width + 1)
+    ]
+    values.append(np.max(places, axis=0))
+  return np.tanh(np.concatenate(values) + params["bias"])
+
+
+def numpy_logits(name, params, carry, inputs):
+  if name == "lstm":
+    x = np.float64(params["embedding"]["embedding"])[inputs]
+  else:
+    x = np.stack([[numpy_word(params["cnn"], WORDS[token], 9) for token in row] for row in inputs])
+    for layer in ("highway1", "highway2"):
+      gate, change = (
+        (x @ params[layer][part]["kernel"] + params[layer][part]["bias"]) for part in ("gate", "transform")
+      )
+      x = sigmoid(gate) * np.maximum(change, 0) + (1 - sigmoid(gate)) * x
+  x, last = numpy_lstm([params["lstm"]["layer1"], params["lstm"]["layer2"]], carry, x)
+  if name == "lstm":
+    return x @ params["embedding"]["embedding"].T + params["bias"], last
+  return x @ params["classifier"]["kernel"] + params["classifier"]["bias"], last
+
+
+@BOTH
+def test_a_window_is_the_formula(name):
+  model = build(name)
+  carry, inputs = random_carry(model), np.arange(24).reshape(4, 6) % len(WORDS)  # every word
+  logits, last = run(model, initial(model), carry, inputs)
+  expected, expected_last = numpy_logits(name, initial(model)["params"], carry, inputs)
+  assert logits.shape == (4, 6, len(WORDS))
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), last, tuple(expected_last))
+
+
+def test_the_recurrence_has_the_gradients_of_its_scan():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  arguments = draw(3, 12), draw(5, 2, 12), (draw(2, 3), draw(2, 3))
+  weights = draw(5, 2, 3), (draw(2, 3), draw(2, 3))
+
+  def total(function, *arguments):
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), function(*arguments), weights)))
+
+  ours, plain = (
+    jax.grad(functools.partial(total, function), argnums=(0, 1, 2))(*arguments)
+    for function in (recurrent.recur, recurrent._scan)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, plain)
+
+
+# ---- From window to window.
+
+
+@BOTH
+def test_two_windows_with_the_carry_are_one_long_window(name):
+  model = build(name)
+  inputs = tokens((4, 12))
+  whole, last = run(model, initial(model), random_carry(model), inputs)
+  first, carry = run(model, initial(model), random_carry(model), inputs[:, :6])
+  second, carry = run(model, initial(model), carry, inputs[:, 6:])
+  np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, rtol=1e-5, atol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), carry, last)
+  forgotten, _ = run(model, initial(model), model.init_carry(4), inputs[:, 6:])
+  assert np.abs(forgotten - second).max() > 1e-3
+
+
+@BOTH
+def test_the_carry_is_rows_of_float32_by_the_model_s_own_width(name):
+  narrow, wide = (build(name, units=units, layers=layers) for units, layers in ((5, 1), (7, 2)))
+  for model, units, layers in ((narrow, 5, 1), (wide, 7, 2)):
+    before = jax.tree.map(np.asarray, model.init_carry(3))
+    assert [leaf.shape for leaf in jax.tree.leaves(before)] == [(3, units)] * 2 * layers
+    assert not any(leaf.any() for leaf in jax.tree.leaves(before))
+    _, after = run(model, initial(model), before, tokens((3, 6)))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) == (b.shape, np.float32), before, after)
+    assert all(jax.tree.leaves(same))
+
+
+@BOTH
+def test_no_position_sees_what_comes_behind_it(name):
+  model = build(name)
+  inputs, changed = tokens(), tokens()
+  changed[:, 3] = (changed[:, 3] + 1) % len(WORDS)
+  before, after = (run(model, initial(model), model.init_carry(4), each)[0] for each in (inputs, changed))
+  np.testing.assert_array_equal(before[:, :3], after[:, :3])
+  assert (np.abs(before[:, 3:] - after[:, 3:]).max(axis=(0, 2)) > 1e-4).all()
+
+
+def test_no_gradient_comes_from_later_inputs():
+  model = build("lstm")
+  inputs = np.arange(6)[None]  # every word once; word 7's logit reads no row of theirs at the output
+
+  def logit(params, place):
+    return model.apply({"params": params}, model.init_carry(1), inputs, train=False)[0][0, place, 7]
+
+  for place in range(6):
+    rows = jax.jit(jax.grad(logit))(initial(model)["params"], place)["embedding"]["embedding"]
+    reached = np.abs(rows[:6]).max(axis=1) > 0
+    np.testing.assert_array_equal(reached, np.arange(6) <= place)
+
+
+# ---- Through the training step.
+
+
+def fetch(arrays, index, *, key, positions, train):
+  windows = arrays["windows"][index]
+  return Batch(windows[:, :-1], windows[:, 1:], jnp.ones_like(windows[:, 1:], bool))
+
+
+SGD = optax.sgd(1.0)
+STREAM = tokens((4, 13), seed=5)
+
+
+def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
+  """Returns (parameters, student's carry, teachers' carries) after one step of plain SGD with rate 1."""
+  group = {"name": label, "temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5}
+  devices = tuple(jax.devices()[:count])
+  train_step = step.make_train_step(
+    student=model,
+    teachers=teachers,
+    frozen=(),
+    loss=losses.make_loss(group),
+    optimizer=SGD,
+    fetch=fetch,
+    devices=devices,
+    sync_batch_stats=True,
+    gradient_split=False,
+  )
+  variables = initial(model)
+  state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], SGD.init(variables["params"]))
+  carries = carry, tuple(teacher.init_carry(len(inputs)) for teacher in teachers)
+  state, carries, _ = train_step(
+    devices_lib.replicate(jax.device_get(state), devices),
+    devices_lib.broadcast(tuple(initial(teacher, 8) for teacher in teachers), devices),
+    devices_lib.split_rows(carries, devices),
+    devices_lib.broadcast({"windows": inputs}, devices),
+    devices_lib.split_rows(np.arange(len(inputs)), devices),
+    devices_lib.broadcast(jax.random.key_data(jax.random.key(key)), devices),
+  )
+  assert devices_lib.first(state).batch_stats == {}
+  return (devices_lib.first(state).params, *devices_lib.join_rows(carries, devices))
+
+
+@BOTH
+def test_a_step_takes_the_state_across_the_boundary_and_no_gradient(name):
+  model = build(name)
+  params = initial(model)["params"]
+  before, window = STREAM[:, :7], STREAM[:, 6:]
+  _, carry = run(model, initial(model), random_carry(model), before[:, :-1])
+
+  def mean_loss(params, through):
+    # What must not be: the gradient of the window before as well.
+    whole = model.apply({"params": params}, random_carry(model), before[:, :-1], train=False)[1]
+    start = whole if through else carry
+    logits = model.apply({"params": params}, start, window[:, :-1], train=False)[0]
+    return losses.label_cross_entropy(logits, window[:, 1:]).mean()
+
+  right, wrong = (jax.jit(jax.grad(functools.partial(mean_loss, through=through)))(params) for through in (False, True))
+  after, last, _ = trained(model, 1, window, jax.device_get(carry))
+  updates = jax.tree.map(lambda a, b: a - b, params, after)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), updates, right)
+  difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), updates, wrong)
+  assert max(jax.tree.leaves(difference)) > 1e-3
+  expected = run(model, initial(model), carry, window[:, :-1])[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), last, expected)
+
+
+def test_a_student_and_its_teacher_carry_states_of_their_own_on_any_number_of_devices():
+  student = build("lstm", dropout=0.4)
+  teacher = build("char_cnn_lstm", units=7, layers=1)
+  one, two = (trained(student, count, STREAM, random_carry(student), "ban_label", (teacher,)) for count in (1, 2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
+  _, expected = run(teacher, initial(teacher, 8), teacher.init_carry(4), STREAM[:, :-1])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one[2], (expected,))
+  plain = trained(student, 1, STREAM, random_carry(student))
+  assert np.abs(plain[0]["bias"] - one[0]["bias"]).max() > 1e-3  # the teacher counts
+
+
+# ---- Dropout.
+
+
+@BOTH
+def test_dropout_belongs_to_the_position(name):
+  model = build(name, dropout=0.5)
+  inputs, carry, key = np.repeat(tokens((1, 6)), 4, axis=0), model.init_carry(4), jax.random.key(5)
+  rows = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)  # noqa: E731
+
+  def train(part, key=key):
+    positions = np.arange(4)[part]
+    return run(model, initial(model), rows(carry, part), inputs[part], train=True, key=key, positions=positions)
+
+  whole = train(slice(0, 4))
+  for part in (slice(0, 2), slice(2, 4)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), train(part), rows(whole, part))
+  logits = np.asarray(whole[0])
+  for other in (logits[[1, 2, 3, 0]], train(slice(0, 4), jax.random.key(6))[0]):
+    assert np.abs(logits - other).max() > 1e-2
+
+
+def test_dropout_is_on_the_embedding_and_behind_every_layer_and_never_on_the_state():
+  for name, masks in (("lstm", 3), ("char_cnn_lstm", 2)):  # Kim et al. leave the words' vectors whole
+    model = build(name, dropout=0.5)
+    settings = {"train": True, "key": jax.random.key(0), "positions": np.arange(4)}
+    program = jax.make_jaxpr(functools.partial(model.apply, **settings))(initial(model), model.init_carry(4), tokens())
+    assert str(program).count("random_bits[") == masks, name
+  # A layer's own dropout is behind it: nothing is dropped before the first layer's state, or in it.
+  model = build("char_cnn_lstm", dropout=0.5)
+  options = {"train": True, "key": jax.random.key(0), "positions": jnp.arange(4)}
+  dropping = run(model, initial(model), model.init_carry(4), tokens(), **options)[1]
+  plain = run(model, initial(model), model.init_carry(4), tokens())[1]
+  np.testing.assert_allclose(dropping[0][0], plain[0][0], rtol=1e-6)
+  assert np.abs(dropping[1][0] - plain[1][0]).max() > 1e-2
+
+
+@BOTH
+def test_evaluation_drops_nothing_and_needs_no_key(name):
+  plain, dropping = build(name), build(name, dropout=0.5)
+  first, again = (run(dropping, initial(plain), plain.init_carry(4), tokens()) for _ in range(2))
+  expected = run(plain, initial(plain), plain.init_carry(4), tokens())
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  jax.tree.map(np.testing.assert_array_equal, first, expected)
+
+
+# ---- bfloat16.
+
+
+@BOTH
+def test_bfloat16_is_near_and_its_state_float32(name):
+  model, reduced = build(name, dropout=0.3), build(name, dropout=0.3, compute_dtype="bfloat16")
+  options = {"train": True, "key": jax.random.key(0), "positions": jnp.arange(4)}
+
+  def total(params, model):
+    logits, carry, _ = model.apply({"params": params}, random_carry(model), tokens(), **options)
+    return (logits**2).sum(), (logits, carry)
+
+  (_, full), full_gradient = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(
+    initial(model)["params"], model
+  )
+  (_, half), half_gradient = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(
+    initial(model)["params"], reduced
+  )
+  assert {leaf.dtype for leaf in jax.tree.leaves((half, half_gradient))} == {jnp.dtype("float32")}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), full, half)
+  for a, b in zip(jax.tree.leaves(full_gradient), jax.tree.leaves(half_gradient), strict=True):
+    assert np.abs(a - b).max() < 0.1 * np.abs(full_gradient["lstm"]["layer1"]["bias"]).max() + 0.1 * np.abs(a).max()
+  assert np.abs(full[0] - half[0]).max() > 0
+
+
+# ---- cuDNN, as far as it can be seen without one.
+
+
+def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size, num_layers, dropout, bidirectional):
+  """What cuDNN computes from its packed weights, by JAX's own reference."""
+  assert weights.size == rnn.get_num_params_in_lstm(input_size, hidden_size, num_layers, bidirectional)
+  unpacked = rnn.unpack_lstm_weights(weights, input_size, hidden_size, num_layers, bidirectional)
+  return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, input_size, hidden_size, num_layers, dropout, bidirectional)
+
+
+def test_cudnn_s_weights_and_state_are_ours(monkeypatch):
+  monkeypatch.setattr(recurrent, "check_cudnn", lambda dtype: None)
+  monkeypatch.setattr(rnn, "lstm", reference_lstm)
+  plain, packed = build("lstm"), build("lstm", cudnn=True)
+  assert jax.tree.map(np.shape, initial(plain)) == jax.tree.map(np.shape, initial(packed))
+
+  def total(params, model):
+    logits, carry, _ = model.apply({"params": params}, random_carry(model), tokens(), train=False)
+    return (logits**2).sum() + sum((leaf**2).sum() for leaf in jax.tree.leaves(carry)), (logits, carry)
+
+  ours, theirs = (
+    jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(initial(plain)["params"], model)
+    for model in (plain, packed)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="here cuDNN can be had")
+def test_cudnn_is_refused_where_it_cannot_be_had():
+  with pytest.raises(
+    ConfigError, match=r"model.cudnn=True needs an NVIDIA GPU, and this is \w+; choose model.cudnn=False"
+  ):
+    build("lstm", cudnn=True, units=6)
+
+
+def test_cudnn_is_refused_in_bfloat16(monkeypatch):
+  class Client:
+    platform_version = "PJRT C API\ncuda 12090"
+
+  class Gpu:
+    platform, device_kind, client = "gpu", "NVIDIA H100", Client
+
+  monkeypatch.setattr(jax, "devices", lambda: [Gpu])
+  with pytest.raises(ConfigError, match="computes in float32 only, not in bfloat16; choose compute_dtype float32"):
+    build("lstm", cudnn=True, compute_dtype="bfloat16")
+  recurrent.check_cudnn(jnp.float32)
+  Client.platform_version = "rocm 60300"
+  with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+    recurrent.check_cudnn(jnp.float32)
+
+
+# ---- Characters.
+
+
+def test_the_table_spells_words_between_boundaries_and_fills_up():
+  table, numbers = character_table(("ba", "", "c<é", "<unk>"), 65, 2)
+  assert (PADDING, BEGIN, END, numbers) == (0, 1, 2, 9)  # <, <unk>, a, b, c, é in the order of their code points
+  b, a, c, less, acute, unknown = 6, 5, 7, 3, 8, 4
+  np.testing.assert_array_equal(
+    table,
+    [
+      [BEGIN, b, a, END, PADDING],
+      [BEGIN, END, PADDING, PADDING, PADDING],
+      [BEGIN, c, less, acute, END],
+      [BEGIN, unknown, END, PADDING, PADDING],
+    ],
+  )
+
+
+def test_the_table_cuts_long_words_and_is_as_wide_as_the_filters():
+  table, numbers = character_table(("abcdef", "a"), 5, 2)
+  np.testing.assert_array_equal(table, [[1, 3, 4, 5, 2], [1, 3, 2, 0, 0]])
+  assert numbers == 6  # d, e and f stand behind the cut: no row of the embedding is theirs
+  assert character_table(("a",), 65, 7)[0].shape == (1, 7)
+
+
+def test_symbols_share_no_character_with_words_that_are_written_like_them():
+  table, _ = character_table(("<eos>", "<unk>", "unk", "<eos", "eos>"), 65, 1)
+  symbols, letters = set(table[:2, 1]), set(table[2:].ravel())
+  assert len(symbols) == 2
+  assert not symbols & letters
+
+
+def test_a_word_s_vector_does_not_depend_on_how_long_other_words_are():
+  words = ("a", "cab", "bead", "<unk>")
+  cnn = CharacterCNN(3, (4, 4, 4, 4, 4), 9, 0.6, jnp.float32)
+  short, _ = character_table(words, 65, 5)
+  long, _ = character_table((*words, "abcde" * 4), 65, 5)
+  assert long.shape[1] > short.shape[1]
+  # The letter e, in "bead", and the symbol are in both: the numbers are the same.
+  np.testing.assert_array_equal(long[:4, : short.shape[1]], short)
+  variables = jax.jit(cnn.init)(jax.random.key(0), short)
+  vectors, among_longer = (jax.jit(cnn.apply)(variables, table) for table in (short, long))
+  np.testing.assert_allclose(among_longer[:4], vectors, rtol=1e-6)
+  assert np.abs(vectors[:, None] - vectors[None]).max(-1)[~np.eye(4, dtype=bool)].min() > 1e-3
+
+
+# ---- Errors.
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    ("lstm", {"units": 0}, "model.units=0: a whole number of at least 1 is expected"),
+    ("lstm", {"layers": 1.5}, "model.layers=1.5: a whole number of at least 1 is expected"),
+    ("lstm", {"dropout": 1.0}, "model.dropout=1.0: a dropout rate lies in [0, 1)"),
+    ("lstm", {"init_scale": 0.0}, "model.init_scale=0.0: a finite number above 0 is expected"),
+    ("lstm", {"init_scale": float("inf")}, "model.init_scale=inf: a finite number above 0 is expected"),
+    ("lstm", {"cudnn": "yes"}, "model.cudnn=yes: True or False is expected"),
+    ("lstm", {"unit": 5}, "takes the options units, layers, dropout, init_scale, cudnn; the configuration gives"),
+    ("char_cnn_lstm", {"dropout": -0.5}, "model.dropout=-0.5: a dropout rate lies in [0, 1)"),
+    ("char_cnn_lstm", {"layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
+    ("char_cnn_lstm", {"init_scale": -1.0}, "model.init_scale=-1.0: a finite number above 0 is expected"),
+    ("char_cnn_lstm", {"char_embedding": 0}, "model.char_embedding=0: a whole number of at least 1"),
+    ("char_cnn_lstm", {"max_width": 0}, "model.max_width=0: a whole number of at least 1 is expected"),
+    ("char_cnn_lstm", {"filters_per_width": -1}, "model.filters_per_width=-1: a whole number of at least 1"),
+    ("char_cnn_lstm", {"filters_at_most": 0}, "model.filters_at_most=0: a whole number of at least 1"),
+    ("char_cnn_lstm", {"highway_layers": -1}, "model.highway_layers=-1: a whole number of at least 0 is expected"),
+    ("char_cnn_lstm", {"max_word_length": 2}, "model.max_word_length=2: a whole number of at least 3 is expected"),
+  ],
+)
+def test_bad_options_are_refused_with_key_value_and_expectation(name, changes, message):
+  with pytest.raises(ConfigError) as error:
+    build(name, **changes)
+  assert message in str(error.value)
+
+
+@BOTH
+def test_language_models_refuse_images(name):
+  with pytest.raises(ConfigError, match=f"model '{name}_2x5' reads tokens; the data set holds images"):
+    build(name, InputSpec("images", (8, 8, 3), 10))
+
+
+def test_characters_need_a_vocabulary():
+  with pytest.raises(ConfigError, match="the data set gives 0 words for 10 tokens"):
+    build("char_cnn_lstm", InputSpec("tokens", (6,), 10))
