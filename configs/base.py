@@ -1,4 +1,7 @@
-"""Every configuration key, documented, with its default: the paper's CIFAR settings (paper, experiments section)."""
+"""Every configuration key, documented, with its default: the paper's CIFAR settings (paper, experiments section).
+
+What the paper does otherwise for language stands in presets.py.
+"""
 
 from ml_collections import ConfigDict
 
@@ -18,15 +21,19 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   # A key of ban_jax.data.DATASETS.
   config.data.name = "cifar100"
-  # Where TFDS keeps its data sets; "" is TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR).
+  # Where TFDS keeps its data sets; "" is TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR). Of ptb: where
+  # the user has put ptb.train.txt, ptb.valid.txt and ptb.test.txt.
   config.data.dir = ""
-  # The share of the training examples held out as a split "validation"; 0 holds out none.
+  # The share of the training examples held out as a split "validation"; 0 holds out none. Text brings its own.
   config.data.validation = 0.0
-  # How many training examples to use, a fixed class-balanced choice; 0 uses all.
+  # How many training examples to use, a fixed class-balanced choice, or how many tokens of the training text, from its
+  # beginning; 0 uses all.
   config.data.train_examples = 0
   # Augmentation: pixels of reflection padding before the random crop (0: no crop), and random horizontal flips.
   config.data.pad = 4
   config.data.flip = True
+  # Of text: tokens of a window, as far as a recurrent network is unrolled and its gradient goes back; 0 for images.
+  config.data.window = 0
 
   # The students' network: a key of ban_jax.models.MODELS, and that network's own options.
   config.model = ConfigDict()
@@ -50,13 +57,16 @@ def get_config() -> ConfigDict:
   config.loss.label_weight = 0.5
   config.loss.teacher_weight = 0.5
 
-  # SGD: the peak learning rate and its schedule, "steps" or "cosine".
+  # SGD: the peak learning rate and its schedule, "steps", "cosine" or "plateau".
   config.optim = ConfigDict()
   config.optim.learning_rate = 0.1
   config.optim.schedule = "steps"
   # Of "steps": the shares of the run after which the rate is multiplied by `factor` (epochs 60, 120 and 160 of 200).
   config.optim.boundaries = (0.3, 0.6, 0.8)
   config.optim.factor = 0.2
+  # Of "plateau": the least improvement of the validation perplexity that counts. After an evaluation that brings less,
+  # the rate is multiplied by `factor`.
+  config.optim.threshold = 0.0
   config.optim.momentum = 0.9
   config.optim.nesterov = True
   # Coupled, on all parameters.
@@ -79,6 +89,9 @@ def get_config() -> ConfigDict:
   config.train.gradient_split = False
 
   config.evaluate = ConfigDict()
-  # Of the global batch; the split need not divide by it.
+  # Of the global batch; the split need not divide by it. Of text: the stretches that are read side by side, each of
+  # which begins without a hidden state.
   config.evaluate.batch_size = 500
+  # Of evaluations during training, by which a plateau schedule decides; 0: as evaluate.batch_size.
+  config.evaluate.training_batch_size = 0
   return config

@@ -5,7 +5,7 @@ import pytest
 from ban_jax import data, models
 from ban_jax.errors import ConfigError
 from ban_jax.types import InputSpec
-from configs import base, cifar, digits, presets
+from configs import base, cifar, digits, presets, ptb, pydoc
 
 
 def test_the_papers_settings():
@@ -18,14 +18,47 @@ def test_the_papers_settings():
   assert (cfg.data.pad, cfg.data.flip) == (4, True)
 
 
+def test_the_papers_settings_for_language():
+  lstm, cnn = ptb.get_config("ptb,lstm,paper"), ptb.get_config("ptb,cnn_lstm,paper")
+  assert (lstm.model.units, lstm.model.layers, lstm.model.dropout, lstm.model.init_scale) == (1500, 2, 0.65, 0.04)
+  assert (cnn.model.units, cnn.model.layers, cnn.model.dropout, cnn.model.init_scale) == (650, 2, 0.5, 0.05)
+  for cfg in (lstm, cnn):
+    assert (cfg.data.name, cfg.data.window, cfg.data.pad, cfg.data.flip) == ("ptb", 35, 0, False)
+    assert (cfg.train.epochs, cfg.generations, cfg.loss.name) == (40, 1, "ban_label")
+    assert (cfg.optim.schedule, cfg.optim.momentum, cfg.optim.weight_decay) == ("plateau", 0, 0)
+    assert (cfg.evaluate.batch_size, cfg.evaluate.training_batch_size, cfg.train.evaluate_every) == (1, 10, 1)
+    assert not cfg.optim.nesterov
+  assert (lstm.train.batch_size, lstm.optim.factor, lstm.optim.threshold) == (32, 0.25, 0)
+  assert (cnn.train.batch_size, cnn.optim.factor, cnn.optim.threshold) == (20, 0.5, 0.5)
+  assert (lstm.optim.learning_rate, lstm.optim.clip_norm) == (20, 0.25)
+  # 2 and 5, of a loss that is summed over 35 tokens.
+  assert (cnn.optim.learning_rate, cnn.optim.clip_norm) == (70, 5 / 35)
+
+
+def test_scales_of_text():
+  epochs = {scale: ptb.get_config(f"ptb,lstm_200,{scale}").train.epochs for scale in presets.SCALES}
+  assert epochs == {"paper": 40, "quick": 15, "cpu": 10, "smoke": 2}
+  assert ptb.get_config("ptb,lstm_200,cpu").optim.schedule == "plateau"
+  smoke = pydoc.get_config("pydoc,lstm_32,smoke")
+  dataset = data.load(smoke.data)
+  assert dataset.sizes["train"] == 2000
+  assert dataset.train_order(None, smoke.train.batch_size).shape == (10, 20)
+
+
+def test_image_networks_are_trained_as_the_base_says():
+  assert cifar.get_config("cifar10,wrn_10_1,paper").optim.to_dict() == base.get_config().optim.to_dict()
+
+
 @pytest.mark.parametrize("name", presets.MODELS)
 @pytest.mark.parametrize("scale", presets.SCALES)
 def test_every_network_composes_with_every_scale(name, scale):
-  cfg = cifar.get_config(f"cifar10,{name},{scale},cwtm")
+  text = "lstm" in name
+  cfg = ptb.get_config(f"ptb,{name},{scale},cwtm") if text else cifar.get_config(f"cifar10,{name},{scale},cwtm")
   assert cfg.scale == scale
   assert cfg.loss.name == "cwtm"
   assert cfg.is_locked
-  models.make_model(cfg.model, InputSpec("images", (32, 32, 3), 10))
+  tokens = InputSpec("tokens", (35,), 3, ("a", "b", "c"))
+  models.make_model(cfg.model, tokens if text else InputSpec("images", (32, 32, 3), 10))
 
 
 def test_the_teacher_may_be_another_network():
@@ -48,6 +81,7 @@ def test_presets_leave_the_base_as_it_is():
     ("cifar11,wrn_28_1,paper", "unknown data set 'cifar11'; choose one of: cifar10, cifar100"),
     ("cifar10,wrn_28,paper", "unknown network 'wrn_28'; choose one of: .*wrn_28_1, .*wrn_28_10"),
     ("cifar10,wrn_28_1,fast", "unknown scale 'fast'; choose one of: cpu, paper, quick, smoke"),
+    ("ptb,lstm,paper", "unknown data set 'ptb'; choose one of: cifar10, cifar100"),
     ("cifar10", "unknown network ''.*is named \"dataset,network,scale\""),
     (
       "cifar10,wrn_28_1,cpu,kd",
@@ -63,6 +97,7 @@ def test_unknown_words_list_the_choices(words, message):
 
 def test_every_data_key_is_one_that_data_sets_take():
   data.load(digits.get_config().data)
+  data.load(pydoc.get_config().data)
   cfg = digits.get_config()
   with pytest.raises(AttributeError, match="padding"):
     cfg.data.padding = 1

@@ -24,6 +24,7 @@ import pytest
 from ban_jax import data
 from ban_jax.data import images
 from ban_jax.errors import ConfigError, DataError
+from ban_jax.types import InputSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
@@ -45,7 +46,9 @@ ARCHIVES = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.t
 
 def group(**changes):
   """Returns a configuration's `data` group."""
-  values = {"name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False} | changes
+  values = {
+    "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0
+  } | changes  # fmt: skip
   return ml_collections.ConfigDict(values).lock()
 
 
@@ -125,7 +128,7 @@ def test_archive_is_prepared_and_read_back(name, place, tmp_path, no_connections
   expected = write_archive(tmp_path / place / ARCHIVES[name], name)
   dataset = data.load(group(name=name, dir=str(tmp_path)))
   assert_holds(dataset, expected)
-  assert dataset.spec == ("images", (32, 32, 3), {"cifar10": 10, "cifar100": 100}[name])
+  assert dataset.spec == InputSpec("images", (32, 32, 3), {"cifar10": 10, "cifar100": 100}[name])
   assert no_connections == []
 
 
@@ -446,7 +449,7 @@ def test_digits_are_the_1797_digits():
   from sklearn.datasets import load_digits
 
   dataset = data.load(group())
-  assert dataset.spec == ("images", (8, 8, 1), 10)
+  assert dataset.spec == InputSpec("images", (8, 8, 1), 10)
   assert dataset.sizes == {"train": 400, "test": 1397}
   assert set(dataset.splits) == {"train", "test"}
   assert (np.bincount(dataset.splits["train"]["labels"]) == 40).all()
@@ -584,7 +587,7 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
+    ({"name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, ptb, pydoc"),
     ({"name": 3}, "data.name = 3: expected the name of a data set"),
     ({"dir": None}, 'data.dir = None: expected a local directory, or "" for the default'),
     ({"dir": "gs://bucket/tfds"}, "data.dir = 'gs://bucket/tfds': expected a local directory, or \"\" for the default"),
@@ -616,7 +619,8 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
     ),
     (
       {"augment": "all"},
-      "data: missing keys [], unknown keys ['augment']; the keys are: dir, flip, name, pad, train_examples, validation",
+      "data: missing keys [], unknown keys ['augment']; the keys are: dir, flip, name, pad, train_examples, validation,"
+      " window",
     ),
   ],
 )

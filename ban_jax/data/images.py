@@ -216,7 +216,8 @@ def _take(examples: Examples, order: Int[np.ndarray, " N"]) -> Examples:
   return Examples(examples.images[order], examples.labels[order])
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
+  """Raises a ConfigError where a batch would hold nothing."""
   if batch_size < 1:
     raise ConfigError(f"batch size = {batch_size}: expected at least 1")
 
@@ -226,7 +227,7 @@ def _train_order(name: str, size: int, key: PRNGKeyArray, batch_size: int) -> In
 
   Raises ConfigError where there are fewer examples than a batch holds: the epoch would have no step.
   """
-  _check_batch_size(batch_size)
+  check_batch_size(batch_size)
   if size < batch_size:
     raise ConfigError(
       f"train.batch_size = {batch_size} is more than the {size} training examples of {name}: expected at most {size}"
@@ -241,7 +242,7 @@ def _eval_order(name: str, sizes: Mapping[str, int], split: str, batch_size: int
 
   Raises ConfigError for a split that there is not, listing those that there are.
   """
-  _check_batch_size(batch_size)
+  check_batch_size(batch_size)
   size = errors.look_up(sizes, split, f"split of {name}")
   steps = -(-size // batch_size)
   order = np.full(steps * batch_size, -1, np.int32)

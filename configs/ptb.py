@@ -1,0 +1,15 @@
+"""The Penn Treebank, the text of Table 6 of Furlanello et al. 2018 (arXiv:1805.04770).
+
+python experiments/train.py --config=configs/ptb.py:ptb,lstm,paper --config.data.dir=PTB --workdir=runs/ptb
+
+PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt (Mikolov's split), which the user has to supply.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import presets
+
+
+def get_config(words: str = "ptb,lstm,paper") -> ConfigDict:
+  """Returns the locked configuration that "dataset,network,scale[,more]" stands for (presets.py)."""
+  return presets.compose(words, ("ptb",))
