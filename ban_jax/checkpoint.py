@@ -1,7 +1,9 @@
 """Run directories: Orbax checkpoints while a generation trains, its final variables, and the manifest that ties it.
 
     workdir/config.json
+    workdir/.lock               held while a process works on the directory (lease.json on an object store)
     workdir/gen_K/steps/        checkpoints of a generation in training
+    workdir/gen_K/damaged/      checkpoints that were not what had been saved, moved aside until it is finished
     workdir/gen_K/params/       the finished variables
     workdir/gen_K/metrics.json, history.jsonl, events.out.tfevents.*
     workdir/gen_K/manifest.json the generation's lineage; written last, so its presence means: finished
@@ -15,8 +17,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import pathlib
+import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,10 +33,12 @@ from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from ban_jax import devices, report
-from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax import devices, lock, report
+from ban_jax.errors import BanError, CheckpointError, ConfigError, StorageError
 from ban_jax.types import Generation, Model, Variables
 from ban_jax.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption, because no byte of a generation depends on it.
 FREE_KEYS = ("generations", "data.dir", "train.checkpoint_every")
@@ -133,38 +141,75 @@ def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
   return workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
 
 
-def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> epath.Path:
-  """Creates a run directory, or opens one of the same configuration, and records the configuration in it.
+@contextlib.contextmanager
+def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> Iterator[epath.Path]:
+  """Creates a run directory, or opens one of the same configuration, records the configuration, and holds it.
 
-  Raises a CheckpointError that names the differing keys where the directory holds another run, and one that says why
-  where it cannot be written.
+  Raises a CheckpointError that names the differing keys where the directory holds another run, one that names the owner
+  where another process has it open, and one that says why where it cannot be written.
   """
   workdir = resolve_workdir(workdir)
-  record = workdir / "config.json"
-  if record.exists():
-    try:
-      old = json.loads(record.read_text())
-    except json.JSONDecodeError as error:
-      raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
-    new = config_values(cfg)
-    differing = [
-      f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here"
-      for key in sorted(old.keys() | new.keys())
-      if key not in FREE_KEYS and old.get(key) != new.get(key)
-    ]
-    if differing:
-      raise CheckpointError(
-        f"{workdir} holds a run of another configuration ({'; '.join(differing)}); give another workdir"
-      )
-  elif any(workdir.glob("gen_*")):
-    raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    error = None
     if devices.is_primary():
-      report.write_json(record, config_values(cfg))
-  except OSError as error:
-    raise CheckpointError(f"workdir {workdir} cannot be written: {error}") from error
-  return workdir
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock.hold(workdir))
+        _check_config(workdir, cfg)
+        report.write_json(workdir / "config.json", config_values(cfg))
+      except CheckpointError as refusal:
+        error = refusal
+      except OSError as refusal:
+        error = CheckpointError(f"workdir {workdir} cannot be written: {refusal}")
+    devices.raise_together(error)
+    yield workdir
+
+
+def _check_config(workdir: epath.Path, cfg: ConfigDict) -> None:
+  """Raises a CheckpointError where a directory's configuration is missing, broken or another one than `cfg`."""
+  record = workdir / "config.json"
+  if not record.exists():
+    if any(workdir.glob("gen_*")):
+      raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
+    return
+  try:
+    old = json.loads(record.read_text())
+  except json.JSONDecodeError as error:
+    raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
+  new = config_values(cfg)
+  differing = [
+    f"{key}: {json.dumps(old.get(key))} there, {json.dumps(new.get(key))} here"
+    for key in sorted(old.keys() | new.keys())
+    if key not in FREE_KEYS and old.get(key) != new.get(key)
+  ]
+  if differing:
+    raise CheckpointError(
+      f"{workdir} holds a run of another configuration ({'; '.join(differing)}); give another workdir"
+    )
+
+
+@contextlib.contextmanager
+def storage_errors(directory: epath.Path | None) -> Iterator[None]:
+  """Turns a failure to write below `directory` into a StorageError; nothing is written where it is None."""
+  try:
+    yield
+  except BanError:
+    raise
+  except Exception as error:
+    # Orbax's storage library reports a full disk as a ValueError with a status in its text.
+    failed = isinstance(error, OSError) or (
+      isinstance(error, ValueError) and re.search(r"RESOURCE_EXHAUSTED|Failed writing|No space left", str(error))
+    )
+    if directory is None or not failed:
+      raise
+    raise StorageError(
+      f"{directory} cannot be written: {_first_line(error)}; the checkpoints before are intact, and the same command "
+      "goes on from them once there is room"
+    ) from error
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 # --- a generation in training --------------------------------------------------------------------------------------
@@ -175,48 +220,97 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
   """Yields an Orbax manager of a generation's checkpoints, the newest two kept; what is being saved ends with it."""
   import orbax.checkpoint as ocp
 
+  class Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+      return False  # the training loop asks, once a step; a second count of the steps would break the agreement
+
   trash = ".trash"  # a kill in the middle of a deletion then never leaves half a checkpoint under a valid name
   if devices.is_primary():
     (directory / trash).rmtree(missing_ok=True)
   options = ocp.CheckpointManagerOptions(
     max_to_keep=2, todelete_subdir=trash, cleanup_tmp_directories=True, enable_async_checkpointing=True
   )
-  with ocp.CheckpointManager(directory, options=options) as manager:
+  with Manager(directory, options=options) as manager:
     yield manager
     manager.wait_until_finished()
 
 
-def save_step(manager: Any, step: int, tree: PyTree, meta: Mapping[str, Any]) -> None:
+def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) -> None:
   """Saves a tree of NumPy arrays and a JSON record of it, without waiting for the disk."""
   import orbax.checkpoint as ocp
 
-  meta = {**meta, "digest": digest(tree)}
+  meta = {"record": record, "digest": digest(tree), "record_digest": _record_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
 
 
-def restore_step(manager: Any, target: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
-  """Returns the newest checkpoint's tree and record, or None where there is no checkpoint yet.
+def restore_newest(manager: Any, target: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+  """Returns the newest undamaged checkpoint's tree and record, or None where there is none.
 
-  `target` is a tree of NumPy arrays that gives structure, shapes and dtypes. Raises a CheckpointError where the tree is
-  not the one that was saved.
+  `target` is a tree of NumPy arrays that gives structure, shapes and dtypes. A checkpoint that is not what was saved is
+  named in the log and moved to `damaged/STEP` beside the checkpoints, and the one before it is tried.
   """
+  for step in sorted(manager.all_steps(), reverse=True):
+    found, damage = _restore(manager, step, target)
+    if not devices.on_any_process(damage is not None):
+      return found
+    aside = manager.directory.parent / "damaged" / str(step)
+    logger.warning(
+      "checkpoint %s/%d is damaged (%s): moved to %s; going on from the one before it, or from the generation's "
+      "beginning where there is none",
+      manager.directory,
+      step,
+      damage or "on another process",
+      aside,
+    )
+    if devices.is_primary():
+      aside.parent.mkdir(exist_ok=True)
+      aside.rmtree(missing_ok=True)
+      (manager.directory / str(step)).rename(aside)
+    devices.wait_for_all(f"damaged checkpoint {step}")
+    manager.reload()
+  return None
+
+
+def _restore(manager: Any, step: int, target: PyTree) -> tuple[tuple[PyTree, dict[str, Any]] | None, str | None]:
+  """Returns ((tree, record), None), or (None, what is wrong with the checkpoint)."""
   import orbax.checkpoint as ocp
 
-  step = manager.latest_step()
-  if step is None:
-    return None
   args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-  remedy = f"remove {manager.directory}/{step} to go on from the checkpoint before it, or from the beginning"
   try:
-    restored = manager.restore(step, args=args)
+    with _without_stragglers():
+      restored = manager.restore(step, args=args)
+    meta = restored.meta
+    if _record_digest(meta["record"]) != meta["record_digest"]:
+      return None, "the digest of its record is not the one it was saved with"
+    tree = jax.tree.map(np.asarray, restored.state)
+    if digest(tree) != meta["digest"]:
+      return None, "the digest of its arrays is not the one it was saved with"
   except Exception as error:  # Orbax raises nearly anything for a broken file
-    raise CheckpointError(f"checkpoint {step} in {manager.directory} is damaged ({error}); {remedy}") from error
-  tree = jax.tree.map(np.asarray, restored.state)
-  if digest(tree) != restored.meta["digest"]:
-    raise CheckpointError(
-      f"checkpoint {step} in {manager.directory} is damaged: its digest is not the one it was saved with; {remedy}"
-    )
-  return tree, restored.meta
+    return None, f"{type(error).__name__}: {_first_line(error)}"
+  return (tree, meta["record"]), None
+
+
+@contextlib.contextmanager
+def _without_stragglers() -> Iterator[None]:
+  """Keeps off the terminal what Orbax's other reads print, a traceback each, once the first of them has failed."""
+  hooks = sys.excepthook, sys.unraisablehook
+
+  def is_straggler(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+  sys.excepthook = lambda kind, error, trace: None if is_straggler(error) else hooks[0](kind, error, trace)
+  sys.unraisablehook = lambda told: None if is_straggler(told.exc_value) else hooks[1](told)
+  try:
+    yield
+  except Exception:
+    time.sleep(1)  # for the reads under way
+    raise
+  finally:
+    sys.excepthook, sys.unraisablehook = hooks
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 # --- a finished generation -----------------------------------------------------------------------------------------
@@ -230,46 +324,52 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
     checkpointer.save(directory / "params", flax.core.unfreeze(generation.params), force=True)
   devices.wait_for_all(f"params of generation {generation.index}")
   if devices.is_primary():
-    _write_records(directory, generation, manifest)
-    (directory / "steps").rmtree(missing_ok=True)
+    metrics, history = dict(generation.metrics), list(generation.history)
+    report.write_json(directory / "metrics.json", metrics)
+    report.write_lines(directory / "history.jsonl", history)
+    digests = {"digest": digest(generation.params), "records_digest": _record_digest([metrics, history])}
+    report.write_json(directory / "manifest.json", {**manifest, **digests})
+    _remove_leftovers(directory)
   devices.wait_for_all(f"manifest of generation {generation.index}")
 
 
-def _write_records(directory: epath.Path, generation: Generation, manifest: Mapping[str, Any]) -> None:
-  report.write_json(directory / "metrics.json", dict(generation.metrics))
-  report.write_lines(directory / "history.jsonl", list(generation.history))
-  report.write_json(directory / "manifest.json", {**manifest, "digest": digest(generation.params)})
+def _remove_leftovers(directory: epath.Path) -> None:
+  """Removes what a finished generation needs no more, after a kill right behind the manifest too."""
+  for leftover in ("steps", "damaged", *(path.name for path in directory.glob("params.orbax-checkpoint-tmp*"))):
+    (directory / leftover).rmtree(missing_ok=True)
 
 
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   """Returns a finished generation and its manifest, or None where it is not finished.
 
-  Raises a CheckpointError where the variables are not the ones that the manifest vouches for.
+  Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for.
   """
   if not (directory / "manifest.json").exists():
     return None
   import orbax.checkpoint as ocp
 
+  remedy = f"remove {directory} to train it again"
   try:
     manifest = json.loads((directory / "manifest.json").read_text())
     metrics = json.loads((directory / "metrics.json").read_text())
-    history = tuple(json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines())
+    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     with ocp.StandardCheckpointer() as checkpointer:
       variables = checkpointer.restore(directory / "params")
+    index, expected = manifest["generation"], (manifest["digest"], manifest["records_digest"])
   except Exception as error:  # Orbax raises nearly anything for a broken file
     raise CheckpointError(
-      f"{directory} is damaged and cannot be read ({error}); remove it to train it again"
+      f"{directory} is damaged and cannot be read ({type(error).__name__}: {_first_line(error)}); {remedy}"
     ) from error
-  if digest(variables) != manifest["digest"]:
+  if digest(variables) != expected[0]:
+    raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {remedy}")
+  if _record_digest([metrics, history]) != expected[1]:
     raise CheckpointError(
-      f"{directory}/params is damaged: its digest is not the manifest's; remove {directory} to train it again"
+      f"{directory}/metrics.json or history.jsonl was changed: their digest is not the manifest's; {remedy}"
     )
   if devices.is_primary():
-    (directory / "steps").rmtree(missing_ok=True)  # left by a kill right behind the manifest
-  index = manifest["generation"]
-  return Generation(
-    index, freeze({k: v for k, v in variables.items() if k != "lineage"}, index), metrics, history
-  ), manifest
+    _remove_leftovers(directory)
+  params = freeze({name: tree for name, tree in variables.items() if name != "lineage"}, index)
+  return Generation(index, params, metrics, tuple(history)), manifest
 
 
 @functools.cache

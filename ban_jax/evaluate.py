@@ -56,9 +56,10 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a network, or the ensemble of several by their mean probabilities (Eq. 4), on every example of a split.
 
-  Returns "error" in %, "nll" in nats, "ece" (15 equal bins of confidence, a share), "brier" and "count". Members may be
-  Generations or variables trees, of generation 0's network or the students'. Raises before any work: ConfigError for an
-  unknown split or no members, CheckpointError for a tree that does not fit its network.
+  Returns "error" in %, "nll" in nats, "ece" (15 equal bins of confidence, a share), "brier" and "count", of tokens
+  "perplexity" too. Members may be Generations or variables trees, of generation 0's network or the students'. Raises
+  before any work: ConfigError for an unknown split or no members, CheckpointError for a tree that does not fit its
+  network.
   """
   dataset = data.load(cfg.data)
   trees = members_of(generations)
@@ -66,15 +67,24 @@ def evaluate(
     raise ConfigError("evaluate needs at least one network")
   models = fit_models(trees, make_models(cfg, dataset.spec), "member")
   devices = devices_lib.resolve(devices)
-  variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, trees)), devices)
-  return evaluate_placed(models, variables, dataset, split, cfg.evaluate.batch_size, devices)
+  return evaluate_trees(models, tuple(map(checkpoint.thaw, trees)), dataset, split, cfg.evaluate.batch_size, devices)
 
 
-def evaluate_placed(
-  models: tuple[Model, ...], variables: Any, dataset: Dataset, split: str, batch_size: int, devices: Devices
+def evaluate_trees(
+  models: tuple[Model, ...], trees: Sequence[Any], dataset: Dataset, split: str, batch_size: int, devices: Devices
 ) -> dict[str, float]:
-  """Returns `evaluate`'s numbers for variables that lie on the devices already; the batch is rounded up to share it."""
-  batch_size = -(-batch_size // len(devices)) * len(devices)
+  """Returns `evaluate`'s numbers for plain variables trees that are known to fit their models.
+
+  Where the devices cannot share the batch equally, it is rounded up; but a model with a carry keeps its batch, since
+  more rows would start more streams from a zero state, and runs on as many of each process's devices as can share it.
+  """
+  if batch_size % len(devices):
+    if any(jax.tree.leaves(model.init_carry(1)) for model in models):
+      own = devices_lib.local(devices)
+      devices = own[: max(count for count in range(1, len(own) + 1) if batch_size % count == 0)]
+    else:
+      batch_size = -(-batch_size // len(devices)) * len(devices)
+  variables = devices_lib.broadcast(tuple(trees), devices)
   order = dataset.eval_order(split, batch_size)
   arrays = devices_lib.broadcast(dataset.splits[split], devices)
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
@@ -85,7 +95,10 @@ def evaluate_placed(
     # Reading the sums at once bounds what is in flight to one step.
     sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), devices_lib.first(sums))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
-  return summarise(total)
+  metrics = summarise(total)
+  if dataset.spec.kind == "tokens":
+    metrics["perplexity"] = float(np.exp(metrics["nll"]))
+  return metrics
 
 
 def summarise(sums: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -4,10 +4,11 @@ import collections
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from ban_jax.errors import ConfigError, look_up
 
@@ -25,7 +26,31 @@ def cosine(peak: float, total: int, boundaries: tuple[float, ...], factor: float
   return optax.cosine_decay_schedule(peak, total)
 
 
-SCHEDULES = {"steps": steps, "cosine": cosine}
+def plateau(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
+  """Returns the constant `peak`, from which `plateau_rate` departs by epoch."""
+  return optax.constant_schedule(peak)
+
+
+SCHEDULES = {"steps": steps, "cosine": cosine, "plateau": plateau}
+
+
+def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
+  """Returns the learning rate after epochs whose validation metric, the lower the better, was `metrics`.
+
+  It is multiplied by `optim.factor` after each epoch that is not better, by `optim.threshold` at least, than the best
+  one before it.
+  """
+  rate, best = optim["learning_rate"], math.inf
+  for metric in metrics:
+    if not (metric < best and best - metric >= optim["threshold"]):
+      rate *= optim["factor"]
+    best = min(best, metric)
+  return rate
+
+
+def set_rate(opt_state: PyTree, rate: Any) -> PyTree:
+  """Returns a plateau optimizer's state with another learning rate, shaped as the state's own."""
+  return optax.tree.set(opt_state, learning_rate=rate)
 
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
@@ -45,10 +70,11 @@ def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
 def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
   """Returns SGD with coupled weight decay on all parameters; equal arguments give the same object.
 
+  Under a plateau schedule the learning rate is a number in the optimizer's state, changed by `set_rate`.
   `total` is the number of steps that the schedule spans. Weight decay is added before the Nesterov trace, as in
   the reference Wide-ResNet; `clip_norm` 0 leaves the gradient as it is. Raises a ConfigError for values out of range.
   """
-  for name, below in (("momentum", 1.0), ("weight_decay", float("inf")), ("clip_norm", float("inf"))):
+  for name, below in (("momentum", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf), ("threshold", math.inf)):
     if not 0 <= optim[name] < below:
       raise ConfigError(f"optim.{name} must be at least 0 and below {below}, not {optim[name]}")
   make_schedule(optim, total)
@@ -59,8 +85,8 @@ def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransf
 def _make(options: tuple, total: int) -> optax.GradientTransformation:
   optim = dict(options)
   clip = [optax.clip_by_global_norm(optim["clip_norm"])] if optim["clip_norm"] else []
-  return optax.chain(
-    *clip,
-    optax.add_decayed_weights(optim["weight_decay"]),
-    optax.sgd(make_schedule(optim, total), momentum=optim["momentum"], nesterov=optim["nesterov"]),
-  )
+  decay = [optax.add_decayed_weights(optim["weight_decay"])] if optim["weight_decay"] else []
+  sgd, rate = optax.sgd, make_schedule(optim, total)
+  if optim["schedule"] == "plateau":
+    sgd, rate = optax.inject_hyperparams(optax.sgd, static_args=("momentum", "nesterov")), optim["learning_rate"]
+  return optax.chain(*clip, *decay, sgd(rate, momentum=optim["momentum"] or None, nesterov=optim["nesterov"]))

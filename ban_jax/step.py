@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
@@ -43,7 +43,8 @@ def make_train_step(
   data set's `arrays`; `key_data` uint32 [2], the generation's key. With one: `state` and `carry = (student's,
   teachers')`, both donated, and `index` int32 [devices, B / devices]. The optimizer sees the parameters other than the
   `frozen` top-level ones. `sums` are over the global mini-batch, the same on every device: "loss" and "weight" (their
-  quotient is the mean loss), "errors" and "count"; with `gradient_split` those of gradient.split_sums, too.
+  quotient is the mean loss), "errors" and "count"; with `gradient_split` those of gradient.split_sums, too; and
+  "finite", which says whether every number of the new state is.
   """
 
   def train_step(state: TrainState, teacher_variables, carry, arrays, index, key_data):
@@ -86,9 +87,15 @@ def make_train_step(
       batch_stats = devices_lib.all_mean(batch_stats)
     updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
     params = {**optax.apply_updates(trained, updates), **kept}
-    return TrainState(state.step + 1, params, batch_stats, opt_state), (student_carry, teacher_carries), sums
+    new = TrainState(state.step + 1, params, batch_stats, opt_state)
+    return new, (student_carry, teacher_carries), sums | {"finite": all_finite(new)}
 
   return devices_lib.pmap(train_step, devices=devices, in_axes=(0, None, 0, None, 0, None), donate_argnums=(0, 2))
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+  """Returns whether every number of every leaf is finite."""
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _teaching_logits(logits: list[Float[Array, "B *T n"]]) -> Float[Array, "B *T n"] | None:

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,10 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import checkpoint, data, gradient, losses, optim, report
+from ban_jax import checkpoint, data, gradient, losses, optim, preemption, report
 from ban_jax import devices as devices_lib
-from ban_jax.errors import CheckpointError, ConfigError, TrainingError
-from ban_jax.evaluate import Member, evaluate_placed, fit_models, make_models, members_of
+from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, choices
+from ban_jax.evaluate import Member, evaluate_trees, fit_models, make_models, members_of
 from ban_jax.losses import Loss
 from ban_jax.models import check_options
 from ban_jax.step import make_train_step
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 # Steps dispatched ahead of the one whose sums are read. Unbounded dispatch to several CPU devices deadlocks; this many
 # keep an accelerator busy.
 IN_FLIGHT = 8
+# The metric, the lower the better, by which a plateau schedule decides.
+PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
+# The metrics that the progress bar shows behind an epoch.
+SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
 # The smallest value of what is counted.
@@ -37,6 +41,7 @@ LEAST = {
   "train.checkpoint_every": 1,
   "train.evaluate_every": 0,
   "evaluate.batch_size": 1,
+  "evaluate.training_batch_size": 0,
 }
 
 
@@ -83,6 +88,11 @@ def _prepare(
   devices_lib.check_batch_size(cfg.train.batch_size, devices)
 
   dataset = data.load(cfg.data)
+  if cfg.optim.schedule == "plateau" and "validation" not in dataset.splits:
+    raise ConfigError(
+      "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share by data.validation, "
+      f"or choose another of: {choices(optim.SCHEDULES)}"
+    )
   models = make_models(cfg, dataset.spec)
   parents = tuple(members_of(params_prev))
   if params_prev is not None and not parents:
@@ -176,18 +186,22 @@ def train_generation(
 
   Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
   configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
-  network or a workdir that holds something else.
+  network or a workdir that holds something else or is in use. While it trains: a TrainingError within `IN_FLIGHT` steps
+  of the first number that is not finite; with `workdir` a StorageError where that cannot be written any more, and
+  Preempted behind a checkpoint after a SIGTERM.
   """
   job = _prepare(params_prev, cfg, generation, devices)
   if workdir is None:
-    return _train(job, None, progress)
-  directory = checkpoint.open_workdir(workdir, cfg) / f"gen_{job.generation}"
-  finished = checkpoint.load(directory)
-  if finished is None:
-    return _train(job, directory, progress)
-  done, manifest = finished
-  _check_lineage(_lineage(job), manifest, directory)
-  return done
+    return _train(job, None, progress, lambda: False)
+  with checkpoint.open_workdir(workdir, cfg) as workdir:
+    directory = workdir / f"gen_{job.generation}"
+    finished = checkpoint.load(directory)
+    if finished is None:
+      with preemption.watch() as requested, checkpoint.storage_errors(directory):
+        return _train(job, directory, progress, requested)
+    done, manifest = finished
+    _check_lineage(_lineage(job), manifest, directory)
+    return done
 
 
 def run(
@@ -202,13 +216,17 @@ def run(
   Goes on where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
   what `train_generation` raises.
   """
-  _check_counts(cfg)
+  job = _prepare(None, cfg, 0, devices)  # a workdir should not be given a configuration that cannot be run
+  student = make_models(cfg, job.dataset.spec)[1]
+  if cfg.generations and student.inherits:
+    _check_inherits(student, (jax.eval_shape(job.student.init, jax.random.key(0)),))
   generations = []
-  for index in range(cfg.generations + 1):
-    teacher = generations[-1] if generations else None
-    generations.append(
-      train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
-    )
+  with checkpoint.open_workdir(workdir, cfg):  # held from the first generation to the last
+    for index in range(cfg.generations + 1):
+      teacher = generations[-1] if generations else None
+      generations.append(
+        train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
+      )
   return generations
 
 
@@ -249,30 +267,31 @@ def _initial(job: _Job) -> tuple[TrainState, Any]:
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
 
 
-def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
-  """Trains a generation from its newest checkpoint, or its beginning, to its end."""
+def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Callable[[], bool]) -> Generation:
+  """Trains a generation from its newest checkpoint, or its beginning, to its end, or until it is `requested` to end."""
   cfg, devices = job.cfg, job.devices
   lineage = _lineage(job)
   provenance = checkpoint.provenance()
   state, carry = _initial(job)
+  zero_carry = carry
   history: list[dict[str, float]] = []
   sums = collections.Counter()  # of the epoch so far
 
   with checkpoint.open_steps(directory / "steps") if directory else contextlib.nullcontext() as manager:
-    restored = checkpoint.restore_step(manager, {"state": state, "carry": carry}) if manager else None
+    restored = checkpoint.restore_newest(manager, {"state": state, "carry": carry}) if manager else None
     if restored:
-      tree, meta = restored
-      _check_lineage(lineage, meta["lineage"], directory)
-      if lineage["layout"] != meta["lineage"]["layout"]:
+      tree, record = restored
+      _check_lineage(lineage, record["lineage"], directory)
+      if lineage["layout"] != record["lineage"]["layout"]:
         logger.warning(
           "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
           directory,
-          meta["lineage"]["layout"],
+          record["lineage"]["layout"],
           lineage["layout"],
         )
       state, carry = tree["state"], tree["carry"]
-      history, sums = meta["history"], collections.Counter(meta["sums"])
-    start = int(state.step)
+      history, sums = record["history"], collections.Counter(record["sums"])
+    start = saved = int(state.step)
 
     step = make_train_step(
       student=job.student,
@@ -293,8 +312,20 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
     in_flight = collections.deque()
 
     def read(limit: int) -> None:
+      """Adds up the sums of all steps but the last `limit`, once they are known to be finite."""
       while len(in_flight) > limit:
-        sums.update({name: float(value) for name, value in devices_lib.first(in_flight.popleft()).items()})
+        number, values = in_flight.popleft()
+        values = {name: float(value) for name, value in devices_lib.first(values).items()}
+        mean = values["loss"] / values["weight"] if values["weight"] else np.nan
+        if not (values.pop("finite") and np.isfinite(mean)):
+          what = "its parameters or their momentum are" if np.isfinite(mean) else f"its training loss, {mean}, is"
+          kept = f"; the checkpoint of step {saved} is kept" if manager and saved else ""
+          epoch = (number - 1) // job.steps_per_epoch + 1
+          raise TrainingError(
+            f"generation {job.generation} diverged in epoch {epoch} at step {number}: {what} not finite; "
+            f"a lower optim.learning_rate or optim.clip_norm may help{kept}"
+          )
+        sums.update(values)
 
     title = f"generation {job.generation}"
     epoch_start = time.monotonic()
@@ -307,35 +338,40 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
         if within == 0 or done == start + 1:
           order_key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
           order = job.dataset.train_order(order_key, cfg.train.batch_size)
+        if within == 0:
+          carry = devices_lib.split_rows(zero_carry, devices)
         index = devices_lib.split_rows(order[within], devices)
         state, carry, step_sums = step(state, teacher_variables, carry, arrays, index, key_data)
-        in_flight.append(step_sums)
+        in_flight.append((done, step_sums))
         read(IN_FLIGHT)
         bar.advance()
 
         if within + 1 == job.steps_per_epoch:
           read(0)
-          row = _summary(job, epoch + 1, done, sums, epoch_start)
+          row = _summary(job, epoch + 1, done, sums, history, epoch_start)
           sums.clear()
-          if done == job.total_steps or cfg.train.evaluate_every and (epoch + 1) % cfg.train.evaluate_every == 0:
-            row |= _evaluate(job, state)
-          if not np.isfinite(row["train_loss"]):
-            raise TrainingError(
-              f"generation {job.generation} diverged: the training loss of epoch {epoch + 1} (up to step {done}) is "
-              f"{row['train_loss']}; a lower optim.learning_rate or optim.clip_norm may help"
-            )
+          row |= _evaluate(job, state, epoch + 1)
           history.append(row)
+          if cfg.optim.schedule == "plateau":
+            rate = devices_lib.replicate(np.float32(_rate(job, done, history)), devices)
+            state = state._replace(opt_state=optim.set_rate(state.opt_state, rate))
           write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
-          bar.note(**{name: row[name] for name in ("train_loss", "train_error", "test_error") if name in row})
+          bar.note(**{name: row[name] for name in SHOWN if name in row})
           epoch_start = time.monotonic()
-        if manager and done % cfg.train.checkpoint_every == 0 and done < job.total_steps:
+        end = requested() and done < job.total_steps
+        if manager and (end or done % cfg.train.checkpoint_every == 0 and done < job.total_steps):
           read(0)
-          tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry)}
+          tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry, devices)}
           checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
+          saved = done
+        if end:
+          manager.wait_until_finished()
+          raise Preempted(
+            f"asked to end by SIGTERM: generation {job.generation} is saved at step {done} of {job.total_steps}; "
+            "the same command goes on from there"
+          )
 
   variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
-  if not _is_finite(variables):
-    raise TrainingError(f"generation {job.generation} diverged: its parameters are not finite at its end")
   last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "seconds")}
   generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
   if directory is not None:
@@ -343,12 +379,21 @@ def _train(job: _Job, directory: epath.Path | None, show: bool) -> Generation:
   return generation
 
 
-def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: float) -> dict[str, float]:
-  """Returns an epoch's row of the history, from its summed metrics."""
+def _rate(job: _Job, step: int, history: list[dict[str, float]]) -> float:
+  """Returns the learning rate of a step, behind the epochs in `history`."""
+  if job.cfg.optim.schedule != "plateau":
+    return float(job.schedule(step - 1))
+  return optim.plateau_rate(job.cfg.optim, [row[PLATEAU_METRICS[job.dataset.spec.kind]] for row in history])
+
+
+def _summary(
+  job: _Job, epoch: int, step: int, sums: dict[str, float], history: list[dict[str, float]], start: float
+) -> dict[str, float]:
+  """Returns an epoch's row of the history, from its summed metrics and the rows before it."""
   row = {
     "epoch": epoch,
     "step": step,
-    "learning_rate": float(job.schedule(step - 1)),
+    "learning_rate": _rate(job, step, history),
     "train_loss": sums["loss"] / sums["weight"],
     "train_error": 100 * sums["errors"] / sums["count"],
     "seconds": round(time.monotonic() - start, 3),
@@ -356,15 +401,21 @@ def _summary(job: _Job, epoch: int, step: int, sums: dict[str, float], start: fl
   return row | (gradient.summarise(sums) if "dark_squared" in sums else {})
 
 
-def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:
-  """Returns the metrics, by split, of a network in training."""
+def _evaluate(job: _Job, state: TrainState, epoch: int) -> dict[str, float]:
+  """Returns the metrics, by split, of a network in training where they are due behind this epoch."""
+  cfg = job.cfg
+  last = epoch == cfg.train.epochs
+  due = last or cfg.train.evaluate_every and epoch % cfg.train.evaluate_every == 0
+  splits = [split for split in ("validation", "test") if split in job.dataset.splits] if due else []
+  if cfg.optim.schedule == "plateau":
+    splits = splits or ["validation"]
+  if not splits:
+    return {}
+  # The finished network's numbers are those that are reported.
+  batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
-  variables = devices_lib.broadcast((variables,), job.devices)
-  splits = [split for split in ("validation", "test") if split in job.dataset.splits]
   return {
     f"{split}_{name}": value
     for split in splits
-    for name, value in evaluate_placed(
-      (job.student,), variables, job.dataset, split, job.cfg.evaluate.batch_size, job.devices
-    ).items()
+    for name, value in evaluate_trees((job.student,), (variables,), job.dataset, split, batch_size, job.devices).items()
   }

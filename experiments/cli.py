@@ -1,10 +1,14 @@
 """What the command lines share: starting JAX, reading flags, and answering a user's mistake without a traceback."""
 
+import contextlib
 import logging
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import app, flags
@@ -12,10 +16,13 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax.errors import BanError, ConfigError, choices
+from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
-  "devices", 0, "How many devices to run on; 0 takes all accelerators, or on CPU one device a core (2, 4 or 8 at most)."
+  "devices",
+  0,
+  "How many devices to run on; 0 takes all accelerators, or on CPU one device a core (2, 4 or 8 at most). With several "
+  "processes: how many CPU devices this process has; each then takes all accelerators that it sees.",
 )
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Start as one of several processes that find each other by themselves (TPU pods, Slurm)."
@@ -25,8 +32,18 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address: how many processes there are.")
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator_address: which of them this is, from 0.")
+START_TIMEOUT = flags.DEFINE_integer(
+  "start_timeout", 300, "With several processes: how many seconds to wait for the others at the start."
+)
+PEER_TIMEOUT = flags.DEFINE_integer(
+  "peer_timeout", 60, "With several processes: after how many seconds without a sign of life from one a run ends."
+)
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress on standard error.")
 
+# What the messages of JAX, its CPU collectives and Orbax have in them when another process is gone.
+PEER_SIGNS = ("Gloo", "coordination service", "CoordinationService")
+# Seconds that a failing process waits for the others to end with it.
+PATIENCE = 3.0
 # Exit status of a mistake that the user can mend.
 USAGE = 2
 
@@ -48,30 +65,139 @@ def use_compilation_cache() -> None:
 
 def start_jax() -> tuple[jax.Device, ...]:
   """Sets JAX up as the flags say, before its first computation, and returns the devices to run on."""
+  _check_processes()
   use_compilation_cache()
   if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
   if DEVICES.value < 0:
     raise ConfigError(f"--devices must be at least 0, not {DEVICES.value}")
   jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(devices_lib.cores()))
-  if COORDINATOR.value:
-    if PROCESSES.value is None or PROCESS.value is None:
-      raise ConfigError("--coordinator_address needs --num_processes and --process_id beside it")
-    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  elif DISTRIBUTED.value:
-    jax.distributed.initialize()
+  if COORDINATOR.value is not None or DISTRIBUTED.value:
+    _join_processes()
+  several = jax.process_count() > 1
   devices = jax.devices()
-  if DEVICES.value > len(devices):
-    raise ConfigError(
-      f"--devices={DEVICES.value}, but there are {len(devices)} devices of kind {devices[0].device_kind}"
-    )
-  if DEVICES.value and jax.process_count() == 1:
+  own = jax.local_devices()
+  if DEVICES.value > len(own) or several and DEVICES.value not in (0, len(own)):
+    each = "; one of several processes takes all that it has" if several else ""
+    raise ConfigError(f"--devices={DEVICES.value}, but there are {len(own)} devices of kind {own[0].device_kind}{each}")
+  if DEVICES.value and not several:
     devices = devices[: DEVICES.value]
   return tuple(devices)
 
 
+def _check_processes() -> None:
+  """Raises a ConfigError where the flags of a run of several processes do not fit together."""
+  given = {flag.name: flag.value for flag in (COORDINATOR, PROCESSES, PROCESS) if flag.value is not None}
+  if DISTRIBUTED.value and given:
+    raise ConfigError(f"--distributed finds the other processes by itself; leave out --{' and --'.join(given)}")
+  if 0 < len(given) < 3:
+    missing = [flag.name for flag in (COORDINATOR, PROCESSES, PROCESS) if flag.name not in given]
+    raise ConfigError(f"--{' and --'.join(given)} also needs --{' and --'.join(missing)}")
+  for flag, least in ((START_TIMEOUT, 1), (PEER_TIMEOUT, 10)):
+    if flag.value < least:
+      raise ConfigError(f"--{flag.name} must be at least {least} (seconds), not {flag.value}")
+  if not given:
+    return
+  host, _, port = COORDINATOR.value.rpartition(":")
+  if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+    raise ConfigError(f"--coordinator_address must be host:port of process 0, not {COORDINATOR.value!r}")
+  if PROCESSES.value < 1:
+    raise ConfigError(f"--num_processes must be at least 1, not {PROCESSES.value}")
+  if not 0 <= PROCESS.value < PROCESSES.value:
+    raise ConfigError(
+      f"--process_id must be from 0 to {PROCESSES.value - 1} with --num_processes={PROCESSES.value}, "
+      f"not {PROCESS.value}"
+    )
+
+
+def _join_processes() -> None:
+  """Waits for the other processes; where they do not all come, ends this one (JAX would abort it without a word)."""
+
+  def give_up() -> None:
+    where = f" at {COORDINATOR.value}" if COORDINATOR.value else ""
+    print(
+      f"error: not all processes of the run met{where} within {START_TIMEOUT.value} seconds (--start_timeout); start "
+      "all of them, with the same address and number",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(PeerError.exit_status)
+
+  timer = threading.Timer(START_TIMEOUT.value, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      COORDINATOR.value,
+      PROCESSES.value,
+      PROCESS.value,
+      initialization_timeout=START_TIMEOUT.value + 60,  # behind the timer's end
+      heartbeat_timeout_seconds=PEER_TIMEOUT.value,
+      shutdown_timeout_seconds=PEER_TIMEOUT.value,
+    )
+  except (RuntimeError, ValueError) as error:  # no cluster to find, a port that is taken
+    raise ConfigError(f"the processes of the run cannot meet: {_told(error)}; {_meeting()}") from error
+  finally:
+    timer.cancel()
+
+
+def _meeting() -> str:
+  """Returns what a user can do about processes that do not meet."""
+  if DISTRIBUTED.value:
+    return "--distributed is for TPU pods, Slurm and Open MPI; elsewhere give --coordinator_address and its companions"
+  return f"--coordinator_address={COORDINATOR.value} must be a free port of process 0's machine"
+
+
+def lost_peer(error: BaseException) -> bool:
+  """Returns whether an error of a run of several processes, or what is behind it, says that another one has gone."""
+  link = error if jax.distributed.is_initialized() else None
+  while link is not None:
+    if isinstance(link, PeerError) or any(sign in str(link) for sign in PEER_SIGNS):
+      return True
+    link = link.__cause__ or link.__context__
+  return False
+
+
+@contextlib.contextmanager
+def _peer_errors() -> Iterator[None]:
+  """Turns what JAX and Orbax raise when another process has gone into a PeerError."""
+  try:
+    yield
+  except Exception as error:
+    if not lost_peer(error):
+      raise
+    raise PeerError(
+      f"lost another process of the run ({_told(error)}); start all of them again: the run goes on from the last "
+      "checkpoint"
+    ) from error
+
+
+@contextlib.contextmanager
+def _ending_promptly() -> Iterator[None]:
+  """Ends one of several processes as soon as it fails: JAX's own end would wait for others that may never come."""
+  try:
+    yield
+  except BaseException as error:
+    if not jax.distributed.is_initialized():
+      raise
+    if isinstance(error, SystemExit):  # its message is told already
+      status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    else:
+      traceback.print_exc()
+      status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Where all end alike they meet in here at once. Otherwise process 0 stays a little, for the others to say what they
+    # have to: they are aborted when it goes.
+    if status != PeerError.exit_status or devices_lib.is_primary():
+      end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+      end.start()
+      end.join(PATIENCE)
+    os._exit(status)
+
+
 def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; a BanError or a wrong flag ends with its message and exit status 2."""
+  """Parses the flags and calls `main`; a wrong flag ends with its message and status 2, a BanError with its own."""
 
   def parse(arguments: list[str]) -> list[str]:
     try:
@@ -87,17 +213,25 @@ def run(main: Callable[[], None]) -> None:
     return rest
 
   def guarded(_) -> None:
+    signal.signal(signal.SIGTERM, _terminated)
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns at each start that OpenCV would decode faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
     try:
-      main()
+      with _peer_errors():
+        main()
     except BanError as error:
-      _fail(str(error))
+      _fail(str(error), error.exit_status)
+    except OSError as error:  # a table or a plot on a full disk
+      _fail(str(error), StorageError.exit_status)
     except KeyboardInterrupt:
       print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
       sys.exit(130)
 
-  app.run(guarded, flags_parser=parse)
+  def started(arguments: list[str]) -> None:
+    with _ending_promptly():
+      guarded(arguments)
+
+  app.run(started, flags_parser=parse)
 
 
 def _cause(error: BaseException) -> str | None:
@@ -150,6 +284,16 @@ def _wrong_key(arguments: list[str]) -> str | None:
   return None
 
 
-def _fail(message: str) -> None:
+def _told(error: BaseException) -> str:
+  """Returns an error's first line, cut short."""
+  return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _terminated(*_) -> None:
+  """Ends a process that gets SIGTERM while it trains nothing: all that is finished is on the disk."""
+  _fail("asked to end by SIGTERM; the same command goes on from there", Preempted.exit_status)
+
+
+def _fail(message: str, status: int = USAGE) -> None:
   print(f"error: {message}", file=sys.stderr)
-  sys.exit(USAGE)
+  sys.exit(status)

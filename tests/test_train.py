@@ -158,7 +158,7 @@ def test_another_network_can_teach(tmp_path):
     ({"model__depth": 12}, r"model.depth=12: a Wide-ResNet has depth 6n \+ 4"),
     ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
     ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),
-    ({"optim__schedule": "linear"}, "unknown optim.schedule 'linear'; choose one of: cosine, steps"),
+    ({"optim__schedule": "linear"}, "unknown optim.schedule 'linear'; choose one of: cosine, plateau, steps"),
     ({"optim__boundaries": (0.5, 0.3)}, "optim.boundaries must be rising shares"),
     ({"optim__learning_rate": 0.0}, "optim.learning_rate must be above 0"),
     ({"optim__momentum": 1.0}, "optim.momentum must be at least 0 and below 1"),

@@ -1,0 +1,404 @@
+"""Faults that really happen: damaged files, full disks, signals, a second process, numbers that are not finite."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, config
+from etils import epath
+
+import ban_jax
+from ban_jax import checkpoint, data, lock, preemption, train
+from ban_jax.errors import CheckpointError, Preempted, TrainingError
+
+QUIET = {"progress": False}
+COMMAND = [
+  sys.executable,
+  str(ROOT / "experiments" / "train.py"),
+  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke",
+  "--devices=2",
+  "--config.generations=0",
+  "--config.train.evaluate_every=0",
+]
+PLAIN = {"train__evaluate_every": 0}
+
+
+def start(workdir, *flags):
+  return subprocess.Popen(
+    [*COMMAND, f"--workdir={workdir}", *flags], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def finish(process):
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def wait_until(condition, process):
+  deadline = time.monotonic() + 200
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+
+
+def steps_of(workdir, generation=0):
+  return sorted(int(path.name) for path in workdir.glob(f"gen_{generation}/steps/[0-9]*") if path.name.isdigit())
+
+
+def digest_of(workdir, generation=0):
+  return json.loads((workdir / f"gen_{generation}" / "manifest.json").read_text())["digest"]
+
+
+def interrupted(*_):
+  raise KeyboardInterrupt
+
+
+def leave_unfinished(workdir, cfg):
+  """Trains generation 0 up to its end, but not its last files; returns its directory."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(None, cfg, workdir=workdir, **QUIET)
+  return workdir / "gen_0"
+
+
+@pytest.fixture(scope="module")
+def whole():
+  """The digest of generation 0, trained in one go in this process."""
+  return checkpoint.digest(ban_jax.train_generation(None, config(**PLAIN), **QUIET).params)
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+  """A generation whose checkpoints, of steps 6 and 9, are there, and whose final files are not."""
+  return leave_unfinished(tmp_path_factory.mktemp("unfinished"), config(**PLAIN)).parent
+
+
+# --- bad disks -----------------------------------------------------------------------------------------------------
+
+
+def data_files(step):
+  files = [path for path in (step / "state").rglob("*") if path.is_file() and path.parent.name == "d"]
+  assert files
+  return files
+
+
+def truncate(step):
+  for path in data_files(step):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove(step):
+  shutil.rmtree(step / "state")
+
+
+def flip_a_byte(step):
+  # In the middle of the largest file: among the arrays, where Orbax itself notices nothing.
+  path = max(data_files(step), key=lambda file: file.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def alter_the_record(step):
+  (path,) = [path for path in (step / "meta").rglob("*") if path.is_file() and '"sums"' in path.read_text("latin-1")]
+  content = path.read_text()
+  assert '"errors": ' in content
+  path.write_text(content.replace('"errors": ', '"errors": 1'))
+
+
+@pytest.mark.parametrize("damage", [truncate, remove, flip_a_byte, alter_the_record])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage, unfinished, whole, tmp_path, caplog):
+  workdir = shutil.copytree(unfinished, tmp_path / "run")
+  assert steps_of(workdir) == [6, 9]
+  damage(workdir / "gen_0" / "steps" / "9")
+  resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  (message,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+  assert message.startswith(f"checkpoint {workdir}/gen_0/steps/9 is damaged (")
+  assert f"moved to {workdir}/gen_0/damaged/9; going on from the one before it" in message
+  assert checkpoint.digest(resumed.params) == whole == digest_of(workdir)
+  assert [row["epoch"] for row in resumed.history] == [1, 2]
+  assert not (workdir / "gen_0" / "damaged").exists()  # nobody needs it once the generation is finished
+
+
+def test_with_all_checkpoints_damaged_a_generation_begins_again(unfinished, whole, tmp_path, caplog):
+  workdir = shutil.copytree(unfinished, tmp_path / "run")
+  for step in (6, 9):
+    truncate(workdir / "gen_0" / "steps" / str(step))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  assert len([record for record in caplog.records if "is damaged" in record.getMessage()]) == 2
+  assert sorted(path.name for path in (workdir / "gen_0" / "damaged").iterdir()) == ["6", "9"]
+  resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  assert checkpoint.digest(resumed.params) == whole
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte])
+def test_damaged_final_params_neither_teach_nor_are_evaluated(damage, tmp_path):
+  cfg = config(train__epochs=1, generations=1, **PLAIN)
+  ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  shutil.copytree(tmp_path / "gen_0" / "params", tmp_path / "copy" / "state")  # named as in a checkpoint
+  damage(tmp_path / "copy")
+  shutil.rmtree(tmp_path / "gen_0" / "params")
+  shutil.copytree(tmp_path / "copy" / "state", tmp_path / "gen_0" / "params")
+  with pytest.raises(CheckpointError, match=rf"{tmp_path}/gen_0.* is damaged.*remove .*gen_0 to train it again"):
+    ban_jax.run(cfg, tmp_path, **QUIET)
+  assert not (tmp_path / "gen_1").exists()
+
+
+def test_altered_results_are_noticed(tmp_path):
+  cfg = config(train__epochs=1, **PLAIN)
+  ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  metrics = tmp_path / "gen_0" / "metrics.json"
+  metrics.write_text(metrics.read_text().replace('"test_error": ', '"test_error": 1'))
+  with pytest.raises(CheckpointError, match="gen_0/metrics.json or history.jsonl was changed"):
+    ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+
+
+def namespace_allowed():
+  if shutil.which("unshare") is None:
+    return False
+  script = "mount -t tmpfs -o size=1m none /mnt"
+  return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, check=False).returncode == 0
+
+
+# $1 is the mount point, the rest the command. The disk is made so small that a later checkpoint does not fit, then
+# larger; what the first run says and leaves goes to files beside it.
+FULL_DISK = r"""
+disk=$1; shift
+mount -t tmpfs -o size=6m none "$disk" || exit 99
+"$@" > "$disk.out1" 2> "$disk.err1"; echo $? > "$disk.status1"
+ls "$disk"/run/gen_0/steps > "$disk.steps1"; ls "$disk"/run/gen_0 > "$disk.files1"
+mount -o remount,size=200m "$disk" || exit 99
+"$@" > "$disk.out2" 2> "$disk.err2"; echo $? > "$disk.status2"
+cp "$disk"/run/gen_0/manifest.json "$disk.manifest"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
+def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(tmp_path):
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  command = [*COMMAND, f"--workdir={disk}/run", "--config.train.checkpoint_every=1"]
+  done = subprocess.run(
+    ["unshare", "-rm", "bash", "-c", FULL_DISK, "full", str(disk), *command],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  read = lambda name: pathlib.Path(f"{disk}.{name}").read_text()  # noqa: E731
+  assert read("status1") == "74\n", read("err1")
+  assert f"error: {disk}/run/gen_0 cannot be written: " in read("err1")
+  assert "the checkpoints before are intact, and the same command goes on" in read("err1")
+  assert read("err1").splitlines()[-1].startswith("error: ")  # behind what Orbax's own thread prints
+  assert any(line.isdigit() for line in read("steps1").splitlines())
+  assert "manifest.json" not in read("files1")
+  assert read("status2") == "0\n", read("err2")
+  undisturbed = start(tmp_path / "undisturbed")
+  assert finish(undisturbed)[0] == 0
+  assert json.loads(read("manifest"))["digest"] == digest_of(tmp_path / "undisturbed")
+
+
+# --- signals, and a second process ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
+  flags = ("--config.train.epochs=60", "--config.train.checkpoint_every=7")
+  process = start(tmp_path / "run", *flags)
+  wait_until(lambda: steps_of(tmp_path / "run"), process)
+
+  status, out, err = finish(start(tmp_path / "run", *flags))
+  assert status == 2
+  assert err.startswith(f"error: workdir {tmp_path}/run is in use by process {process.pid} on ")
+  assert "wait until it ends, or give another workdir" in err
+  assert not out
+
+  assert process.poll() is None, "it was to be still running"
+  process.send_signal(signal.SIGTERM)
+  status, out, err = finish(process)
+  assert status == Preempted.exit_status == 75
+  assert "error: asked to end by SIGTERM: generation 0 is saved at step " in err
+  assert not out
+  saved = steps_of(tmp_path / "run")[-1]
+  assert f"saved at step {saved} of 300; the same command goes on from there" in err
+  assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
+
+  status, _, err = finish(start(tmp_path / "run", *flags))
+  assert status == 0, err
+  assert f"step {saved + 1}/" in err or "step 300/300" in err
+  assert finish(start(tmp_path / "undisturbed", *flags))[0] == 0
+  assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
+
+
+def test_a_signal_that_comes_behind_the_last_step_is_handed_on():
+  received = []
+  before = signal.signal(signal.SIGTERM, lambda *_: received.append("outer"))
+  try:
+    with preemption.watch() as requested:
+      assert not requested()
+      signal.raise_signal(signal.SIGTERM)
+      assert not received
+    assert received == ["outer"]
+    with preemption.watch() as requested:
+      signal.raise_signal(signal.SIGTERM)
+      assert requested()
+    assert received == ["outer"]
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another.
+DIE_AT = """
+import os, signal, sys
+from etils import epath
+from ban_jax import report
+write, name = report.write_json, sys.argv[1]
+def die(path, value):
+  if path.name == name:
+    (path.parent / f".{path.name}.partial").write_text('{"half":')
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(path, value)
+report.write_json = die
+sys.argv = [SCRIPT, *sys.argv[2:]]
+exec(open(SCRIPT).read())
+"""
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "manifest.json"])
+def test_a_kill_while_a_record_is_written_is_survived(name, tmp_path):
+  code = DIE_AT.replace("SCRIPT", repr(COMMAND[1]))
+  command = [sys.executable, "-c", code, name, *COMMAND[2:], f"--workdir={tmp_path}/run"]
+  killed = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=300)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
+  status, _, err = finish(start(tmp_path / "run"))
+  assert status == 0, err
+  assert finish(start(tmp_path / "undisturbed"))[0] == 0
+  assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
+
+
+def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):
+  path, refused = epath.Path(tmp_path), []
+
+  def second():
+    try:
+      with lock.hold(path):
+        pass
+    except CheckpointError as error:
+      refused.append(str(error))
+
+  with lock.hold(path), lock.hold(path):
+    beside = threading.Thread(target=second)
+    beside.start()
+    beside.join()
+  assert refused == [f"workdir {tmp_path} is in use by another thread of this process; wait until it ends, or give "
+                     "another workdir"]  # fmt: skip
+  beside = threading.Thread(target=second)
+  beside.start()
+  beside.join()
+  assert len(refused) == 1
+
+
+def test_a_lease_is_respected_while_renewed_and_taken_over_once_it_is_not(tmp_path):
+  # What an object store gets in place of flock, here on local files, with a lease of two seconds.
+  path, lease = epath.Path(tmp_path), tmp_path / "lease.json"
+  with lock._lease(path, 2.0):
+    owner = json.loads(lease.read_text())
+    assert owner["owner"].startswith(f"process {os.getpid()} on ")
+    with pytest.raises(CheckpointError, match="is in use by process"), lock._lease(path, 2.0):
+      pass
+    assert json.loads(lease.read_text())["token"] == owner["token"]
+  assert not lease.exists()
+
+  lease.write_text(json.dumps({"owner": "a killed process", "token": "old", "seconds": 1.0}))
+  begin = time.monotonic()
+  with lock._lease(path, 2.0):
+    assert time.monotonic() - begin >= 1.0
+    assert json.loads(lease.read_text())["token"] != "old"
+
+
+# --- bad numbers ---------------------------------------------------------------------------------------------------
+
+
+def replaced_step(patch, before):
+  """Makes the trainer call `before(state)`, which may change it, ahead of every step; returns the steps dispatched."""
+  dispatched = []
+
+  def make(**arguments):
+    step = real(**arguments)
+
+    def changed(state, *given):
+      dispatched.append(1 + int(np.asarray(state.step)[0]))
+      return step(before(state), *given)
+
+    return changed
+
+  real = train.make_train_step
+  patch.setattr(train, "make_train_step", make)
+  return dispatched
+
+
+def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(tmp_path):
+  cfg = config(train__epochs=6, train__checkpoint_every=2, **PLAIN)
+  dataset = data.load(cfg.data)
+  # One image of 100 is not a number; which step meets it first follows from the generation's order.
+  job = train._prepare(None, cfg, None, None)
+  order_key = jax.random.fold_in(jax.random.fold_in(job.key, train.ORDER), 0)
+  bad = 4
+  images = dataset.splits["train"]["images"].astype(np.float32)
+  images[dataset.train_order(order_key, cfg.train.batch_size)[bad - 1][0]] = np.nan
+  broken = dataset._replace(splits={**dataset.splits, "train": {**dataset.splits["train"], "images": images}})
+  with pytest.MonkeyPatch.context() as patch:
+    dispatched = replaced_step(patch, lambda state: state)
+    patch.setattr(data, "load", lambda group: broken)
+    with pytest.raises(
+      TrainingError,
+      match=f"generation 0 diverged in epoch 1 at step {bad}: its training loss, nan, .* of step 2 is kept",
+    ):
+      ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert dispatched[-1] <= bad + train.IN_FLIGHT
+  assert steps_of(tmp_path) == [2]
+  assert not (tmp_path / "gen_0" / "manifest.json").exists()
+
+
+def test_parameters_that_are_not_finite_stop_a_run_whose_loss_still_is(tmp_path):
+  # The first steps are good and checkpointed; then the momentum is made infinite, as an overflow would.
+  cfg = config(train__epochs=4, train__checkpoint_every=3, **PLAIN)
+
+  def poisoned(state):
+    overflow = int(np.asarray(state.step)[0]) == 7
+    return state._replace(opt_state=jax.tree.map(lambda leaf: leaf * np.inf, state.opt_state)) if overflow else state
+
+  with pytest.MonkeyPatch.context() as patch:
+    replaced_step(patch, poisoned)
+    with pytest.raises(
+      TrainingError,
+      match="diverged in epoch 2 at step 8: its parameters or their momentum are not finite; .* of step 6 is kept",
+    ):
+      ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert steps_of(tmp_path) == [3, 6]
+  assert not (tmp_path / "gen_0" / "manifest.json").exists()
+  resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert checkpoint.digest(resumed.params) == checkpoint.digest(ban_jax.train_generation(None, cfg, **QUIET).params)
+
+
+def test_the_command_line_tells_divergence_by_its_status(tmp_path):
+  status, out, err = finish(start(tmp_path / "run", "--config.optim.learning_rate=1e30"))
+  assert status == TrainingError.exit_status == 3
+  assert err.splitlines()[-1].startswith("error: generation 0 diverged in epoch 1 at step ")
+  assert "Traceback" not in err
+  assert not out
+  assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
