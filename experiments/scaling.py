@@ -1,0 +1,307 @@
+"""What the devices of a training step tell each other, and what it would cost on a TPU pod: arithmetic, no measurement.
+
+  python experiments/scaling.py --config=configs/cifar.py:cifar100,wrn_28_10,paper
+
+It needs no accelerator and, for CIFAR, no data. The step is compiled for a few virtual CPU devices: its collectives are
+read from the compiled program, its floating-point operations counted on the traced one. docs/scaling.md says how to
+read the tables. The TPU v4's defaults are those of https://docs.cloud.google.com/tpu/docs/v4 (peak) and of
+https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-book/sharding (interconnect); the share
+of the peak is PaLM's on TPU v4 (arXiv:2204.02311).
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jax.extend import core
+from ml_collections import ConfigDict, config_flags
+
+from ban_jax import data, losses, optim
+from ban_jax import devices as devices_lib
+from ban_jax.data import images
+from ban_jax.errors import ConfigError
+from ban_jax.evaluate import make_models
+from ban_jax.step import make_eval_step, make_train_step
+from ban_jax.types import Batch, Devices, InputSpec, TrainState
+from experiments import cli
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A configuration file and its words, as configs/cifar.py:cifar100,wrn_28_10,paper."
+)
+_TEACHER = flags.DEFINE_bool("teacher", True, "Whether a teacher teaches; without it, generation 0's step is counted.")
+_SLICES = flags.DEFINE_list("slices", ["2x2x2", "4x4x4", "8x8x8"], "Slices of the pod, in chips along each axis.")
+_PEAK = flags.DEFINE_float("peak_tflops", 275.0, "Peak of a chip, in 10^12 operations a second, bfloat16 (TPU v4).")
+_UTILIZATION = flags.DEFINE_float(
+  "utilization", 0.462, "The share of the peak that the network reaches; the default is what PaLM reached."
+)
+_LINK = flags.DEFINE_float("link_gbps", 45.0, "Bandwidth of a link between chips, one way, in 10^9 bytes/s (TPU v4).")
+_HOP = flags.DEFINE_float("hop_us", 1.0, "Latency of a hop between neighboring chips, in microseconds.")
+
+# The collectives do not depend on the number of devices, as long as there are several; every preset's batch is even.
+VIRTUAL = 2
+_CLASSES = {"cifar10": 10, "cifar100": 100}
+_COLLECTIVE = re.compile(
+  r" = (?P<shape>.+?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
+  r"collective-broadcast|send|recv|infeed|outfeed)(-start)?\("
+)
+_ARRAY = re.compile(r"(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
+
+
+class Program(NamedTuple):
+  """A mapped step and the shapes of its arguments."""
+
+  step: Callable[..., Any]
+  arguments: tuple[Any, ...]
+
+
+class Collective(NamedTuple):
+  """One operation by which devices, or device and host, exchange data."""
+
+  kind: str
+  bytes: int
+
+
+class Slice(NamedTuple):
+  """A slice of a pod: its chips along each axis, the rate of one link [bytes/s, one way] and a hop's latency [s]."""
+
+  axes: tuple[int, ...]
+  link: float
+  hop: float
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.axes)
+
+
+def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
+  """Returns a configuration's training step, a student's or (not `taught`) generation 0's, with its arguments' shapes.
+
+  Of CIFAR only the shapes are needed; other data sets are loaded. Raises a ConfigError or DataError as a run would.
+  """
+  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  spec, fetch, arrays = _describe(cfg)
+  teacher, student = make_models(cfg, spec)
+  student, teachers = (student, (teacher,)) if taught else (teacher, ())
+  frozen = student.inherits if taught else ()
+  optimizer = optim.make_optimizer(cfg.optim, 1)
+  step = make_train_step(
+    student=student,
+    teachers=teachers,
+    frozen=frozen,
+    loss=losses.make_loss(cfg.loss if taught else {**cfg.loss, "name": "label"}),
+    optimizer=optimizer,
+    fetch=fetch,
+    devices=devices,
+    sync_batch_stats=cfg.train.sync_batch_stats,
+    gradient_split=cfg.train.gradient_split,
+  )
+  rows = cfg.train.batch_size // len(devices)
+
+  def initial(key):
+    variables = student.init(key)
+    trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
+    state = TrainState(np.int32(0), variables["params"], variables.get("batch_stats", {}), optimizer.init(trained))
+    carry = (student.init_carry(rows), tuple(model.init_carry(rows) for model in teachers))
+    return state, carry, tuple(model.init(key) for model in teachers)
+
+  state, carry, teacher_variables = jax.eval_shape(initial, jax.random.key(0))
+  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  key_data = jax.ShapeDtypeStruct((2,), np.uint32)
+  mapped = functools.partial(_on_each, devices)
+  return Program(step, (mapped(state), teacher_variables, mapped(carry), arrays, mapped(index), key_data))
+
+
+def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
+  """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
+  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  spec, fetch, arrays = _describe(cfg)
+  _, model = make_models(cfg, spec)
+  rows = cfg.train.batch_size // len(devices)
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  carry = jax.eval_shape(lambda: model.init_carry(rows))
+  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  arguments = ((variables,), _on_each(devices, (carry,)), arrays, _on_each(devices, index))
+  return Program(make_eval_step((model,), fetch, devices), arguments)
+
+
+def _describe(cfg: ConfigDict) -> tuple[InputSpec, Callable[..., Batch], dict[str, jax.ShapeDtypeStruct]]:
+  """Returns what the steps must know of a configuration's data set: its spec, its `fetch` and its arrays' shapes."""
+  if cfg.data.name in _CLASSES:
+    shapes = {"images": (50_000, 32, 32, 3), "labels": (50_000,), "mean": (3,), "std": (3,)}
+    dtypes = {"images": np.uint8, "labels": np.int32, "mean": np.float32, "std": np.float32}
+    arrays = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
+    spec = InputSpec("images", (32, 32, 3), _CLASSES[cfg.data.name])
+    return spec, images.make_fetch(cfg.data.pad, cfg.data.flip), arrays
+  dataset = data.load(cfg.data)
+  arrays = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in dataset.splits["train"].items()}
+  return dataset.spec, dataset.fetch, arrays
+
+
+def _on_each(devices: Devices, tree: Any) -> Any:
+  """Returns the shapes of a tree that every device has a row of."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
+
+
+def collectives(compiled: str) -> list[Collective]:
+  """Returns the exchanges between devices, and between device and host, in the text of a compiled program."""
+  return [
+    Collective(found["kind"], sum(_bytes(array) for array in _ARRAY.finditer(found["shape"])))
+    for found in _COLLECTIVE.finditer(compiled)
+  ]
+
+
+def _bytes(array: re.Match[str]) -> int:
+  size = math.prod(int(length) for length in array["shape"].split(",") if length)
+  return size * (int(array["bits"]) // 8 if array["bits"] else 1)
+
+
+def count_flops(program: Program) -> int:
+  """Returns the floating-point operations of one device's share of a step: products and convolutions, nothing else."""
+  return _flops(jax.jit(program.step).trace(*program.arguments).jaxpr.jaxpr)
+
+
+def _flops(jaxpr: core.Jaxpr) -> int:
+  """Returns the operations of a traced function, a multiplication and an addition being two.
+
+  A convolution counts every tap of its kernel, those on padding too, but none on the zeros that a stride's backward
+  pass puts between its inputs: so a gradient counts as much as the convolution itself. Raises a ValueError for products
+  in a loop of unknown length.
+  """
+  total = 0
+  for equation in jaxpr.eqns:
+    name, options = equation.primitive.name, equation.params
+    inside = [_flops(sub) for sub in _subprograms(options)]
+    if name == "dot_general":
+      (contracted, _), _ = options["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    elif name == "conv_general_dilated":
+      kernel, numbers = equation.invars[1].aval.shape, options["dimension_numbers"]
+      taps = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])  # input channels and kernel positions
+      total += 2 * equation.outvars[0].aval.size * taps // math.prod(options["lhs_dilation"])
+    elif name == "scan":
+      total += options["length"] * sum(inside)
+    elif name == "while" and any(inside):
+      raise ValueError("products in a loop of unknown length cannot be counted")
+    else:
+      total += max(inside, default=0) if name == "cond" else sum(inside)
+  return total
+
+
+def _subprograms(options: dict[str, Any]) -> list[core.Jaxpr]:
+  values = [entry for value in options.values() for entry in (value if isinstance(value, tuple) else (value,))]
+  programs = [getattr(value, "jaxpr", value) for value in values]
+  return [program for program in programs if hasattr(program, "eqns")]
+
+
+def all_reduce_seconds(size: int, pod: Slice) -> float:
+  """Returns the time of an all-reduce of `size` bytes over all chips of a slice, axis after axis.
+
+  Each axis reduces what the one before has left over, in a ring where its chips are a multiple of 4 (then it is closed,
+  and both directions carry data), else in a line; then the way back. On one axis this is the ring's
+  2 (n - 1) / n * size / bandwidth, and 2 hops for every chip that lies between a chip and the farthest.
+  """
+  seconds, share = 0.0, float(size)
+  for chips in pod.axes:
+    closed = chips % 4 == 0
+    hops = chips // 2 if closed else chips - 1
+    rate = pod.link * (2 if closed else 1)
+    seconds += 2 * share * (chips - 1) / chips / rate + 2 * hops * pod.hop
+    share /= chips
+  return seconds
+
+
+def collectives_table(found: Sequence[Collective]) -> list[str]:
+  """Returns the lines of the table of a step's collectives, in Markdown, the largest one apart."""
+  gradients = max(entry.bytes for entry in found)
+  kinds = sorted({(entry.kind, entry.bytes == gradients) for entry in found}, reverse=True)
+  lines = ["| collective | number | bytes |", "|---|---|---|"]
+  for kind, largest in kinds:
+    sizes = [entry.bytes for entry in found if (entry.kind, entry.bytes == gradients) == (kind, largest)]
+    what = "the largest: gradients, loss" if largest else "others: counts, batch norm's statistics"
+    lines.append(f"| {kind}, {what} | {len(sizes)} | {sum(sizes):,} |")
+  return lines
+
+
+def scaling_table(
+  found: Sequence[Collective], flops: float, batch: int, rate: float, slices: Sequence[Slice]
+) -> list[str]:
+  """Returns the lines of the table of efficiencies, in Markdown, for `flops` an example and `rate` a second and chip.
+
+  Once with `batch` as the global mini-batch, once with `batch` examples on each chip; communication waits for
+  computation and the other way round.
+  """
+  lines = [
+    "| chips | slice | global batch | a chip | compute [ms] | largest [ms] | others [ms] | efficiency | examples/s |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  sizes = sorted((entry.bytes for entry in found), reverse=True)
+  for fixed in (True, False):
+    for pod in slices:
+      total = batch if fixed else batch * pod.chips
+      name = "x".join(map(str, pod.axes))
+      if total % pod.chips:
+        lines.append(f"| {pod.chips} | {name} | {total:,} | cannot be shared | | | | | |")
+        continue
+      compute = flops * total / pod.chips / rate
+      gradients, *others = (all_reduce_seconds(size, pod) for size in sizes)
+      step = compute + gradients + sum(others)
+      times = " | ".join(f"{1e3 * value:.3f}" for value in (compute, gradients, sum(others)))
+      lines.append(
+        f"| {pod.chips} | {name} | {total:,} | {total // pod.chips} | {times} | {compute / step:.0%} | "
+        f"{total / step:,.0f} |"
+      )
+  return lines
+
+
+def parse_slices(names: Sequence[str], link: float, hop: float) -> list[Slice]:
+  """Returns the slices that "4x4x4" and the like name; raises a ConfigError for anything else."""
+  for name in names:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", name):
+      raise ConfigError(f"--slices={name}: the chips along each axis are expected, as 4x4x4")
+  return [Slice(tuple(int(chips) for chips in name.split("x")), link, hop) for name in names]
+
+
+def _check_flags() -> None:
+  """Raises a ConfigError for a rate, a share or a latency out of range."""
+  for flag, most in ((_PEAK, math.inf), (_UTILIZATION, 1), (_LINK, math.inf)):
+    if not 0 < flag.value <= most or math.isinf(flag.value):
+      raise ConfigError(
+        f"--{flag.name}={flag.value}: a number above 0{' and up to 1' if most == 1 else ''} is expected"
+      )
+  if not 0 <= _HOP.value < math.inf:
+    raise ConfigError(f"--hop_us={_HOP.value}: a number of at least 0 is expected")
+
+
+def main() -> None:
+  """Prints the collectives, the operations and the expected efficiencies of a configuration's training step."""
+  _check_flags()
+  slices = parse_slices(_SLICES.value, _LINK.value * 1e9, _HOP.value * 1e-6)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", VIRTUAL)
+  cli.use_compilation_cache()
+  cfg = CONFIG.value
+  program = train_program(cfg, tuple(jax.devices()), taught=_TEACHER.value)
+  batch = cfg.train.batch_size
+  flops = count_flops(program) * VIRTUAL / batch
+  found = collectives(program.step.lower(*program.arguments).compile().as_text())
+  rate = _PEAK.value * 1e12 * _UTILIZATION.value
+  print(
+    f"{flops:.4g} floating-point operations a step and example, {'with' if _TEACHER.value else 'without'} a teacher"
+  )
+  print("\n".join(["", *collectives_table(found), ""]))
+  print(
+    f"At {_UTILIZATION.value:.1%} of {_PEAK.value:g} TFLOP/s, {_LINK.value:g} GB/s a link, {_HOP.value:g} us a hop:"
+  )
+  print("\n".join(["", *scaling_table(found, flops, batch, rate, slices)]))
+
+
+flags.mark_flag_as_required("config")
+
+if __name__ == "__main__":
+  cli.run(main)

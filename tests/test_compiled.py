@@ -1,0 +1,245 @@
+"""What one compiled step does: its collectives, its transfers, its lowering for TPU and GPU; the arithmetic on them."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import config
+
+from ban_jax import data, optim
+from ban_jax import devices as devices_lib
+from ban_jax.errors import ConfigError
+from ban_jax.evaluate import make_models
+from ban_jax.types import TrainState
+from configs import cifar, pydoc
+from experiments import scaling
+
+# A student's network -> its batch norms, and the products and convolutions of a forward pass and of a training step: a
+# teacher's forward pass, the student's, and two gradients of each but of an image network's stem, which needs only one.
+NETWORKS = {
+  "wide_resnet": (config(), 7, 10, 4 * 10 - 1),
+  "densenet": (config("digits,densenet_16_8,smoke", model__units=1), 10, 11, 4 * 11 - 1),
+  "lstm": (pydoc.get_config("pydoc,lstm_32,smoke"), 0, 5, 4 * 5),
+  "char_cnn_lstm": (pydoc.get_config("pydoc,cnn_lstm_32,smoke"), 0, 16, 4 * 16),
+}
+
+
+@functools.cache
+def texts(name, *, taught=True, count=4):
+  """Returns the lowered and the compiled text of a training step on `count` devices."""
+  program = scaling.train_program(NETWORKS[name][0], tuple(jax.devices()[:count]), taught=taught)
+  lowered = program.step.lower(*program.arguments)
+  return lowered.as_text(), lowered.compile().as_text()
+
+
+def kinds(text):
+  return [entry.kind for entry in scaling.collectives(text)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_training_step_has_two_all_reduces_a_batch_norm_and_two_more(name):
+  norms = NETWORKS[name][1]
+  lowered, compiled = texts(name)
+  # Before XLA merges any, so that it holds on every platform; and behind it.
+  assert lowered.count('"stablehlo.all_reduce"') == 2 * norms + 2
+  assert 2 <= kinds(compiled).count("all-reduce") <= 2 * norms + 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_is_exchanged_for_the_teacher_or_the_data(name):
+  student, teacher = texts(name)[1], texts(name, taught=False)[1]
+  assert scaling.collectives(student) == scaling.collectives(teacher)
+  assert set(kinds(student)) == {"all-reduce"}
+  # Of whole numbers, as labels and images are, only the errors and the count.
+  whole = [line for line in student.splitlines() if re.search(r" = \(?[su]\d+\S* all-reduce\(", line)]
+  assert [entry.bytes for entry in scaling.collectives("\n".join(whole))] == [2 * 4]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_calls_nothing_on_the_host(name):
+  for taught in (True, False):
+    text = texts(name, taught=taught)[1]
+    assert "custom-call" not in text
+    assert "callback" not in text
+    assert not {"send", "recv", "infeed", "outfeed"} & set(kinds(text))
+
+
+def test_a_callback_would_be_seen():
+  def step(x):
+    jax.debug.print("{}", x)
+    return devices_lib.all_sum(x)
+
+  devices = tuple(jax.devices())
+  mapped = devices_lib.pmap(step, devices=devices, in_axes=(0,))
+  text = mapped.lower(np.zeros((len(devices), 2), np.float32)).compile().as_text()
+  assert "custom-call" in text
+  assert "callback" in text
+
+
+def test_batch_statistics_of_each_device_take_one_more_all_reduce():
+  cfg = config("digits,wrn_10_1,smoke", train__sync_batch_stats=False)
+  program = scaling.train_program(cfg, tuple(jax.devices()))
+  lowered = program.step.lower(*program.arguments)
+  assert lowered.as_text().count('"stablehlo.all_reduce"') == 3
+  assert 2 <= kinds(lowered.compile().as_text()).count("all-reduce") <= 3
+
+
+def test_an_evaluation_step_has_two_all_reduces():
+  program = scaling.eval_program(config(), tuple(jax.devices()))
+  lowered = program.step.lower(*program.arguments)
+  assert lowered.as_text().count('"stablehlo.all_reduce"') == 2
+  assert kinds(lowered.compile().as_text()) == ["all-reduce"] * 2
+
+
+def test_collectives_do_not_depend_on_the_number_of_devices():
+  two, four = (scaling.collectives(texts("wide_resnet", count=count)[1]) for count in (2, 4))
+  assert two == four != []
+
+
+def test_sums_are_exact_for_whole_numbers_and_keep_types_and_shapes():
+  devices = tuple(jax.devices())
+  tree = {
+    "count": np.array([2**24, 1, 0, 0], np.int32),  # 2^24 + 1 is no float32
+    "loss": np.array([0.5, 1.5, 2.0, 4.0], np.float32),
+    "kernel": np.arange(24, dtype=np.float32).reshape(4, 2, 3),
+    "none": (),
+  }
+  summed = devices_lib.pmap(devices_lib.all_sum, devices=devices, in_axes=(0,))(tree)
+  for name in ("count", "loss", "kernel"):
+    assert summed[name].dtype == tree[name].dtype
+    np.testing.assert_array_equal(summed[name], np.broadcast_to(tree[name].sum(0), tree[name].shape))
+  mean = devices_lib.pmap(devices_lib.all_mean, devices=devices, in_axes=(0,))(tree["kernel"])
+  np.testing.assert_array_equal(mean, np.broadcast_to(tree["kernel"].mean(0), mean.shape))
+
+
+def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
+  cfg, devices = config(), tuple(jax.devices())
+  program = scaling.train_program(cfg, devices)
+  dataset = data.load(cfg.data)
+  _, model = make_models(cfg, dataset.spec)
+  variables = jax.device_get(model.init(jax.random.key(0)))
+  optimizer = optim.make_optimizer(cfg.optim, 1)
+  params, batch_stats = variables["params"], variables["batch_stats"]
+  state = devices_lib.replicate(TrainState(np.int32(0), params, batch_stats, optimizer.init(params)), devices)
+  teachers = devices_lib.broadcast((variables,), devices)
+  arrays = devices_lib.broadcast(dataset.splits["train"], devices)
+  key_data = devices_lib.broadcast(jax.random.key_data(jax.random.key(0)), devices)
+  index = devices_lib.split_rows(np.arange(cfg.train.batch_size, dtype=np.int32), devices)  # as a run hands it over
+  placed = devices_lib.replicate(index[0], devices)
+  carry = ((), ((),))
+  state, carry, _ = program.step(state, teachers, carry, arrays, index, key_data)  # compiles
+  with jax.transfer_guard("disallow"):
+    for _ in range(2):
+      state, carry, sums = program.step(state, teachers, carry, arrays, placed, key_data)
+      jax.block_until_ready(sums)
+    with pytest.raises(Exception, match="host-to-device"):
+      program.step(state, teachers, carry, arrays, index, key_data)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_steps_are_lowered_for_every_platform(platform, name):
+  cfg, _, forward, training = NETWORKS[name]
+  marks = {"cpu": 111111, "cuda": 222222, "tpu": 333333}  # what tells whom a text is for
+
+  def mark():
+    return jax.lax.platform_dependent(**{key: functools.partial(np.int32, value) for key, value in marks.items()})
+
+  for make, products in ((scaling.eval_program, forward), (scaling.train_program, training)):
+    program = make(cfg, tuple(jax.devices()))
+    traced = jax.jit(lambda *arguments, step=program.step: (step(*arguments), mark())).trace(*program.arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert [key for key, value in marks.items() if f"dense<{value}>" in text] == [platform]
+    assert text.count("stablehlo.convolution") + text.count("stablehlo.dot_general") == products
+    assert "stablehlo.all_reduce" in text
+
+
+def hand_count(size, width=16, classes=10, channels=3):
+  """Returns the operations of WRN-10-1's forward pass on one image, and those of its stem, from its list of layers."""
+  stem = 2 * size**2 * 9 * channels * width
+  total, before = stem, width
+  for stage in range(3):
+    after, size = width * 2**stage, size // 2 if stage else size
+    total += 2 * size**2 * 9 * (before * after + after * after)
+    total += 2 * size**2 * before * after if before != after else 0  # the 1x1 shortcut
+    before = after
+  return total + 2 * before * classes, stem
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_operations_are_those_of_a_count_by_hand(count):
+  cfg = cifar.get_config("cifar10,wrn_10_1,paper")
+  forward, stem = hand_count(32)
+  devices = tuple(jax.devices()[:count])
+  each = cfg.train.batch_size // count
+  assert scaling.count_flops(scaling.eval_program(cfg, devices)) == each * forward
+  # Forward, and two gradients for each product but the stem's; with a teacher's forward pass behind it.
+  assert scaling.count_flops(scaling.train_program(cfg, devices, taught=False)) == each * (3 * forward - stem)
+  assert scaling.count_flops(scaling.train_program(cfg, devices)) == each * (4 * forward - stem)
+
+
+def test_operations_of_an_lstm_are_those_of_a_count_by_hand():
+  cfg = pydoc.get_config("pydoc,lstm_32,smoke")
+  devices, units, words = tuple(jax.devices()), 32, data.load(cfg.data).spec.num_classes
+  tokens = cfg.train.batch_size // len(devices) * cfg.data.window
+  layer = 2 * 2 * units * 4 * units  # of input and state, to four gates
+  forward = tokens * (2 * layer + 2 * units * words)
+  assert scaling.count_flops(scaling.eval_program(cfg, devices)) == forward
+  assert scaling.count_flops(scaling.train_program(cfg, devices)) == 4 * forward
+
+
+def test_operations_agree_with_xla():
+  program = scaling.train_program(cifar.get_config("cifar10,wrn_10_1,paper"), tuple(jax.devices()[:1]))
+  # XLA leaves out the taps on padding, and counts what lies between the products.
+  assert program.step.lower(*program.arguments).cost_analysis()["flops"] == pytest.approx(
+    scaling.count_flops(program), rel=0.1
+  )
+
+
+def test_a_scan_counts_its_steps_and_an_unknown_loop_is_refused():
+  def product(carry, _):
+    return carry @ carry, None
+
+  x = jax.ShapeDtypeStruct((3, 3), np.float32)
+  scanned = scaling.Program(lambda x: jax.lax.scan(product, x, None, length=5)[0], (x,))
+  assert scaling.count_flops(scanned) == 5 * 2 * 3**3
+  loop = scaling.Program(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), (x,))
+  with pytest.raises(ValueError, match="loop of unknown length"):
+    scaling.count_flops(loop)
+
+
+def test_an_all_reduce_takes_what_the_ring_takes():
+  ring = scaling.Slice((8,), link=1e9, hop=1e-6)
+  # 2 (n - 1) / n of the bytes over both directions of a closed ring, and there and back half round it.
+  assert scaling.all_reduce_seconds(10**6, ring) == pytest.approx(2 * 7 / 8 * 1e6 / 2e9 + 2 * 4e-6)
+  line = scaling.Slice((2,), link=1e9, hop=1e-6)
+  assert scaling.all_reduce_seconds(10**6, line) == pytest.approx(1e6 / 1e9 + 2e-6)
+  # On several axes the bytes are as if they were one ring; only the hops grow with the axes' lengths.
+  cube = scaling.Slice((4, 4, 4), link=1e9, hop=0)
+  assert scaling.all_reduce_seconds(10**6, cube) == pytest.approx(2 * 63 / 64 * 1e6 / 2e9)
+  assert scaling.all_reduce_seconds(0, cube._replace(hop=1e-6)) == pytest.approx(2 * 3 * 2e-6)
+
+
+def test_the_table_of_efficiencies():
+  found = [scaling.Collective("all-reduce", 4_000_000), scaling.Collective("all-reduce", 0)]
+  slices = scaling.parse_slices(["4", "8x8x8"], link=1e9, hop=1e-6)
+  lines = scaling.scaling_table(found, flops=1e9, batch=128, rate=1e12, slices=slices)
+  # 32 examples of 1 ms; 3 ms and 4 hops of 1 us for the largest, 4 hops for the other.
+  assert lines[2] == "| 4 | 4 | 128 | 32 | 32.000 | 3.004 | 0.004 | 91% | 3,656 |"
+  assert lines[3] == "| 512 | 8x8x8 | 128 | cannot be shared | | | | | |"
+  assert lines[4].startswith("| 4 | 4 | 512 | 128 | 128.000 |")
+  assert len(lines) == 6
+
+
+@pytest.mark.parametrize("name", ["", "4x", "x4", "0x2", "4*4", "-4"])
+def test_slices_that_cannot_be_read_are_refused(name):
+  with pytest.raises(ConfigError, match=re.escape(f"--slices={name}")):
+    scaling.parse_slices([name], 1.0, 1.0)
+
+
+@pytest.mark.parametrize("make", [scaling.train_program, scaling.eval_program])
+def test_a_batch_that_the_devices_cannot_share_is_refused(make):
+  with pytest.raises(ConfigError, match="train.batch_size=21 cannot be shared equally by 2 devices"):
+    make(config(train__batch_size=21), tuple(jax.devices()[:2]))
