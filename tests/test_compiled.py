@@ -21,6 +21,8 @@ from experiments import scaling
 NETWORKS = {
   "wide_resnet": (config(), 7, 10, 4 * 10 - 1),
   "densenet": (config("digits,densenet_16_8,smoke", model__units=1), 10, 11, 4 * 11 - 1),
+  # Of units and transitions a product is computed once more, where its result is not the last.
+  "densenet_remat": (config("digits,densenet_16_8,smoke", model__units=1, model__remat=True), 10, 11, 4 * 11 - 1 + 3),
   "lstm": (pydoc.get_config("pydoc,lstm_32,smoke"), 0, 5, 4 * 5),
   "char_cnn_lstm": (pydoc.get_config("pydoc,cnn_lstm_32,smoke"), 0, 16, 4 * 16),
 }

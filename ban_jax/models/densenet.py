@@ -50,6 +50,11 @@ class Transition(nn.Module):
     return common.conv(width, 1, dtype=self.dtype, name="conv")(y)
 
 
+def _keep_sums(primitive, *_, **__) -> bool:
+  """Keeps what devices have summed, two numbers a channel, so that the backward pass does not sum it once more."""
+  return primitive.name == "psum"
+
+
 class DenseNet(nn.Module):
   """A 3x3 stem and three stages of bottleneck units; BN-ReLU, global average and a linear classifier behind.
 
@@ -72,7 +77,9 @@ class DenseNet(nn.Module):
   ) -> Float[Array, "B n"]:
     del positions  # no dropout
     # The transitions hold the largest concatenations of all, hence they are rematerialised as well.
-    unit, transition = (nn.remat(DenseUnit), nn.remat(Transition)) if self.remat else (DenseUnit, Transition)
+    unit, transition = DenseUnit, Transition
+    if self.remat:
+      unit, transition = (nn.remat(module, policy=_keep_sums) for module in (unit, transition))
     settings = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
     x = common.conv(self.stem, 3, dtype=self.dtype, name="stem")(x)
     for stage, growth in enumerate(self.growth, 1):
