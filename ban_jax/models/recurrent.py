@@ -24,42 +24,61 @@ def uniform(scale: float) -> nn.initializers.Initializer:
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -scale, scale)
 
 
-def _scan(kernel: Float[Array, "units gates"], projected: Float[Array, "T B gates"], state: State):
-  """Returns the outputs [T, B, units] and the last state; gates are input, forget, candidate, output, as in cuDNN."""
-
-  def step(state, projected):
-    hidden, cell = state
-    gates = projected.astype(jnp.float32) + (hidden.astype(kernel.dtype) @ kernel).astype(jnp.float32)
-    enter, keep, candidate, leave = jnp.split(gates, 4, axis=-1)  # [B, units] each
-    cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
-    hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
-    return (hidden, cell), hidden.astype(kernel.dtype)
-
-  state, outputs = jax.lax.scan(step, state, projected)
-  return outputs, state
+def _cell(gates: Float[Array, "B gates"], cell: Float[Array, "B units"]) -> State:
+  """Returns output and cell after a step; the gates are input, forget, candidate and output, in cuDNN's order."""
+  enter, keep, candidate, leave = jnp.split(gates, 4, axis=-1)  # [B, units] each
+  cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
+  return jax.nn.sigmoid(leave) * jnp.tanh(cell), cell
 
 
 @jax.custom_vjp
-def recur(kernel: Float[Array, "units gates"], projected: Float[Array, "T B gates"], state: State):
-  """Returns an LSTM's outputs [T, B, units] and its last state, given the inputs' share of all steps' gates.
+def recur(
+  kernel: Float[Array, "units gates"], projected: Float[Array, "T B gates"], state: State
+) -> tuple[Float[Array, "T B units"], State]:
+  """Returns an LSTM's outputs and its last state, given what the inputs add to the gates of all steps.
 
-  The gradient of `kernel` is taken for all steps at once: plain differentiation of the scan would add up a product
-  [units, B] x [B, gates] at every step, and so read and write the whole kernel's gradient T times.
+  Products are in `kernel`'s dtype, all else is float32. The gradient is written out for two reasons of speed. That of
+  `kernel` is one product over all steps: differentiating the scan would add one up at every step, and read and write
+  all of it T times. And the loop multiplies by a kernel that was transposed before it.
   """
-  return _scan(kernel, projected, state)
+  return _recur_forward(kernel, projected, state)[0]
 
 
 def _recur_forward(kernel, projected, state):
-  (outputs, last), pull_back = jax.vjp(lambda *moving: _scan(kernel, *moving), projected, state)
-  return (outputs, last), (pull_back, outputs, state[0])
+  def step(state, projected):
+    hidden, cell = state
+    gates = projected.astype(jnp.float32) + (hidden.astype(kernel.dtype) @ kernel).astype(jnp.float32)
+    hidden, cell = _cell(gates, cell)
+    return (hidden, cell), (hidden.astype(kernel.dtype), cell, gates)
+
+  last, (outputs, cells, gates) = jax.lax.scan(step, state, projected)
+  return (outputs, last), (kernel, state, outputs, cells, gates)
 
 
 def _recur_backward(residuals, gradients):
-  pull_back, outputs, first = residuals
-  projected_gradient, state_gradient = pull_back(gradients)
-  before = jnp.concatenate([first.astype(outputs.dtype)[None], outputs[:-1]])  # [T, B, units]: what each step read
-  kernel_gradient = jnp.einsum("tbu,tbg->ug", before, projected_gradient)
-  return kernel_gradient, projected_gradient, state_gradient
+  kernel, (hidden, cell), outputs, cells, gates = residuals
+  output_gradients, last_gradients = gradients
+  transposed = kernel.T
+  # What each step began with, [T, B, units].
+  hiddens = jnp.concatenate([hidden.astype(outputs.dtype)[None], outputs[:-1]])
+  cells = jnp.concatenate([cell[None], cells[:-1]])
+
+  def step(state_gradients, now):
+    hidden_gradient, cell_gradient = state_gradients
+    output_gradient, gates, cell = now
+    _, pull_back = jax.vjp(_cell, gates, cell)
+    gates_gradient, cell_gradient = pull_back((hidden_gradient + output_gradient.astype(jnp.float32), cell_gradient))
+    gates_gradient = gates_gradient.astype(kernel.dtype)
+    return ((gates_gradient @ transposed).astype(jnp.float32), cell_gradient), gates_gradient
+
+  state_gradients, gates_gradients = jax.lax.scan(step, last_gradients, (output_gradients, gates, cells), reverse=True)
+  kernel_gradient = _rows(hiddens).T @ _rows(gates_gradients)
+  return kernel_gradient, gates_gradients, state_gradients
+
+
+def _rows(x: Float[Array, "... D"]) -> Float[Array, "N D"]:
+  """Returns the rows of all leading axes in one: XLA's CPU back end is slow at sums over two axes of a product."""
+  return x.reshape(-1, x.shape[-1])
 
 
 recur.defvjp(_recur_forward, _recur_backward)
@@ -107,7 +126,8 @@ class LSTMLayer(nn.Module):
     x, input_kernel, recurrent_kernel, bias = (
       leaf.astype(self.dtype) for leaf in (x, input_kernel, recurrent_kernel, bias)
     )
-    projected = jnp.swapaxes(x, 0, 1) @ input_kernel + bias  # [T, B, 4 units]
+    x = jnp.swapaxes(x, 0, 1)  # [T, B, D]
+    projected = (_rows(x) @ input_kernel + bias).reshape(*x.shape[:2], -1)  # [T, B, 4 units]
     outputs, state = recur(recurrent_kernel, projected, state)
     return jnp.swapaxes(outputs, 0, 1), state
 
