@@ -57,6 +57,7 @@ class Dataset(NamedTuple):
   `fetch(arrays, index, *, key, positions, train)` turns an index vector int32 [B] into a Batch inside the compiled
   step: gather, augmentation (where `train`), normalisation, mask; a negative index is a padding row. `fetch` is the
   same object for every data set that behaves alike, because compiled steps are memoised on it.
+  Of text an index is a window's number, read column by column and in the text's order, and `sizes` counts tokens.
   `train_order(key, batch_size)` gives one epoch's index vectors, int32 [steps, batch_size], incomplete batch dropped;
   `eval_order(split, batch_size)` gives every example of a split exactly once, int32 [steps, batch_size], padded by -1.
   """
@@ -64,7 +65,7 @@ class Dataset(NamedTuple):
   name: str
   spec: InputSpec
   splits: Mapping[str, Mapping[str, np.ndarray]]  # "train", "test", perhaps "validation" -> arrays for `fetch`
-  sizes: Mapping[str, int]  # examples of each split
+  sizes: Mapping[str, int]  # examples, or tokens, of each split
   digest: str  # SHA-256 of the arrays
   fetch: Callable[..., Batch]
   train_order: Callable[[PRNGKeyArray, int], np.ndarray]

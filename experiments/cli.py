@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -123,6 +124,8 @@ def _join_processes() -> None:
     )
     os._exit(PeerError.exit_status)
 
+  if COORDINATOR.value is not None and PROCESS.value == 0:
+    _check_port(int(COORDINATOR.value.rpartition(":")[2]))
   timer = threading.Timer(START_TIMEOUT.value, give_up)
   timer.daemon = True
   timer.start()
@@ -135,17 +138,23 @@ def _join_processes() -> None:
       heartbeat_timeout_seconds=PEER_TIMEOUT.value,
       shutdown_timeout_seconds=PEER_TIMEOUT.value,
     )
-  except (RuntimeError, ValueError) as error:  # no cluster to find, a port that is taken
-    raise ConfigError(f"the processes of the run cannot meet: {_told(error)}; {_meeting()}") from error
+  except ValueError as error:
+    raise ConfigError(
+      f"the processes of the run cannot meet ({_told(error)}); --distributed is for TPU pods, Slurm and Open MPI: "
+      "elsewhere give --coordinator_address, --num_processes and --process_id"
+    ) from error
   finally:
     timer.cancel()
 
 
-def _meeting() -> str:
-  """Returns what a user can do about processes that do not meet."""
-  if DISTRIBUTED.value:
-    return "--distributed is for TPU pods, Slurm and Open MPI; elsewhere give --coordinator_address and its companions"
-  return f"--coordinator_address={COORDINATOR.value} must be a free port of process 0's machine"
+def _check_port(port: int) -> None:
+  """Raises a ConfigError where process 0 cannot open its port; JAX, asked for a taken one, may crash."""
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed connections left behind is no hindrance
+    try:
+      probe.bind(("", port))
+    except OSError as error:
+      raise ConfigError(f"--coordinator_address: port {port} of this machine cannot be opened: {error}") from error
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -11,8 +11,18 @@ from ml_collections import ConfigDict
 import ban_jax
 from ban_jax import checkpoint, report
 from ban_jax.devices import is_primary
+from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
+# Of a table: a metric, its title, its digits.
+COLUMNS = (
+  ("validation_perplexity", "validation perplexity", 2),
+  ("perplexity", "test perplexity", 2),
+  ("error", "test error %", 2),
+  ("nll", "NLL", 4),
+  ("ece", "ECE", 4),
+  ("brier", "Brier", 4),
+)
 # Row name -> metrics, in the order in which they are shown.
 Results = dict[str, Metrics]
 
@@ -48,12 +58,23 @@ def evaluate_run(
   for name, indices in rows.items():
     own = [digests[index] for index in indices]
     if kept.get(name, {}).get("members") != own:
-      metrics = ban_jax.evaluate([generations[index] for index in indices], cfg, devices=devices)
-      fresh[name] = {"members": own, "metrics": metrics}
+      fresh[name] = {"members": own, "metrics": _evaluate([generations[index] for index in indices], cfg, devices)}
     results[name] = (fresh.get(name) or kept[name])["metrics"]
   if fresh and is_primary():
     report.write_json(record, kept | fresh)
   return results, not fresh
+
+
+def _evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequence[jax.Device]) -> Metrics:
+  """Returns a row's metrics on the test split and, of text, the validation perplexity, as Table 6 has both."""
+  if len(generations) == 1:  # evaluated at its end already
+    own = generations[0].metrics
+    metrics = {name.removeprefix("test_"): value for name, value in own.items() if name.startswith("test_")}
+    return metrics | {name: own[name] for name in ("validation_perplexity",) if name in own}
+  metrics = ban_jax.evaluate(generations, cfg, devices=devices)
+  if "perplexity" in metrics:
+    metrics["validation_perplexity"] = ban_jax.evaluate(generations, cfg, "validation", devices=devices)["perplexity"]
+  return metrics
 
 
 def network(model: ConfigDict) -> str:
@@ -64,8 +85,9 @@ def network(model: ConfigDict) -> str:
 def describe(cfg: ConfigDict, loss: str | None = None) -> str:
   """Returns what was trained on what, how and for how long: the line above a table."""
   teacher = f" taught by {network(cfg.teacher.model)}" if cfg.teacher.model else ""
+  examples = "tokens" if cfg.data.window else "examples"
   return (
-    f"{cfg.data.name}, {cfg.data.train_examples or 'all'} training examples, {network(cfg.model)}{teacher}, "
+    f"{cfg.data.name}, {cfg.data.train_examples or 'all'} training {examples}, {network(cfg.model)}{teacher}, "
     f"loss {loss or cfg.loss.name}, {cfg.train.epochs} epochs, scale {cfg.scale}, seed {cfg.seed}; "
     "test split, last epoch"
   )
@@ -78,8 +100,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(per_seed: Sequence[Results]) -> str:
-  """Returns a Markdown table of test error, NLL, ECE and Brier score, as mean and standard error over the seeds."""
-  columns = (("error", "test error %", 2), ("nll", "NLL", 4), ("ece", "ECE", 4), ("brier", "Brier", 4))
+  """Returns a Markdown table of the test metrics, of text perplexities first, as mean and standard error over seeds."""
+  columns = [column for column in COLUMNS if column[0] in next(iter(per_seed[0].values()))]
   cells = [["", *(title for _, title, _ in columns)]]
   for name in per_seed[0]:
     row = [name]
