@@ -372,7 +372,8 @@ def test_dropout_is_on_the_embedding_and_behind_every_layer_and_never_on_the_sta
 @BOTH
 def test_evaluation_drops_nothing_and_needs_no_key(name):
   plain, dropping = build(name), build(name, dropout=0.5)
-  first, again = (run(dropping, initial(plain), plain.init_carry(4), tokens()) for _ in range(2))
+  given = {"key": jax.random.key(0), "positions": jnp.arange(4)}
+  first, again = (run(dropping, initial(plain), plain.init_carry(4), tokens(), **options) for options in ({}, given))
   expected = run(plain, initial(plain), plain.init_carry(4), tokens())
   jax.tree.map(np.testing.assert_array_equal, first, again)
   jax.tree.map(np.testing.assert_array_equal, first, expected)
