@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -48,9 +50,11 @@ def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
   return rate
 
 
-def set_rate(opt_state: PyTree, rate: Any) -> PyTree:
-  """Returns a plateau optimizer's state with another learning rate, shaped as the state's own."""
-  return optax.tree.set(opt_state, learning_rate=rate)
+def set_rate(opt_state: PyTree, rate: float) -> PyTree:
+  """Returns a plateau optimizer's state with another learning rate, placed where the old one is."""
+  old = optax.tree.get(opt_state, "learning_rate")
+  # Of the same sharding, or the step would be compiled for another.
+  return optax.tree.set(opt_state, learning_rate=jax.device_put(np.full(old.shape, rate, old.dtype), old.sharding))
 
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:

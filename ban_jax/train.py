@@ -353,8 +353,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Calla
           row |= _evaluate(job, state, epoch + 1)
           history.append(row)
           if cfg.optim.schedule == "plateau":
-            rate = devices_lib.replicate(np.float32(_rate(job, done, history)), devices)
-            state = state._replace(opt_state=optim.set_rate(state.opt_state, rate))
+            state = state._replace(opt_state=optim.set_rate(state.opt_state, _rate(job, done, history)))
           write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
           bar.note(**{name: row[name] for name in SHOWN if name in row})
           epoch_start = time.monotonic()

@@ -1,0 +1,129 @@
+"""Kills a run at random, again and again, and compares what it ends with to a run that was left alone, byte by byte.
+
+python experiments/soak.py --kills=100 --seconds=3600 --config=configs/digits.py:digits,wrn_10_1,smoke
+
+The run is a process of its own, experiments/train.py, ended by SIGKILL at a moment drawn at random between its start-up
+and a little beyond its next checkpoints. Exit status 0 means that all kills were made and all bytes agree.
+"""
+
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+import tqdm
+from absl import flags
+from ml_collections import config_flags
+
+from ban_jax import checkpoint
+from ban_jax.errors import ConfigError, TrainingError
+from experiments import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py:digits,wrn_10_1,smoke", "What is trained.")
+KILLS = flags.DEFINE_integer("kills", 100, "How often the run is killed.")
+SECONDS = flags.DEFINE_float(
+  "seconds", 3600.0, "After so long nothing more is killed, and what was not reached is told."
+)
+SEED = flags.DEFINE_integer("soak_seed", 0, "Of the moments at which it is killed.")
+TRAIN = pathlib.Path(__file__).with_name("train.py")
+
+
+def command(workdir: pathlib.Path) -> list[str]:
+  """Returns the command line of the run: this one's configuration flags, and the devices."""
+  given = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+  config = flags.FLAGS["config"].config_filename
+  return [sys.executable, str(TRAIN), f"--config={config}", *given, f"--devices={cli.DEVICES.value}",
+          f"--workdir={workdir}", "--noprogress"]  # fmt: skip
+
+
+def outcome(workdir: pathlib.Path) -> dict[str, object]:
+  """Returns all that a finished run came to: digests of the variables as they lie on the disk, histories, evaluations.
+
+  Raises a CheckpointError where the disk does not hold what the manifests vouch for.
+  """
+  found = {"evaluations": (workdir / "evaluations.json").read_text()}
+  for index in range(CONFIG.value.generations + 1):
+    generation, manifest = checkpoint.load(checkpoint.resolve_workdir(workdir) / f"gen_{index}")
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in generation.history]
+    found[f"generation {index}"] = (manifest["digest"], json.dumps(rows), json.dumps(dict(generation.metrics)))
+  return found
+
+
+def run_whole(workdir: pathlib.Path) -> tuple[float, float]:
+  """Runs without a kill; returns the seconds until the first checkpoint and those until the end."""
+  begin, first = time.monotonic(), None
+  process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  while process.poll() is None:
+    if first is None and any(path.name.isdigit() for path in workdir.glob("gen_0/steps/*")):
+      first = time.monotonic() - begin
+    time.sleep(0.01)
+  if process.returncode:
+    raise TrainingError(f"the run fails without any kill:\n{process.stderr.read()}")
+  total = time.monotonic() - begin
+  return first or total, total
+
+
+def run_killed(workdir: pathlib.Path, moment: float) -> bool:
+  """Starts or resumes the run and kills it after `moment` seconds; returns whether it was finished before."""
+  process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  try:
+    _, errors = process.communicate(timeout=moment)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.communicate()
+    return False
+  if process.returncode:
+    raise TrainingError(f"a resumption failed with status {process.returncode}:\n{errors}")
+  return True
+
+
+def main() -> None:
+  """Runs once undisturbed, then until all kills are made, and compares every finished run with the first."""
+  if KILLS.value < 1:
+    raise ConfigError(f"--kills must be at least 1, not {KILLS.value}")
+  if not SECONDS.value > 0:
+    raise ConfigError(f"--seconds must be above 0, not {SECONDS.value}")
+  draw, begin = random.Random(SEED.value), time.monotonic()
+  with tempfile.TemporaryDirectory() as folder:
+    whole = pathlib.Path(folder) / "whole"
+    run_whole(whole)  # fills the compilation cache
+    again = pathlib.Path(folder) / "again"
+    first, total = run_whole(again)
+    expected = outcome(whole)
+    _compare(outcome(again), expected, "a second run without a kill")
+    print(f"left alone, it takes {total:.1f} s, {first:.1f} s of them until the first checkpoint", flush=True)
+
+    # As long that a life of the run meets about all kills, and at least some checkpoints come between them.
+    span = max(1.0, 2 * (total - first) / KILLS.value)
+    kills, lives, left = 0, 1, 0
+    with tqdm.tqdm(total=KILLS.value, unit="kill", disable=not (cli.PROGRESS.value and sys.stderr.isatty())) as bar:
+      while kills < KILLS.value and time.monotonic() - begin < SECONDS.value:
+        workdir = pathlib.Path(folder) / f"killed_{lives}"
+        if run_killed(workdir, draw.uniform(0.5 * first, first + span)):
+          _compare(outcome(workdir), expected, f"run {lives}, killed {kills - left} times,")
+          lives, left = lives + 1, kills
+        else:
+          kills += 1
+          bar.update()
+          if not sys.stderr.isatty() and kills % 10 == 0:
+            print(f"{kills} kills", flush=True)
+    workdir = pathlib.Path(folder) / f"killed_{lives}"
+    run_whole(workdir)
+    _compare(outcome(workdir), expected, f"run {lives}, killed {kills - left} times,")
+    seconds = time.monotonic() - begin
+    print(f"{kills} kills in {lives} runs, {seconds:.0f} s: all ended with the bytes of the run left alone")
+    if kills < KILLS.value:
+      raise TrainingError(f"--seconds={SECONDS.value:g} was over behind {kills} of {KILLS.value} kills")
+
+
+def _compare(found: dict[str, object], expected: dict[str, object], what: str) -> None:
+  differing = [name for name in expected if found.get(name) != expected[name]]
+  if differing:
+    raise TrainingError(f"{what} ended otherwise than the run left alone, in: {', '.join(differing)}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,266 @@
+"""Language models through the one trainer: carried states, the plateau schedule, resumption, evaluation."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+
+import ban_jax
+from ban_jax import checkpoint, data, optim, train
+from ban_jax import devices as devices_lib
+from ban_jax.errors import CheckpointError, ConfigError, TrainingError
+from ban_jax.evaluate import evaluate_trees, make_models
+from configs import digits, pydoc
+
+QUIET = {"progress": False}
+
+
+def config(words="pydoc,lstm_32,smoke", **changes):
+  cfg = pydoc.get_config(words)
+  cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return cfg
+
+
+@pytest.fixture(scope="module")
+def teacher():
+  return ban_jax.train_generation(None, config(), **QUIET)
+
+
+# --- the plateau schedule ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("factor", "threshold", "metrics", "rate"),
+  [
+    (0.25, 0.0, [], 8.0),
+    (0.25, 0.0, [100.0], 8.0),
+    (0.25, 0.0, [100.0, 99.9], 8.0),
+    (0.25, 0.0, [100.0, 100.0], 2.0),
+    (0.25, 0.0, [100.0, 101.0, 100.5], 0.5),  # both are worse than the best so far
+    (0.25, 0.0, [100.0, 101.0, 99.0], 2.0),
+    (0.5, 0.5, [100.0, 99.5], 8.0),
+    (0.5, 0.5, [100.0, 99.6], 4.0),
+    (0.5, 0.5, [100.0, 99.6, 99.2], 2.0),
+    (0.5, 0.5, [100.0, 99.6, 99.0], 4.0),
+    (0.5, 0.0, [100.0, np.nan], 4.0),
+  ],
+)
+def test_the_rate_falls_where_an_epoch_brings_too_little(factor, threshold, metrics, rate):
+  assert optim.plateau_rate({"learning_rate": 8.0, "factor": factor, "threshold": threshold}, metrics) == rate
+
+
+def test_the_rate_that_a_run_reports_is_the_one_that_it_trains_with():
+  # No epoch improves by 1000: each trains with a quarter of the rate of the epoch before it.
+  falling = ban_jax.train_generation(None, config(train__epochs=3, optim__threshold=1000.0), **QUIET)
+  assert [row["learning_rate"] for row in falling.history] == [20.0, 20.0, 5.0]
+  # Constant rates, started from what a rate came to: the third epoch is that of a run whose rate fell there.
+  steady = ban_jax.train_generation(None, config(train__epochs=3), **QUIET)
+  assert [row["learning_rate"] for row in steady.history] == [20.0, 20.0, 20.0]
+  assert steady.history[1]["train_loss"] == falling.history[1]["train_loss"]
+  assert steady.history[2]["train_loss"] != falling.history[2]["train_loss"]
+
+
+def test_setting_the_rate_scales_the_update():
+  optimizer = optim.make_optimizer(config().optim, 1)
+  params = {"w": np.float32([1.0, 2.0])}
+  gradient = {"w": np.float32([0.01, -0.02])}
+  state = optimizer.init(params)
+  update, _ = optimizer.update(gradient, state, params)
+  slower, _ = optimizer.update(gradient, optim.set_rate(state, np.float32(5.0)), params)
+  np.testing.assert_allclose(update["w"], [-0.2, 0.4], rtol=1e-6)
+  np.testing.assert_allclose(slower["w"], [-0.05, 0.1], rtol=1e-6)
+
+
+def test_a_rate_that_falls_compiles_nothing_more():
+  events = collections.Counter()
+  event = "/jax/core/compile/backend_compile_duration"
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.update([name]))
+  counts = []
+  try:
+    # Each has an optimizer, and so a step, of its own; the first also compiles what they share. In one epoch no step
+    # comes behind a rate that was set.
+    for momentum, epochs in ((0.1, 1), (0.2, 1), (0.3, 3)):
+      before = events[event]
+      cfg = config(train__epochs=epochs, optim__momentum=momentum, optim__threshold=1000.0)
+      ban_jax.train_generation(None, cfg, **QUIET)
+      counts.append(events[event] - before)
+  finally:
+    jax.monitoring.clear_event_listeners()
+  assert counts[1] == counts[2] > 0
+
+
+def test_a_plateau_needs_a_validation_split():
+  cfg = digits.get_config("digits,wrn_10_1,smoke")
+  cfg.optim.schedule = "plateau"
+  with pytest.raises(ConfigError, match="decides by a validation split, .*data.validation, .* cosine, plateau, steps"):
+    ban_jax.train_generation(None, cfg, **QUIET)
+  cfg.data.validation = 0.1
+  cfg.optim.threshold = 1000.0
+  assert [row["learning_rate"] for row in ban_jax.train_generation(None, cfg, **QUIET).history] == [0.1, 0.1]
+
+
+# --- resumption ----------------------------------------------------------------------------------------------------
+
+
+def interrupted(*_):
+  raise KeyboardInterrupt
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(teacher, tmp_path, monkeypatch):
+  # 10 steps an epoch, a checkpoint at step 26 of 30: the carry is that of the third epoch's sixth window, and the rate
+  # has fallen twice. The student's and the teacher's states are both carried on.
+  cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
+  whole = ban_jax.train_generation(teacher, cfg, **QUIET)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
+  with checkpoint.open_steps(checkpoint.resolve_workdir(tmp_path) / "gen_1" / "steps") as manager:
+    assert manager.latest_step() == 26
+  resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
+  assert checkpoint.digest(resumed.params) == checkpoint.digest(whole.params)
+  for row, other in zip(resumed.history, whole.history, strict=True):
+    assert {**row, "seconds": 0} == {**other, "seconds": 0}
+  assert resumed.metrics == whole.metrics
+
+
+def test_what_is_resumed_from_needs_the_carry(teacher, tmp_path, monkeypatch):
+  # The same resumption, with the carry zeroed on its way back, ends elsewhere: the test above can fail.
+  cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
+  whole = ban_jax.train_generation(teacher, cfg, **QUIET)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
+  restore = checkpoint.restore_newest
+
+  def forgetful(*arguments):
+    tree, record = restore(*arguments)
+    return {**tree, "carry": jax.tree.map(np.zeros_like, tree["carry"])}, record
+
+  monkeypatch.setattr(checkpoint, "restore_newest", forgetful)
+  resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
+  assert checkpoint.digest(resumed.params) != checkpoint.digest(whole.params)
+
+
+# --- teachers, students and their states ---------------------------------------------------------------------------
+
+
+def test_teacher_and_student_of_different_networks_carry_states_of_their_own():
+  cfg = config("pydoc,lstm_32,smoke,teacher=cnn_lstm_32")
+  cfg.teacher.model.units = 16
+  teacher = ban_jax.train_generation(None, cfg, **QUIET)
+  job = train._prepare(teacher, cfg, None, None)
+  _, (own, (taught,)) = train._initial(job)
+  rows = cfg.train.batch_size
+  assert [leaf.shape for leaf in jax.tree.leaves(own)] == [(rows, 32)] * 4
+  assert [leaf.shape for leaf in jax.tree.leaves(taught)] == [(rows, 16)] * 4
+  student = ban_jax.train_generation(teacher, cfg, **QUIET)
+  assert student.index == 1
+  both = ban_jax.evaluate([teacher, student], cfg)
+  assert both["count"] == data.load(cfg.data).sizes["test"]
+
+
+def test_a_student_learns_from_its_teachers_carried_state(teacher):
+  # With the teacher's state set back to zero at every step, the student becomes another.
+  cfg = config()
+  student = ban_jax.train_generation(teacher, cfg, **QUIET)
+  real = train.make_train_step
+  with pytest.MonkeyPatch.context() as patch:
+
+    def make(**arguments):
+      step = real(**arguments)
+
+      def forgetful(state, variables, carry, *rest):
+        own, taught = carry
+        return step(state, variables, (own, jax.tree.map(lambda leaf: leaf * 0, taught)), *rest)
+
+      return forgetful
+
+    patch.setattr(train, "make_train_step", make)
+    other = ban_jax.train_generation(teacher, cfg, **QUIET)
+  assert checkpoint.digest(other.params) != checkpoint.digest(student.params)
+
+
+@pytest.mark.parametrize("loss", ["ban", "ban_label", "cwtm", "dkpp"])
+def test_one_device_and_four_agree(teacher, loss):
+  cfg = config(loss__name=loss, train__epochs=1, model__dropout=0.5)
+  one, four = (ban_jax.train_generation(teacher, cfg, devices=jax.devices()[:count], **QUIET) for count in (1, 4))
+  for path, leaf in checkpoint.leaves(one.params).items():
+    np.testing.assert_allclose(checkpoint.leaves(four.params)[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
+  assert one.history[0]["train_loss"] == pytest.approx(four.history[0]["train_loss"], rel=1e-4)
+
+
+def test_the_state_begins_anew_with_each_epoch():
+  cfg = config()
+  seen = []
+  real = train.make_train_step
+  with pytest.MonkeyPatch.context() as patch:
+
+    def make(**arguments):
+      step = real(**arguments)
+
+      def watched(state, variables, carry, *rest):
+        seen.append(float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(carry)))))
+        return step(state, variables, carry, *rest)
+
+      return watched
+
+    patch.setattr(train, "make_train_step", make)
+    ban_jax.train_generation(None, cfg, **QUIET)
+  steps = len(seen) // cfg.train.epochs
+  assert [place for place, size in enumerate(seen) if not size] == [0, steps]
+
+
+def test_an_image_network_cannot_teach_a_language_model():
+  images = digits.get_config("digits,wrn_10_1,smoke")
+  images.train.epochs, images.train.evaluate_every = 1, 0
+  teacher = ban_jax.train_generation(None, images, **QUIET)
+  with pytest.raises(CheckpointError, match=r"teacher does not fit model lstm_2x32 .* at batch_stats/"):
+    ban_jax.train_generation(teacher, config(), **QUIET)
+  with pytest.raises(ConfigError, match="reads images; the data set holds tokens"):
+    ban_jax.train_generation(None, config("pydoc,wrn_10_1,smoke"), **QUIET)
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
+  cfg = config()
+  dataset = data.load(cfg.data)
+  model = make_models(cfg, dataset.spec)[0]
+  trees = (checkpoint.thaw(teacher.params),)
+  by_devices = {
+    (rows, count): evaluate_trees((model,), trees, dataset, "validation", rows, tuple(jax.devices()[:count]))
+    for rows, count in ((1, 1), (1, 4), (6, 1), (6, 4), (4, 4))
+  }
+  assert {metrics["count"] for metrics in by_devices.values()} == {dataset.sizes["validation"]}
+  # Four devices do not make four streams of one, nor eight of six.
+  assert by_devices[1, 4] == by_devices[1, 1]
+  assert by_devices[6, 4]["nll"] == pytest.approx(by_devices[6, 1]["nll"], rel=1e-5)
+  # What tells the streams apart is small, and exactly repeatable.
+  assert by_devices[1, 1] != by_devices[6, 1]
+  assert by_devices[1, 1]["perplexity"] == pytest.approx(np.exp(by_devices[1, 1]["nll"]))
+
+
+def test_the_reported_numbers_are_those_of_the_reported_batch():
+  cfg = config(evaluate__batch_size=2, evaluate__training_batch_size=50)
+  done = ban_jax.train_generation(None, cfg, **QUIET)
+  last = {name.removeprefix("test_"): value for name, value in done.metrics.items() if name.startswith("test_")}
+  assert last == ban_jax.evaluate(done, cfg)
+  cfg.evaluate.batch_size = 50
+  assert last["nll"] != ban_jax.evaluate(done, cfg)["nll"]
+
+
+def test_too_high_a_rate_is_told():
+  with pytest.raises(TrainingError, match="generation 0 diverged in epoch 1 at step "):
+    ban_jax.train_generation(None, config(optim__learning_rate=1e38, optim__clip_norm=0.0), **QUIET)
+
+
+def test_rows_are_joined_as_they_were_split():
+  devices = tuple(jax.devices())
+  tree = {"a": np.arange(24.0).reshape(8, 3), "b": (np.arange(8),)}
+  split = devices_lib.split_rows(tree, devices)
+  joined = devices_lib.join_rows(split, devices)
+  jax.tree.map(np.testing.assert_array_equal, joined, tree)
