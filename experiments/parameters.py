@@ -1,4 +1,4 @@
-"""Every network of Tables 1-5 with its parameters, beside the count that Furlanello et al. 2018 print.
+"""Every network of Tables 1-6 with its parameters, beside the count that Furlanello et al. 2018 print.
 
   python experiments/parameters.py             about 15 seconds: nothing is computed but shapes
   python experiments/parameters.py --memory    and what a training step of a DenseNet keeps in memory
@@ -58,6 +58,15 @@ ROWS = (
   Row("wide_match_4_0_5", "5", "24.3"),
   Row("wide_match_4_1", "5", "87.3"),
 )
+
+# Table 6, with the millions that the paper prints.
+LANGUAGE_ROWS = (("lstm", "52"), ("lstm_1", "52"), ("cnn_lstm", "19"))
+# The Penn Treebank's vocabulary has so many words, written in so many characters.
+WORDS, CHARACTERS = 10_000, 48
+
+LANGUAGE_FOOTNOTES = """\
+With the Penn Treebank's 10,000 words; embedding and output are one matrix in the LSTMs, two in the CNN-LSTM. The paper's
+text says that its LSTM has one layer; 52M parameters are nearer to two, which is why `lstm` has two."""
 
 FOOTNOTES = """\
 Parameters in millions, with 10 and with 100 classes; of Table 5's students only those that are trained, since the paper
@@ -126,6 +135,26 @@ def table() -> list[str]:
     lines.append(
       f"| {row.network:<31} | {row.tables:<7} | {network.units:5} | {stages:<15} | {counts} | {row.paper:>5} | "
       f"{share:+8.1%} {' ' if reproduced else '*'} |"
+    )
+  return lines
+
+
+def language_table() -> list[str]:
+  """Returns the lines of Table 6's networks, in Markdown."""
+  # Of the words only their number counts, and of their characters.
+  characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
+  words = ("<eos>", "<unk>", *characters)
+  words += tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
+  spec = InputSpec("tokens", (35,), WORDS, words)
+  lines = [
+    "| network  | table | LSTM layers | parameters | paper | difference |",
+    "|----------|-------|-------------|------------|-------|------------|",
+  ]
+  for network, paper in LANGUAGE_ROWS:
+    count = _size(parameter_shapes(make_model(presets.MODELS[network], spec))) / 1e6
+    layers = presets.MODELS[network].layers
+    lines.append(
+      f"| {network:<8} | 6     | {layers:11} | {count:10.3f} | {paper:>5} | {count / float(paper) - 1:+10.1%} |"
     )
   return lines
 
@@ -247,7 +276,7 @@ def _subprograms(parameters: dict[str, Any]) -> list[core.Jaxpr]:
 
 def main() -> None:
   """Prints what the flags ask for."""
-  print("\n".join([*table(), "", FOOTNOTES]))
+  print("\n".join([*table(), "", FOOTNOTES, "", *language_table(), "", LANGUAGE_FOOTNOTES]))
   if _MEMORY.value:
     print("\n".join(["", *memory_table(_NETWORK.value, _BATCH.value)]))
 

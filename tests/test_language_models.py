@@ -15,6 +15,7 @@ from ban_jax.errors import ConfigError
 from ban_jax.models import make_model, recurrent
 from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
+from experiments import parameters
 
 WORDS = ("<eos>", "<unk>", "a", "cab", "bad", "abacadaba", "dab", "decade", "bead", "e", "dacebad")
 SPEC = InputSpec("tokens", (6,), len(WORDS), WORDS)
@@ -85,6 +86,14 @@ def test_kim_s_large_model_has_its_parameters():
   assert cnn["embedding"]["embedding"].shape == (53, 15)
   shapes = [cnn[f"width{width}"]["kernel"].shape for width in range(1, 8)]
   assert shapes == [(15, 50), (30, 100), (45, 150), (60, 200), (75, 200), (90, 200), (105, 200)]
+
+
+def test_table_6_stands_beside_the_paper_s_counts():
+  lines = [line.split("|") for line in parameters.language_table()[2:]]
+  found = {line[1].strip(): [cell.strip() for cell in line[3:7]] for line in lines}
+  assert found["lstm"] == ["2", "51.022", "52", "-1.9%"]
+  assert found["lstm_1"] == ["1", "33.016", "52", "-36.5%"]
+  assert 19.0 < float(found["cnn_lstm"][1]) < 19.8
 
 
 @BOTH
