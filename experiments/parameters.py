@@ -65,8 +65,8 @@ LANGUAGE_ROWS = (("lstm", "52"), ("lstm_1", "52"), ("cnn_lstm", "19"))
 WORDS, CHARACTERS = 10_000, 48
 
 LANGUAGE_FOOTNOTES = """\
-With the Penn Treebank's 10,000 words; embedding and output are one matrix in the LSTMs, two in the CNN-LSTM. The paper's
-text says that its LSTM has one layer; 52M parameters are nearer to two, which is why `lstm` has two."""
+With the Penn Treebank's 10,000 words; the LSTMs' embedding is their output's kernel, the CNN-LSTM's output has its own.
+The paper's text says that its LSTM has one layer; 52M parameters are nearer to two, which is why `lstm` has two."""
 
 FOOTNOTES = """\
 Parameters in millions, with 10 and with 100 classes; of Table 5's students only those that are trained, since the paper
