@@ -13,6 +13,7 @@ with before anything is computed from it.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -159,6 +160,8 @@ def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> Iterator[epath.Pat
         report.write_json(workdir / "config.json", config_values(cfg))
       except CheckpointError as refusal:
         error = refusal
+      except ImportError as refusal:  # of what a bucket is reached with
+        error = ConfigError(f"workdir {workdir}: {_first_line(refusal)} (pip install 'etils[epath-gcs]')")
       except OSError as refusal:
         error = CheckpointError(f"workdir {workdir} cannot be written: {refusal}")
     devices.raise_together(error)
@@ -230,15 +233,24 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
   options = ocp.CheckpointManagerOptions(
     max_to_keep=2, todelete_subdir=trash, cleanup_tmp_directories=True, enable_async_checkpointing=True
   )
-  with Manager(directory, options=options) as manager:
+  manager = Manager(directory, options=options)
+  try:
     yield manager
     manager.wait_until_finished()
+  except BaseException:
+    # One of several processes may have failed alone: closing would wait for the others' share of what is being saved.
+    if jax.process_count() == 1:
+      with contextlib.suppress(Exception):  # of a disk that is full, what was raised has told
+        manager.close()
+    raise
+  manager.close()
 
 
 def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) -> None:
   """Saves a tree of NumPy arrays and a JSON record of it, without waiting for the disk."""
   import orbax.checkpoint as ocp
 
+  record = copy.deepcopy(record)  # it is written in the background, while the training adds to its history
   meta = {"record": record, "digest": digest(tree), "record_digest": _record_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
 

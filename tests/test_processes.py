@@ -1,0 +1,350 @@
+"""Several processes on one machine: what one process would train, and what is left when one of them goes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from conftest import ROOT
+from etils import epath
+
+from ban_jax import checkpoint
+from ban_jax.errors import ConfigError, PeerError
+from experiments import cli, launch
+
+# Dropout, augmentation (the digits' random crops), batch norm and the batch-wide weights of CWTM, all at once.
+TRAIN = [
+  str(ROOT / "experiments" / "train.py"),
+  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke,cwtm",
+  "--config.model.dropout=0.3",
+  "--config.train.evaluate_every=0",
+]
+# Sixty steps a generation: time enough to lose a process in.
+LONG = ["--config.train.epochs=12", "--config.train.checkpoint_every=8"]
+TEACHER = [*LONG, "--config.generations=0"]
+# Seconds without a sign of life; and the most that a test waits for anything at all.
+PEER_TIMEOUT, PATIENCE = 20, 300
+
+
+def alone(workdir, devices, *more):
+  """Returns the arguments of a run of one process."""
+  return [sys.executable, *TRAIN, f"--workdir={workdir}", f"--devices={devices}", *more]
+
+
+def several(workdir, processes, *more):
+  """Returns the arguments of a run of several processes with a device each."""
+  own = [f"--processes={processes}", f"--peer_timeout={PEER_TIMEOUT}"]
+  return [sys.executable, "-m", "experiments.launch", *own, "--", *TRAIN, f"--workdir={workdir}", *more]
+
+
+def finish(arguments):
+  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def wait_until(condition, process):
+  deadline = time.monotonic() + PATIENCE
+  while not condition():
+    assert process.poll() is None, "the run ended before it could be interrupted"
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+
+
+def checkpoints(workdir):
+  # A checkpoint's directory gets its final name when it is complete.
+  return {int(path.name) for path in (workdir / "gen_0" / "steps").glob("*") if path.name.isdigit()}
+
+
+def interrupt(arguments, workdir, number, victim=None):
+  """Starts a run, sends a signal to a process of it at its next checkpoint; returns (status, messages, seconds)."""
+  before = checkpoints(workdir)
+  messages = workdir.with_name(f"{workdir.name}_{time.monotonic_ns()}.log")
+  with messages.open("w") as stderr:
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+  try:
+    wait_until(lambda: checkpoints(workdir) - before, process)
+    if victim is None:
+      pid = process.pid
+    else:
+      pid = int(re.search(r"launch: process ids (.*)", messages.read_text()).group(1).split()[victim])
+    start = time.monotonic()
+    os.kill(pid, number)
+    status = process.wait(PATIENCE)
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      process.terminate()
+  return status, messages.read_text(), time.monotonic() - start
+
+
+def manifest(workdir, generation):
+  return json.loads((workdir / f"gen_{generation}" / "manifest.json").read_text())
+
+
+def assert_close(workdir, other, generation, tolerance):
+  """Compares the parameters, batch statistics and metrics of a generation in two run directories."""
+  (one, _), (two, _) = (checkpoint.load(epath.Path(run) / f"gen_{generation}") for run in (workdir, other))
+  theirs = checkpoint.leaves(two.params)
+  assert theirs
+  for path, leaf in checkpoint.leaves(one.params).items():
+    np.testing.assert_allclose(leaf, theirs[path], rtol=tolerance, atol=tolerance, err_msg=path)
+  assert one.metrics == pytest.approx(two.metrics, rel=tolerance)
+  assert (one.metrics["test_count"], one.metrics["test_error"]) == (1397, two.metrics["test_error"])
+
+
+def table(stdout):
+  return [line for line in stdout.splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """A run of two generations by two processes with a device each."""
+  workdir = tmp_path_factory.mktemp("processes") / "two"
+  return workdir, finish(several(workdir, 2, *LONG))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_process_with_two_devices_trains(two, tmp_path):
+  workdir, done = two
+  one = finish(alone(tmp_path, 2, *LONG))
+  assert [manifest(run, 1)["layout"]["processes"] for run in (workdir, tmp_path)] == [2, 1]
+  for generation in (0, 1):
+    assert_close(workdir, tmp_path, generation, 1e-3)
+  assert len(table(one.stdout)) == 4
+  assert table(done.stdout) == table(one.stdout)
+  evaluations = json.loads((workdir / "evaluations.json").read_text())
+  assert [row["metrics"]["count"] for row in evaluations.values()] == [1397, 1397]
+  # The second process says nothing but what JAX's transport says.
+  shown = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("[1]") and "Gloo" not in line]
+  assert not shown
+
+
+@pytest.mark.slow
+def test_four_processes_train_what_one_process_with_four_devices_trains(tmp_path):
+  one, four = tmp_path / "one", tmp_path / "four"
+  finish(alone(one, 4))
+  four.mkdir()
+  shutil.copy(one / "config.json", four)
+  shutil.copytree(one / "gen_0", four / "gen_0")  # the same teacher
+  finish(several(four, 4))
+  assert manifest(four, 1)["layout"]["processes"] == 4
+  assert_close(one, four, 1, 1e-4)
+
+
+@pytest.mark.slow
+def test_what_one_process_left_two_go_on_with(two, tmp_path):
+  workdir = tmp_path / "run"
+  status, _, _ = interrupt(alone(workdir, 2, *TEACHER), workdir, signal.SIGKILL)
+  assert status == -signal.SIGKILL
+  assert not (workdir / "gen_0" / "manifest.json").exists()
+  done = finish(several(workdir, 2, *TEACHER))
+  assert "its bytes may differ" in done.stderr
+  assert_close(two[0], workdir, 0, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(two, tmp_path):
+  workdir, copy = tmp_path / "run", tmp_path / "copy"
+  arguments = several(workdir, 2, *TEACHER)
+
+  # A worker is killed: the other says so at once, without JAX's wait for its heartbeat.
+  status, messages, seconds = interrupt(arguments, workdir, signal.SIGKILL, victim=1)
+  assert status == 128 + signal.SIGKILL
+  assert "launch: process 1 was killed by SIGKILL" in messages
+  assert "launch: process 0 ended with status 69" in messages
+  assert len(
+    re.findall(r"^error: lost another process of the run \(.+\); start all of them again: .*$", messages, re.M)
+  )
+  assert "Traceback" not in messages
+  assert seconds < PEER_TIMEOUT
+  assert not (workdir / "gen_0" / "manifest.json").exists()
+  shutil.copytree(workdir, copy)
+
+  # The coordinator is killed: JAX aborts the other.
+  status, messages, seconds = interrupt(arguments, workdir, signal.SIGKILL, victim=0)
+  assert status == 128 + signal.SIGKILL
+  assert "launch: process 0 was killed by SIGKILL" in messages
+  assert re.search(
+    "launch: process 1 (was aborted .SIGABRT.: another process of the run|ended with status 69)", messages
+  )
+  assert seconds < PEER_TIMEOUT + launch.MARGIN
+  assert not (workdir / "gen_0" / "manifest.json").exists()
+
+  # One process is told that its machine is taken away: all save the same step.
+  status, messages, _ = interrupt(arguments, workdir, signal.SIGTERM, victim=1)
+  assert status == 75, messages
+  assert "launch: process 0 ended with status 75" in messages
+  assert "launch: process 1 ended with status 75" in messages
+  steps = set(re.findall(r"error: asked to end by SIGTERM: generation 0 is saved at step (\d+)", messages))
+  assert steps == {str(max(checkpoints(workdir)))}
+
+  finish(arguments)
+  assert manifest(workdir, 0)["digest"] == manifest(two[0], 0)["digest"]
+
+  # One process goes on from what two left.
+  done = finish(alone(copy, 2, *TEACHER))
+  assert "its bytes may differ" in done.stderr
+  assert_close(two[0], copy, 0, 1e-3)
+
+
+FAILING = """
+import jax
+from jax.experimental import multihost_utils
+from ban_jax.errors import ConfigError
+from experiments import cli
+
+def main():
+  cli.start_jax()
+  multihost_utils.sync_global_devices("start")
+  if jax.process_index() == 1:
+    raise {error}("a mistake on one process")
+  multihost_utils.sync_global_devices("end")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("error", "status"), [("ConfigError", 2), ("RuntimeError", 1)])
+def test_a_process_that_fails_alone_keeps_nobody_waiting(error, status, tmp_path):
+  script = tmp_path / "failing.py"
+  script.write_text(FAILING.format(error=error))
+  start = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.launch", "--processes=2", "--peer_timeout=100", "--", str(script)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=PATIENCE,
+  )
+  assert time.monotonic() - start < 80
+  assert done.returncode == status
+  assert f"launch: process 1 ended with status {status}" in done.stderr
+  assert "launch: process 0 ended with status 69" in done.stderr
+  assert re.search(r"^error: lost another process of the run", done.stderr, re.M)
+  if error == "ConfigError":
+    assert "[1] error: a mistake on one process" in done.stderr
+    assert "Traceback" not in done.stderr
+  else:
+    assert "[1] Traceback" in done.stderr
+    assert "[1] RuntimeError: a mistake on one process" in done.stderr
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_run_whose_other_process_never_comes_ends_with_a_message(process, tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+  where = [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={process}", "--start_timeout=2"]
+  done = subprocess.run(alone(tmp_path, 1, *where), capture_output=True, text=True, timeout=60)
+  assert done.returncode == 69
+  expected = f"error: not all processes of the run met at {address} within 2 seconds (--start_timeout)"
+  assert done.stderr.splitlines()[-1].startswith(expected)
+  assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+  with socket.socket() as other:
+    other.bind(("", 0))
+    other.listen()
+    port = other.getsockname()[1]
+    where = [f"--coordinator_address=localhost:{port}", "--num_processes=2", "--process_id=0"]
+    done = subprocess.run(alone(tmp_path, 1, *where), capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2
+  expected = f"error: --coordinator_address: port {port} of this machine cannot be opened: "
+  assert done.stderr.startswith(expected)
+  assert done.stderr.count("\n") == 1
+
+
+MEETING = {"coordinator_address": "host:1234", "num_processes": 2, "process_id": 0}
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"num_processes": 2}, "--num_processes also needs --coordinator_address and --process_id"),
+    ({"coordinator_address": "host:1"}, "--coordinator_address also needs --num_processes and --process_id"),
+    ({**MEETING, "coordinator_address": "host"}, "--coordinator_address must be host:port of process 0, not 'host'"),
+    ({**MEETING, "coordinator_address": ""}, "--coordinator_address must be host:port of process 0, not ''"),
+    ({**MEETING, "coordinator_address": "host:99999"}, "must be host:port of process 0, not 'host:99999'"),
+    ({**MEETING, "num_processes": 0}, "--num_processes must be at least 1, not 0"),
+    ({**MEETING, "process_id": 2}, "--process_id must be from 0 to 1 with --num_processes=2, not 2"),
+    ({**MEETING, "process_id": -1}, "--process_id must be from 0 to 1 with --num_processes=2, not -1"),
+    ({**MEETING, "distributed": True}, "--distributed finds the other processes by itself; leave out --coordinator"),
+    ({**MEETING, "peer_timeout": 1}, "--peer_timeout must be at least 10 (seconds), not 1"),
+    ({**MEETING, "start_timeout": 0}, "--start_timeout must be at least 1 (seconds), not 0"),
+  ],
+)
+def test_flags_that_do_not_fit_together_are_refused(values, message):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(**values), pytest.raises(ConfigError, match=re.escape(message)):
+    cli.start_jax()
+
+
+def test_wrong_flags_end_with_one_line_and_status_2(tmp_path):
+  done = subprocess.run(alone(tmp_path, 1, "--num_processes=2"), capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2
+  assert done.stderr == "error: --num_processes also needs --coordinator_address and --process_id\n"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--processes=0", "--", "x.py"], "argument --processes: must be a whole number of at least 1, not '0'"),
+    (["--", "x.py"], "the following arguments are required: --processes"),
+    (["--processes=2"], "the command is missing"),
+    (["--processes=2", "--peer_timeout=9", "--", "x.py"], "must be a whole number of at least 10, not '9'"),
+    (["--processes=2", "x.py"], "unrecognized arguments: x.py"),
+    (
+      ["--processes=2", "--", "x.py", "--devices=2"],
+      "the launcher sets --devices itself; give --devices_per_process in front of the --",
+    ),
+    (["--processes=2", "--", "x.py", "--process_id=1"], "the launcher sets --process_id itself"),
+  ],
+)
+def test_the_launcher_answers_mistakes_with_one_line(arguments, message, capsys):
+  with pytest.raises(SystemExit) as ended:
+    launch.main(arguments)
+  assert ended.value.code == 2
+  shown = capsys.readouterr().err
+  assert shown.startswith("error: ")
+  assert message in shown
+  assert shown.count("\n") == 1
+
+
+def test_the_launcher_kills_who_does_not_end(capsys):
+  sleeper, failing = (
+    subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(999)", "raise SystemExit(5)")
+  )
+  assert launch._wait([sleeper, failing], 0.1) == 5
+  assert sleeper.returncode == -signal.SIGKILL
+  assert "launch: process 0 did not end within 0.1 seconds: killed" in capsys.readouterr().err
+
+
+def test_a_lost_process_is_told_from_a_mistake(monkeypatch):
+  gloo = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:41")
+  wrapped = ValueError("a checkpoint could not be saved")
+  wrapped.__cause__ = gloo
+  storage = ValueError("UNAVAILABLE: the storage did not answer")
+  cases = [(gloo, True), (wrapped, True), (PeerError("gone"), True), (storage, False), (KeyError("Glue"), False)]
+  assert not any(cli.lost_peer(error) for error, _ in cases)  # one process has nobody to lose
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert [cli.lost_peer(error) for error, _ in cases] == [lost for _, lost in cases]
+
+
+def test_paths_of_the_documented_commands_exist():
+  commands = (ROOT / "docs" / "pods.md").read_text()
+  for path in set(re.findall(r"(?:experiments|configs)/\w+\.py", commands)):
+    assert pathlib.Path(ROOT / path).is_file(), path
