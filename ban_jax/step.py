@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
@@ -73,7 +73,7 @@ def make_train_step(
       )
       values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
-      errors = (jnp.argmax(logits, -1) != batch.labels) & batch.mask
+      errors = ~is_top(logits, batch.labels) & batch.mask
       sums = {"weight": weights.sum(), "errors": errors.sum(), "count": batch.mask.sum()}
       if gradient_split and taught:
         sums |= gradient_lib.split_sums(logits, batch.labels, teacher_logits, batch.mask)
@@ -96,6 +96,17 @@ def make_train_step(
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
   """Returns whether every number of every leaf is finite."""
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def is_top(logits: Float[Array, "B *T n"], labels: Int[Array, " B *T"]) -> Bool[Array, " B *T"]:
+  """Returns whether the label's logit is the largest, the first of equal ones; never where a logit is not a number.
+
+  That is argmax(logits) == labels, which XLA's CPU back end computes slowly: of 10,000 words in a fifth of an LSTM's
+  training step.
+  """
+  own = jnp.take_along_axis(logits, labels[..., None], -1)
+  before = jnp.arange(logits.shape[-1]) < labels[..., None]
+  return ~((logits > own) | (logits == own) & before | jnp.isnan(logits)).any(-1)
 
 
 def _teaching_logits(logits: list[Float[Array, "B *T n"]]) -> Float[Array, "B *T n"] | None:
@@ -132,7 +143,7 @@ def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> 
   """Returns `make_eval_step`'s sums over one device's batch."""
   labels = batch.labels[..., None]
   probabilities = jnp.exp(log_probabilities)
-  correct = jnp.argmax(log_probabilities, -1) == batch.labels
+  correct = is_top(log_probabilities, batch.labels)
   confidence = probabilities.max(axis=-1)
   # (p - one_hot)^2 summed over classes, without the one-hot.
   brier = (probabilities**2).sum(-1) - 2 * jnp.take_along_axis(probabilities, labels, -1)[..., 0] + 1

@@ -201,3 +201,13 @@ def test_steps_are_the_same_object_for_equal_arguments():
   assert step.make_eval_step((made[0],), dataset.fetch, devices) is step.make_eval_step(
     (made[1],), data.load(config().data).fetch, devices
   )
+
+
+def test_the_top_class_is_that_of_argmax_and_the_first_of_equal_ones():
+  logits = np.random.default_rng(0).integers(0, 4, (50, 7, 6)).astype(np.float32)  # many ties
+  for label in range(6):
+    labels = np.full((50, 7), label)
+    np.testing.assert_array_equal(step.is_top(logits, labels), logits.argmax(-1) == label)
+  logits[..., 2] = np.nan
+  assert not step.is_top(logits, np.full((50, 7), 2)).any()
+  assert not step.is_top(logits, np.full((50, 7), 1)).any()
