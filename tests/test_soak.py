@@ -1,0 +1,47 @@
+"""The short form of experiments/soak.py: a run killed at random, and what the script says where bytes differ."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ban_jax.errors import TrainingError
+from experiments import soak
+
+COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "flags",
+  [
+    [f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke", "--config.train.epochs=8"],
+    [f"--config={ROOT}/configs/pydoc.py:pydoc,lstm_32,smoke", "--config.train.epochs=3"],
+  ],
+  ids=["images", "text"],
+)
+def test_a_run_killed_at_random_ends_with_the_bytes_of_one_left_alone(flags):
+  done = subprocess.run(
+    [*COMMAND, "--kills=3", "--seconds=200", *flags], capture_output=True, text=True, cwd="/", check=False, timeout=500
+  )
+  assert done.returncode == 0, done.stderr
+  assert "3 kills in " in done.stdout
+  assert done.stdout.splitlines()[-1].endswith("all ended with the bytes of the run left alone")
+
+
+def test_runs_that_differ_are_told():
+  same = {"evaluations": "x", "generation 0": ("digest", "rows", "metrics")}
+  soak._compare(dict(same), same, "run 1, killed 3 times,")
+  with pytest.raises(TrainingError, match="run 1, killed 3 times, ended otherwise .* in: generation 0"):
+    soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [("--kills=0", "--kills must be at least 1, not 0"), ("--seconds=0", "--seconds must be above 0, not 0.0")],
+)
+def test_wrong_bounds_are_refused(flag, message):
+  done = subprocess.run([*COMMAND, flag], capture_output=True, text=True, cwd=ROOT, check=False, timeout=100)
+  assert done.returncode == 2
+  assert done.stderr == f"error: {message}\n"
