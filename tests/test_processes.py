@@ -348,3 +348,39 @@ def test_paths_of_the_documented_commands_exist():
   commands = (ROOT / "docs" / "pods.md").read_text()
   for path in set(re.findall(r"(?:experiments|configs)/\w+\.py", commands)):
     assert pathlib.Path(ROOT / path).is_file(), path
+
+
+@pytest.mark.slow
+def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_path):
+  # Evaluated by one stream, for which there is one device to each process; checkpointed in the middle of epochs.
+  text = [
+    TRAIN[0],
+    f"--config={ROOT}/configs/pydoc.py:pydoc,lstm_32,smoke",
+    "--config.train.epochs=6",
+    "--config.train.checkpoint_every=7",
+    "--config.evaluate.batch_size=1",
+    "--config.generations=0",
+  ]
+
+  def one(workdir):
+    return [sys.executable, *text, f"--workdir={workdir}", "--devices=2"]
+
+  def two(workdir):
+    return [sys.executable, "-m", "experiments.launch", "--processes=2", "--", *text, f"--workdir={workdir}"]
+
+  def compare(workdir):
+    own, _ = checkpoint.load(epath.Path(workdir) / "gen_0")
+    expected, _ = checkpoint.load(epath.Path(tmp_path / "one") / "gen_0")
+    for path, leaf in checkpoint.leaves(own.params).items():
+      np.testing.assert_allclose(leaf, checkpoint.leaves(expected.params)[path], rtol=1e-3, atol=1e-3, err_msg=path)
+    assert own.metrics["test_count"] == expected.metrics["test_count"]
+    assert own.metrics["test_perplexity"] == pytest.approx(expected.metrics["test_perplexity"], rel=1e-3)
+
+  finish(one(tmp_path / "one"))
+  finish(two(tmp_path / "two"))
+  compare(tmp_path / "two")
+  # What two processes left has the states of both of them in it: one goes on, and ends where it would have.
+  interrupt(two(tmp_path / "changed"), tmp_path / "changed", signal.SIGKILL, victim=1)
+  assert not (tmp_path / "changed" / "gen_0" / "manifest.json").exists()
+  finish(one(tmp_path / "changed"))
+  compare(tmp_path / "changed")
