@@ -4,6 +4,8 @@
 # make clean        removes the virtual environment (runs and results stay)
 
 PYTHON ?= python3
+# How many tests run side by side, file by file; 1 is the way to follow one of them.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,7 +16,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ban_jax.errors import ConfigError, look_up
+
+# Losses are computed in float32: its smallest number above 0 with all its digits, and its largest.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 Logits = Float[Array, "B *T n"]
 Labels = Int[Array, "B *T"]
@@ -121,10 +125,12 @@ def make_loss(loss: Mapping[str, Any]) -> Loss:
   function = look_up(LOSSES, options.pop("name"), "loss")
   if not 0 < options["temperature"] < math.inf:
     raise ConfigError(f"loss.temperature must be above 0 and finite, not {options['temperature']}")
+  if not SMALLEST <= options["temperature"] * options["temperature"] <= LARGEST:
+    raise ConfigError(f"loss.temperature={options['temperature']}: its square must be a number above 0 in float32")
   for name in ("label_weight", "teacher_weight"):
-    if not 0 <= options[name] < math.inf:
-      raise ConfigError(f"loss.{name} must be at least 0 and finite, not {options[name]}")
-  if not options["label_weight"] + options["teacher_weight"] > 0:
+    if not 0 <= options[name] <= LARGEST:
+      raise ConfigError(f"loss.{name} must be at least 0 and finite, not {options[name]} (in float32)")
+  if not options["label_weight"] + options["teacher_weight"] >= SMALLEST:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
   accepted = inspect.signature(function).parameters
   return _make(function, tuple((name, value) for name, value in sorted(options.items()) if name in accepted))

@@ -14,6 +14,9 @@ from jaxtyping import PyTree
 
 from ban_jax.errors import ConfigError, look_up
 
+# Parameters are float32: its smallest number above 0 with all its digits, and its largest.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 def steps(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
   """Returns `peak`, multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
@@ -66,8 +69,8 @@ def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
   ):
     raise ConfigError(f"optim.boundaries must be rising shares of the run between 0 and 1, not {boundaries}")
   for name in ("learning_rate", "factor"):
-    if not 0 < optim[name] < math.inf:
-      raise ConfigError(f"optim.{name} must be above 0 and finite, not {optim[name]}")
+    if not SMALLEST <= optim[name] <= LARGEST:
+      raise ConfigError(f"optim.{name} must be above 0 and finite, not {optim[name]} (in float32)")
   return schedule(optim["learning_rate"], total, boundaries, optim["factor"])
 
 
@@ -81,6 +84,9 @@ def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransf
   for name, below in (("momentum", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf), ("threshold", math.inf)):
     if not 0 <= optim[name] < below:
       raise ConfigError(f"optim.{name} must be at least 0 and below {below}, not {optim[name]}")
+  for name in ("weight_decay", "clip_norm"):
+    if optim[name] and not SMALLEST <= optim[name] <= LARGEST:
+      raise ConfigError(f"optim.{name} must be 0, or above 0 and finite, not {optim[name]} (in float32)")
   make_schedule(optim, total)
   return _make(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(optim.items())), total)
 

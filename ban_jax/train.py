@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -78,10 +80,11 @@ def _prepare(
   devices: Sequence[jax.Device] | None,
 ) -> _Job:
   """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
+  _check_given(cfg)
   _check_counts(cfg)
-  for group in (cfg.model, cfg.teacher.model):
+  for key, group in (("model", cfg.model), ("teacher.model", cfg.teacher.model)):
     if group is not None:
-      check_options(group)
+      check_options(group, key)
   loss = losses.make_loss(cfg.loss)
   optim.make_optimizer(cfg.optim, 1)
   devices = devices_lib.resolve(devices)
@@ -93,7 +96,11 @@ def _prepare(
       "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share by data.validation, "
       f"or choose another of: {choices(optim.SCHEDULES)}"
     )
+  _check_evaluation(cfg, dataset)
   models = make_models(cfg, dataset.spec)
+  for key, group, model in (("teacher.model", cfg.teacher.model, models[0]), ("model", cfg.model, models[1])):
+    if group is not None:
+      _check_memory(key, group, model)
   parents = tuple(members_of(params_prev))
   if params_prev is not None and not parents:
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
@@ -117,6 +124,11 @@ def _prepare(
 
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
+  if total >= 2**31:
+    raise ConfigError(
+      f"train.epochs={cfg.train.epochs}: a run has fewer than 2**31 steps; expected at most "
+      f"{(2**31 - 1) // steps_per_epoch} epochs of {steps_per_epoch} steps"
+    )
   return _Job(
     cfg=cfg,
     dataset=dataset,
@@ -133,15 +145,51 @@ def _prepare(
   )
 
 
+def _check_given(group: ConfigDict, path: str = "") -> None:
+  """Raises a ConfigError where a key is None, which a configuration takes for every key; it has a meaning for one."""
+  for name, value in group.items():
+    key = path + name
+    if isinstance(value, ConfigDict):
+      _check_given(value, f"{key}.")
+    elif value is None and key != "teacher.model":
+      raise ConfigError(f"{key} is None: a value is expected")
+
+
 def _check_counts(cfg: ConfigDict) -> None:
-  """Raises a ConfigError where one of the configuration's whole numbers is out of range."""
+  """Raises a ConfigError where one of the configuration's whole numbers is out of range, or its label no label."""
   for key, least in LEAST.items():
     group, _, name = key.rpartition(".")
     value = (cfg[group] if group else cfg)[name]
-    if value < least:
+    if isinstance(value, bool) or value < least:
       raise ConfigError(f"{key} must be at least {least}, not {value}")
-  if cfg.seed >= 2**32:
-    raise ConfigError(f"seed must be below 2**32, not {cfg.seed}")
+  if not cfg.scale.isprintable():
+    raise ConfigError(f"scale={cfg.scale!r}: a word that can be printed is expected, since it labels the results")
+  for key, bits in (("seed", 32), ("generations", 31)):
+    if cfg[key] >= 2**bits:
+      raise ConfigError(f"{key} must be below 2**{bits}, not {cfg[key]}")
+
+
+def _check_evaluation(cfg: ConfigDict, dataset: Dataset) -> None:
+  """Raises a ConfigError where a batch to be evaluated has more rows than any split has examples, or tokens."""
+  most = max(dataset.sizes.values())
+  for name in ("batch_size", "training_batch_size"):
+    if cfg.evaluate[name] > most:
+      raise ConfigError(
+        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, the size of {dataset.name}'s largest split"
+      )
+
+
+def _check_memory(key: str, group: ConfigDict, model: Model) -> None:
+  """Raises a ConfigError where the parameters of a `model` group's network do not fit into the host's memory."""
+  shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if size > memory:
+    options = ", ".join(f"{name}={value}" for name, value in group.items())
+    raise ConfigError(
+      f"{key} ({options}): its parameters take {size / 2**30:,.0f} GiB, and this machine has a memory of "
+      f"{memory / 2**30:,.0f} GiB; choose smaller numbers"
+    )
 
 
 def _is_finite(variables: Variables) -> bool:
@@ -162,7 +210,8 @@ def _check_inherits(student: Model, parents: tuple[Variables, ...]) -> None:
       if shapes[0] != shapes[1]:
         raise ConfigError(
           f"model {student.name} copies {names} from its teacher, but they do not fit: at {name}/{path} the student "
-          f"has {shapes[0]}, the teacher {shapes[1]}"
+          f"has {shapes[0]}, the teacher {shapes[1]} (model.stem and the last of model.stages must be what "
+          "teacher.model makes them)"
         )
 
 

@@ -215,8 +215,8 @@ def run(main: Callable[[], None]) -> None:
         raise ConfigError(_missing_config(arguments))
     except OSError:
       _fail(_missing_config(arguments))
-    except (BanError, flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-      _fail(_cause(error) or _wrong_key(arguments) or str(error))
+    except Exception as error:  # flags, or whatever the configuration file raises
+      _fail(_cause(error) or _wrong_key(arguments) or _without_traceback(str(error)) or type(error).__name__)
     if len(rest) > 1:
       _fail(f"unexpected arguments: {' '.join(rest[1:])}; options begin with --")
     return rest
@@ -252,12 +252,18 @@ def _cause(error: BaseException) -> str | None:
   return message
 
 
+def _without_traceback(message: str) -> str:
+  """Returns a message's first and last line where the flag library has put a traceback between them."""
+  lines = message.strip().splitlines()
+  return f"{lines[0]} {lines[-1]}" if "Traceback" in message else message
+
+
 def _config_argument(arguments: list[str]) -> str:
   """Returns what --config was given, as --config=FILE or as --config FILE."""
   given = ""
   for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
     name, equals, value = argument.partition("=")
-    if name == "--config":
+    if name in ("--config", "-config"):
       given = value if equals else following
   return given
 
@@ -269,11 +275,21 @@ def _missing_config(arguments: list[str]) -> str:
 
 
 def _wrong_key(arguments: list[str]) -> str | None:
-  """Returns which `--config.group.key` names nothing, or no single value, and what could stand there."""
+  """Returns which `--config.group.key` names nothing, or no single value, and what could stand there.
+
+  Or what the configuration file raises, where it cannot be loaded at all.
+  """
   given = _config_argument(arguments)
   if not given or not os.path.exists(given.partition(":")[0]):
     return None
-  config = flags.FLAGS["config"].parser.parse(given)
+  try:
+    config = flags.FLAGS["config"].parser.parse(given)
+  except Exception as error:
+    # The library raises a TypeError or ValueError anew, with the traceback in its text.
+    raised = error.__context__ or error
+    lines = [frame.lineno for frame in traceback.extract_tb(raised.__traceback__) if frame.filename in given]
+    where = f" (line {lines[-1]})" if lines else ""
+    return f"--config={given} cannot be loaded: {type(raised).__name__}: {raised}{where}"
   for argument in arguments:
     if not argument.startswith("--config."):
       continue

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from ban_jax import devices
-from ban_jax.errors import ConfigError, look_up
+from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.models.char_cnn_lstm import char_cnn_lstm
 from ban_jax.models.densenet import densenet
 from ban_jax.models.lstm import lstm
@@ -28,10 +29,15 @@ MODELS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def check_options(model: Mapping[str, Any]) -> tuple[Callable[..., Model], dict[str, Any]]:
-  """Returns a `model` group's factory and options; raises a ConfigError for an unknown name, or options not its own."""
+def check_options(model: Mapping[str, Any], key: str = "model") -> tuple[Callable[..., Model], dict[str, Any]]:
+  """Returns a `model` group's factory and options; raises a ConfigError for an unknown name, or options not its own.
+
+  `key` is the group's, for the message where it is no group or has no name.
+  """
+  if not isinstance(model, Mapping | ConfigDict) or not isinstance(dict(model).get("name"), str):
+    raise ConfigError(f"{key} must be a group with a name, one of: {choices(MODELS)}; it is {str(model).strip()!r}")
   options = dict(model.items())
-  factory = look_up(MODELS, options.pop("name"), "model")
+  factory = look_up(MODELS, options.pop("name"), key)
   parameters = inspect.signature(factory).parameters.values()
   accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "axis_name")]
   if sorted(options) != sorted(accepted):

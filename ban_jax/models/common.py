@@ -104,9 +104,11 @@ def require_kind(name: str, kind: str, spec: InputSpec) -> None:
 
 
 def check_dropout(rate: float) -> None:
-  """Raises a ConfigError unless 0 <= rate < 1."""
+  """Raises a ConfigError unless 0 <= rate < 1, as `Dropout` rounds it."""
   if not 0 <= rate < 1:
     raise ConfigError(f"model.dropout={rate}: a dropout rate lies in [0, 1)")
+  if round(rate * 65536) == 65536:
+    raise ConfigError(f"model.dropout={rate}: of rates below 1 the largest is 65535 / 65536, since 16 bits are drawn")
 
 
 def check_positive(**options: Any) -> None:
@@ -115,10 +117,12 @@ def check_positive(**options: Any) -> None:
 
 
 def check_at_least(least: int, **options: Any) -> None:
-  """Raises a ConfigError unless every option is a whole number of at least `least`."""
+  """Raises a ConfigError unless every option is a whole number from `least` to 2**31 - 1, an index's largest."""
   for key, value in options.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       raise ConfigError(f"model.{key}={value}: a whole number of at least {least} is expected")
+    if value >= 2**31:
+      raise ConfigError(f"model.{key}={value}: a whole number below 2**31 is expected")
 
 
 def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Array, "B n"]:

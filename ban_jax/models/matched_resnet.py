@@ -116,7 +116,7 @@ def matched_pre_resnet(
   The width between a unit's 1x1 convolutions is `ratio` times a quarter of the stage's, rounded down. Raises a
   ConfigError for a number below 1, and for a ratio that leaves no channel.
   """
-  _check(units, stem, stages)
+  _check(units, ratio, stem, stages)
   name = f"matched_pre_resnet_{units}_{ratio:g}"
   common.require_kind(name, "images", spec)
   inner = tuple(int(round(ratio * width / 4, 6)) for width in stages)
@@ -142,7 +142,7 @@ def matched_wide_resnet(
   The blocks are `ratio` times as wide as the stage. Raises a ConfigError for a number below 1, for a ratio that gives
   no whole number of channels, and unless 0 <= dropout < 1.
   """
-  _check(units, stem, stages)
+  _check(units, ratio, stem, stages)
   name = f"matched_wide_resnet_{units}_{ratio:g}"
   common.require_kind(name, "images", spec)
   widths = tuple(round(ratio * width) for width in stages)
@@ -157,9 +157,11 @@ def matched_wide_resnet(
   return common.from_image_module(name, module, spec)._replace(inherits=INHERITS)
 
 
-def _check(units: int, stem: int, stages: tuple[int, ...]) -> None:
+def _check(units: int, ratio: float, stem: int, stages: tuple[int, ...]) -> None:
   common.check_positive(units=units, stem=stem)
   if not isinstance(stages, tuple) or len(stages) != 3:
     raise ConfigError(f"model.stages={stages}: the teacher's three stage widths are expected")
   for width in stages:
     common.check_positive(stages=width)
+    if not abs(ratio * width) < 2**31:  # NaN too
+      raise ConfigError(f"model.ratio={ratio}: a ratio is expected that makes fewer than 2**31 channels of {width}")

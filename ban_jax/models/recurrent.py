@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.experimental import rnn
 from jaxtyping import Array, Float, Int
@@ -200,6 +201,9 @@ def check_options(*, units: int, layers: int, dropout: float, init_scale: float)
   common.check_dropout(dropout)
   if not isinstance(init_scale, numbers.Real) or not 0 < init_scale < math.inf:
     raise ConfigError(f"model.init_scale={init_scale}: a finite number above 0 is expected")
+  float32 = np.finfo(np.float32)
+  if not float(float32.tiny) <= 2 * init_scale <= float(float32.max):
+    raise ConfigError(f"model.init_scale={init_scale}: the width of the range drawn from, twice it, must fit float32")
 
 
 def check_cudnn(dtype: Any) -> None:

@@ -74,6 +74,7 @@ def wide_resnet(spec: InputSpec, *, dtype: Any, axis_name: str | None, depth: in
     raise ConfigError(f"model.depth={depth}: a Wide-ResNet has depth 6n + 4 with n >= 1: 10, 16, 22, 28, 40, ...")
   if width < 1:
     raise ConfigError(f"model.width={width}: a Wide-ResNet's width factor is at least 1")
+  common.check_positive(depth=depth, width=width)
   common.check_dropout(dropout)
   module = WideResNet(depth, width, dropout, spec.num_classes, dtype, axis_name)
   return common.from_image_module(name, module, spec)
