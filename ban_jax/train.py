@@ -406,13 +406,13 @@ def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Calla
           write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
           bar.note(**{name: row[name] for name in SHOWN if name in row})
           epoch_start = time.monotonic()
-        end = requested() and done < job.total_steps
-        if manager and (end or done % cfg.train.checkpoint_every == 0 and done < job.total_steps):
+        end = requested()
+        if manager and done < job.total_steps and (end or done % cfg.train.checkpoint_every == 0):
           read(0)
           tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry, devices)}
           checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
           saved = done
-        if end:
+        if end and done < job.total_steps:
           manager.wait_until_finished()
           raise Preempted(
             f"asked to end by SIGTERM: generation {job.generation} is saved at step {done} of {job.total_steps}; "
@@ -424,6 +424,10 @@ def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Calla
   generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
   if directory is not None:
     checkpoint.finish(directory, generation, lineage | provenance)
+  if end:
+    raise Preempted(
+      f"asked to end by SIGTERM: generation {job.generation} is finished; the same command goes on behind it"
+    )
   return generation
 
 

@@ -281,6 +281,23 @@ def test_a_signal_that_comes_behind_the_last_step_is_handed_on():
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_run(tmp_path):
+  cfg = config(train__epochs=1, generations=1, **PLAIN)  # five steps
+
+  def at_the_last(state):
+    if int(np.asarray(state.step)[0]) == 4:
+      signal.raise_signal(signal.SIGTERM)
+    return state
+
+  with pytest.MonkeyPatch.context() as patch:
+    dispatched = replaced_step(patch, at_the_last)
+    with pytest.raises(Preempted, match="generation 0 is finished; the same command goes on behind it"):
+      ban_jax.run(cfg, tmp_path, **QUIET)
+  assert dispatched == [1, 2, 3, 4, 5]
+  assert (tmp_path / "gen_0" / "manifest.json").exists()
+  assert not (tmp_path / "gen_1").exists()
+
+
 # Dies by SIGKILL where a file would get its name, its bytes being on the disk under another.
 DIE_AT = """
 import os, signal, sys
