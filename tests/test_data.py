@@ -207,7 +207,7 @@ def test_no_network_is_told_within_seconds_and_leaves_nothing(tmp_path, offline)
     "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "ProxyError", "run again",
   ):  # fmt: skip
     assert part in str(error.value)
-  assert len(str(error.value)) < 1000
+  assert len(str(error.value).replace(str(directory), "DIR")) < 800
   assert not directory.exists()
 
 

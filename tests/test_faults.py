@@ -241,14 +241,15 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   process = start(tmp_path / "run", *flags)
   wait_until(lambda: steps_of(tmp_path / "run"), process)
 
+  process.send_signal(signal.SIGSTOP)  # it stays in the middle of its training while the other one starts
   status, out, err = finish(start(tmp_path / "run", *flags))
   assert status == 2
   assert err.startswith(f"error: workdir {tmp_path}/run is in use by process {process.pid} on ")
   assert "wait until it ends, or give another workdir" in err
   assert not out
 
-  assert process.poll() is None, "it was to be still running"
   process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGCONT)
   status, out, err = finish(process)
   assert status == Preempted.exit_status == 75
   assert "error: asked to end by SIGTERM: generation 0 is saved at step " in err

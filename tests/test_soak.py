@@ -6,9 +6,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-from ban_jax.errors import TrainingError
-from experiments import soak
-
 COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
 
 
@@ -31,10 +28,20 @@ def test_a_run_killed_at_random_ends_with_the_bytes_of_one_left_alone(flags):
 
 
 def test_runs_that_differ_are_told():
-  same = {"evaluations": "x", "generation 0": ("digest", "rows", "metrics")}
-  soak._compare(dict(same), same, "run 1, killed 3 times,")
-  with pytest.raises(TrainingError, match="run 1, killed 3 times, ended otherwise .* in: generation 0"):
-    soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
+  code = """
+from experiments import soak
+same = {"evaluations": "x", "generation 0": ("digest", "rows", "metrics")}
+soak._compare(dict(same), same, "run 1, killed 3 times,")
+print("equal", flush=True)
+soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
+"""
+  # In a process of its own, since each script defines its flags anew.
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+  assert done.stdout == "equal\n"
+  told = done.stderr.splitlines()[-1]
+  assert told.endswith(
+    "TrainingError: run 1, killed 3 times, ended otherwise than the run left alone, in: generation 0"
+  )
 
 
 @pytest.mark.parametrize(
