@@ -171,6 +171,24 @@ def test_damaged_final_params_neither_teach_nor_are_evaluated(damage, tmp_path):
   assert not (tmp_path / "gen_1").exists()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_data_are_refused_by_name(finished, unfinished, tmp_path):
+  cfg = config(**PLAIN)
+  workdir = tmp_path / "run"
+  if finished:
+    ban_jax.train_generation(None, cfg, workdir=workdir, **QUIET)
+  else:
+    shutil.copytree(unfinished, workdir)
+  dataset = data.load(cfg.data)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(data, "load", lambda group: dataset._replace(digest="0" * 64))
+    with pytest.raises(
+      CheckpointError, match=f"gen_0 holds a generation of another origin .dataset: {dataset.digest} there, 0000.* here"
+    ):
+      ban_jax.train_generation(None, cfg, workdir=workdir, **QUIET)
+  assert finished or steps_of(workdir) == [6, 9]
+
+
 @pytest.mark.skipif(
   importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed: it would ask the network"
 )
