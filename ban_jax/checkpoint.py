@@ -24,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption, because no byte of a generation depends on it.
 FREE_KEYS = ("generations", "data.dir", "train.checkpoint_every")
+# Where Orbax moves what it deletes: a kill in the middle then never leaves half a checkpoint under a valid name.
+TRASH = ".trash"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -176,8 +178,8 @@ def _check_config(workdir: epath.Path, cfg: ConfigDict) -> None:
       raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
     return
   try:
-    old = json.loads(record.read_text())
-  except json.JSONDecodeError as error:
+    old = dict(json.loads(record.read_text()))
+  except (ValueError, TypeError) as error:
     raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
   new = config_values(cfg)
   differing = [
@@ -206,8 +208,8 @@ def storage_errors(directory: epath.Path | None) -> Iterator[None]:
     if directory is None or not failed:
       raise
     raise StorageError(
-      f"{directory} cannot be written: {_first_line(error)}; the checkpoints before are intact, and the same command "
-      "goes on from them once there is room"
+      f"{directory} cannot be read or written: {_first_line(error)}; the checkpoints before are intact, and the same "
+      "command goes on from them once there is room"
     ) from error
 
 
@@ -227,11 +229,9 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
     def reached_preemption(self, step: int) -> bool:
       return False  # the training loop asks, once a step; a second count of the steps would break the agreement
 
-  trash = ".trash"  # a kill in the middle of a deletion then never leaves half a checkpoint under a valid name
-  if devices.is_primary():
-    (directory / trash).rmtree(missing_ok=True)
+  _empty_trash(directory)
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=2, todelete_subdir=trash, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    max_to_keep=2, todelete_subdir=TRASH, cleanup_tmp_directories=True, enable_async_checkpointing=True
   )
   manager = Manager(directory, options=options)
   try:
@@ -246,23 +246,37 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
   manager.close()
 
 
+def _empty_trash(directory: epath.Path) -> None:
+  """Removes the checkpoints that newer ones have replaced: Orbax only moves them aside."""
+  if devices.is_primary() and (directory / TRASH).exists():
+    for old in (directory / TRASH).iterdir():
+      old.rmtree(missing_ok=True)
+
+
 def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) -> None:
   """Saves a tree of NumPy arrays and a JSON record of it, without waiting for the disk."""
   import orbax.checkpoint as ocp
+
+  manager.wait_until_finished()  # for the save before, as this one would anyway
+  _empty_trash(manager.directory)
 
   record = copy.deepcopy(record)  # it is written in the background, while the training adds to its history
   meta = {"record": record, "digest": digest(tree), "record_digest": _record_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
 
 
-def restore_newest(manager: Any, target: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+def restore_newest(
+  manager: Any, target: PyTree, check: Callable[[dict[str, Any]], None] = lambda record: None
+) -> tuple[PyTree, dict[str, Any]] | None:
   """Returns the newest undamaged checkpoint's tree and record, or None where there is none.
 
   `target` is a tree of NumPy arrays that gives structure, shapes and dtypes. A checkpoint that is not what was saved is
-  named in the log and moved to `damaged/STEP` beside the checkpoints, and the one before it is tried.
+  named in the log and moved to `damaged/STEP` beside the checkpoints, and the one before it is tried. `check(record)`
+  may refuse a checkpoint that is sound and somebody else's, by raising. A disk that cannot be read at the moment, and a
+  tree of another structure, which another version saved, are errors and no damage.
   """
   for step in sorted(manager.all_steps(), reverse=True):
-    found, damage = _restore(manager, step, target)
+    found, damage = _restore(manager, step, target, check)
     if not devices.on_any_process(damage is not None):
       return found
     aside = manager.directory.parent / "damaged" / str(step)
@@ -283,23 +297,44 @@ def restore_newest(manager: Any, target: PyTree) -> tuple[PyTree, dict[str, Any]
   return None
 
 
-def _restore(manager: Any, step: int, target: PyTree) -> tuple[tuple[PyTree, dict[str, Any]] | None, str | None]:
+def _restore(
+  manager: Any, step: int, target: PyTree, check: Callable[[dict[str, Any]], None]
+) -> tuple[tuple[PyTree, dict[str, Any]] | None, str | None]:
   """Returns ((tree, record), None), or (None, what is wrong with the checkpoint)."""
   import orbax.checkpoint as ocp
 
-  args = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+  try:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    record = meta["record"]
+    if _record_digest(record) != meta["record_digest"]:
+      return None, "the digest of its record is not the one it was saved with"
+  except Exception as error:  # Orbax raises nearly anything for a broken file
+    return None, _damage(error)
+  check(record)
   try:
     with _without_stragglers():
-      restored = manager.restore(step, args=args)
-    meta = restored.meta
-    if _record_digest(meta["record"]) != meta["record_digest"]:
-      return None, "the digest of its record is not the one it was saved with"
+      restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
     tree = jax.tree.map(np.asarray, restored.state)
     if digest(tree) != meta["digest"]:
       return None, "the digest of its arrays is not the one it was saved with"
-  except Exception as error:  # Orbax raises nearly anything for a broken file
-    return None, f"{type(error).__name__}: {_first_line(error)}"
-  return (tree, meta["record"]), None
+  except Exception as error:
+    if "structure" in str(error):
+      raise CheckpointError(
+        f"checkpoint {manager.directory}/{step} holds a tree of another structure ({_first_line(error)}), as another "
+        "version of the program or of a package would save it; go on with that version, or give another workdir"
+      ) from error
+    return None, _damage(error)
+  return (tree, record), None
+
+
+def _damage(error: Exception) -> str:
+  """Returns what a restoration's error says of the checkpoint; raises it anew where it says something else."""
+  missing = FileNotFoundError | NotADirectoryError
+  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+    raise error
+  if isinstance(error, OSError) and not isinstance(error, missing):
+    raise error
+  return f"{type(error).__name__}: {_first_line(error)}"
 
 
 @contextlib.contextmanager

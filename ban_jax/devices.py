@@ -4,6 +4,7 @@ State and carry have a leading device axis; a teacher's variables and the data s
 `jax.pmap` is used here and in step.py only.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -147,6 +148,14 @@ def is_primary() -> bool:
 def on_any_process(flag: bool) -> bool:
   """Returns whether the flag is set on any of the processes, all of which must ask."""
   return bool(np.any(multihost_utils.process_allgather(np.bool_(flag)))) if jax.process_count() > 1 else flag
+
+
+def is_same(value: str) -> bool:
+  """Returns whether all processes, all of which must ask, ask with the same text."""
+  if jax.process_count() == 1:
+    return True
+  every = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
+  return bool((every == every[0]).all())
 
 
 def raise_together(error: BanError | None) -> None:

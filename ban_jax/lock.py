@@ -83,8 +83,8 @@ def _lease(workdir: epath.Path, seconds: float | None = None) -> Iterator[None]:
     deadline = time.monotonic() + found["seconds"]
     while time.monotonic() < deadline:
       time.sleep(found["seconds"] / 20)
-      if _read(path) not in (None, found):
-        raise _in_use(workdir, _read(path)["owner"])
+      if (now := _read(path)) not in (None, found):
+        raise _in_use(workdir, now["owner"])
   renewals = 0
 
   def renew() -> None:
@@ -94,8 +94,9 @@ def _lease(workdir: epath.Path, seconds: float | None = None) -> Iterator[None]:
 
   renew()
   time.sleep(min(1.0, seconds / 20))  # of two that take it over at once, the later writer's stays
-  if (_read(path) or own)["token"] != own["token"]:
-    raise _in_use(workdir, _read(path)["owner"])
+  now = _read(path) or own
+  if now["token"] != own["token"]:
+    raise _in_use(workdir, now["owner"])
   ended = threading.Event()
 
   def keep() -> None:
@@ -107,7 +108,7 @@ def _lease(workdir: epath.Path, seconds: float | None = None) -> Iterator[None]:
           logger.critical("%s was taken over by %s; this process ends", workdir, held["owner"])
           os._exit(CheckpointError.exit_status)
         renew()
-      except OSError as error:
+      except Exception as error:  # whatever the object store's library raises: the next renewal may succeed
         logger.warning("the lease of %s could not be renewed: %s", workdir, error)
 
   keeper = threading.Thread(target=keep, daemon=True, name="lease")

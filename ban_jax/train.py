@@ -243,6 +243,7 @@ def train_generation(
   if workdir is None:
     return _train(job, None, progress, lambda: False)
   with checkpoint.open_workdir(workdir, cfg) as workdir:
+    _check_processes(_lineage(job))
     directory = workdir / f"gen_{job.generation}"
     finished = checkpoint.load(directory)
     if finished is None:
@@ -295,6 +296,15 @@ def _lineage(job: _Job) -> dict[str, Any]:
   }
 
 
+def _check_processes(lineage: dict[str, Any]) -> None:
+  """Raises a ConfigError where the processes of a run were not given the same, naming what differs."""
+  differing = [key for key, value in lineage.items() if key != "layout" and not devices_lib.is_same(str(value))]
+  if differing:
+    raise ConfigError(
+      f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
+    )
+
+
 def _check_lineage(own: dict[str, Any], recorded: dict[str, Any], directory: epath.Path) -> None:
   """Raises a CheckpointError where a generation on disk has another origin."""
   differing = [key for key in own if key != "layout" and own[key] != recorded.get(key)]
@@ -327,10 +337,12 @@ def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Calla
   sums = collections.Counter()  # of the epoch so far
 
   with checkpoint.open_steps(directory / "steps") if directory else contextlib.nullcontext() as manager:
-    restored = checkpoint.restore_newest(manager, {"state": state, "carry": carry}) if manager else None
+    target = {"state": state, "carry": carry}
+    restored = manager and checkpoint.restore_newest(
+      manager, target, lambda record: _check_lineage(lineage, record["lineage"], directory)
+    )
     if restored:
       tree, record = restored
-      _check_lineage(lineage, record["lineage"], directory)
       if lineage["layout"] != record["lineage"]["layout"]:
         logger.warning(
           "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",

@@ -138,6 +138,8 @@ def _join_processes() -> None:
       heartbeat_timeout_seconds=PEER_TIMEOUT.value,
       shutdown_timeout_seconds=PEER_TIMEOUT.value,
     )
+    # gloo connects at the first collective, and waits half a minute: the others must not be preparing data by then.
+    devices_lib.wait_for_all("start")
   except ValueError as error:
     raise ConfigError(
       f"the processes of the run cannot meet ({_told(error)}); --distributed is for TPU pods, Slurm and Open MPI: "

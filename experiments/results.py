@@ -46,13 +46,13 @@ def evaluate_run(
   The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
   """
   workdir = checkpoint.resolve_workdir(workdir)
-  record = workdir / "evaluations.json"
-  try:
-    kept = json.loads(record.read_text())
-  except (FileNotFoundError, json.JSONDecodeError):  # it can be made again
-    kept = {}
   rows = members(cfg.generations)
   generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
+  record = workdir / "evaluations.json"
+  try:
+    kept = dict(json.loads(record.read_text()))
+  except (FileNotFoundError, ValueError, TypeError):  # it can be made again
+    kept = {}
   digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
   results, fresh = {}, {}
   for name, indices in rows.items():

@@ -52,6 +52,11 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
   return found
 
 
+def newest(workdir: pathlib.Path) -> list[str]:
+  """Returns the checkpoints and finished generations of a run, by which one sees whether it got further."""
+  return sorted(str(path) for path in (*workdir.glob("gen_*/steps/[0-9]*"), *workdir.glob("gen_*/manifest.json")))
+
+
 def run_whole(workdir: pathlib.Path) -> tuple[float, float]:
   """Runs without a kill; returns the seconds until the first checkpoint and those until the end."""
   begin, first = time.monotonic(), None
@@ -72,9 +77,10 @@ def run_killed(workdir: pathlib.Path, moment: float) -> bool:
   try:
     _, errors = process.communicate(timeout=moment)
   except subprocess.TimeoutExpired:
+    return False
+  finally:
     process.kill()
     process.communicate()
-    return False
   if process.returncode:
     raise TrainingError(f"a resumption failed with status {process.returncode}:\n{errors}")
   return True
@@ -98,7 +104,7 @@ def main() -> None:
 
     # As long that a life of the run meets about all kills, and at least some checkpoints come between them.
     span = max(1.0, 2 * (total - first) / KILLS.value)
-    kills, lives, left = 0, 1, 0
+    kills, lives, left, reached, before = 0, 1, 0, 0, None
     with tqdm.tqdm(total=KILLS.value, unit="kill", disable=not (cli.PROGRESS.value and sys.stderr.isatty())) as bar:
       while kills < KILLS.value and time.monotonic() - begin < SECONDS.value:
         workdir = pathlib.Path(folder) / f"killed_{lives}"
@@ -107,6 +113,8 @@ def main() -> None:
           lives, left = lives + 1, kills
         else:
           kills += 1
+          reached += (now := newest(workdir)) != before
+          before = now
           bar.update()
           if not sys.stderr.isatty() and kills % 10 == 0:
             print(f"{kills} kills", flush=True)
@@ -114,6 +122,7 @@ def main() -> None:
     run_whole(workdir)
     _compare(outcome(workdir), expected, f"run {lives}, killed {kills - left} times,")
     seconds = time.monotonic() - begin
+    print(f"{reached} of the kills came behind a new checkpoint, the others while a run was starting")
     print(f"{kills} kills in {lives} runs, {seconds:.0f} s: all ended with the bytes of the run left alone")
     if kills < KILLS.value:
       raise TrainingError(f"--seconds={SECONDS.value:g} was over behind {kills} of {KILLS.value} kills")

@@ -19,7 +19,7 @@ from etils import epath
 
 import ban_jax
 from ban_jax import checkpoint, data, lock, preemption, train
-from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
+from ban_jax.errors import CheckpointError, ConfigError, Preempted, StorageError, TrainingError
 
 QUIET = {"progress": False}
 COMMAND = [
@@ -123,7 +123,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage,
   workdir = shutil.copytree(unfinished, tmp_path / "run")
   assert steps_of(workdir) == [6, 9]
   damage(workdir / "gen_0" / "steps" / "9")
-  resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  with pytest.MonkeyPatch.context() as patch:
+    dispatched = replaced_step(patch, lambda state: state)
+    resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  assert dispatched == [7, 8, 9, 10]  # what was behind the checkpoint of step 6
   (message,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
   assert message.startswith(f"checkpoint {workdir}/gen_0/steps/9 is damaged (")
   assert f"moved to {workdir}/gen_0/damaged/9; going on from the one before it" in message
@@ -142,6 +145,29 @@ def test_what_is_saved_is_what_the_record_held_then(tmp_path):
       history.append({"epoch": 1})
       manager.wait_until_finished()
       assert checkpoint.restore_newest(manager, tree)[1] == {"history": []}
+
+
+def test_a_disk_that_cannot_be_read_at_the_moment_costs_no_checkpoint(unfinished, tmp_path):
+  import orbax.checkpoint as ocp
+
+  def busy(*_, **__):
+    raise OSError(5, "server busy")
+
+  workdir = shutil.copytree(unfinished, tmp_path / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, "restore", busy)
+    with pytest.raises(StorageError, match="gen_0 cannot be read or written: .*server busy"):
+      ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  assert steps_of(workdir) == [6, 9]
+
+
+def test_replaced_checkpoints_do_not_fill_the_disk(tmp_path):
+  tree = {"a": np.arange(1000.0)}
+  with checkpoint.open_steps(epath.Path(tmp_path) / "steps") as manager:
+    for step in range(1, 9):
+      checkpoint.save_step(manager, step, tree, {})
+  assert sorted(path.name for path in (tmp_path / "steps").iterdir() if path.name.isdigit()) == ["7", "8"]
+  assert len(list((tmp_path / "steps" / checkpoint.TRASH).iterdir())) <= 1
 
 
 def test_with_all_checkpoints_damaged_a_generation_begins_again(unfinished, whole, tmp_path, caplog):
@@ -217,7 +243,7 @@ def namespace_allowed():
 # larger; what the first run says and leaves goes to files beside it.
 FULL_DISK = r"""
 disk=$1; shift
-mount -t tmpfs -o size=6m none "$disk" || exit 99
+mount -t tmpfs -o size=1600k none "$disk" || exit 99
 "$@" > "$disk.out1" 2> "$disk.err1"; echo $? > "$disk.status1"
 ls "$disk"/run/gen_0/steps > "$disk.steps1"; ls "$disk"/run/gen_0 > "$disk.files1"
 mount -o remount,size=200m "$disk" || exit 99
@@ -239,7 +265,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert done.returncode == 0, done.stderr
   read = lambda name: pathlib.Path(f"{disk}.{name}").read_text()  # noqa: E731
   assert read("status1") == "74\n", read("err1")
-  assert f"error: {disk}/run/gen_0 cannot be written: " in read("err1")
+  assert f"error: {disk}/run/gen_0 cannot be read or written: " in read("err1")
   assert "the checkpoints before are intact, and the same command goes on" in read("err1")
   assert read("err1").splitlines()[-1].startswith("error: ")  # behind what Orbax's own thread prints
   assert any(line.isdigit() for line in read("steps1").splitlines())

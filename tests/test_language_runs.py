@@ -125,6 +125,18 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(teache
   assert resumed.metrics == whole.metrics
 
 
+def test_other_teachers_are_refused_and_cost_no_checkpoint(teacher, tmp_path, monkeypatch):
+  # Two teachers have a state each: the checkpoint's tree is another, and still it is not damaged.
+  cfg = config(train__epochs=3, train__checkpoint_every=13)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
+  with pytest.raises(CheckpointError, match="gen_1 holds a generation of another origin .teachers: "):
+    ban_jax.train_generation([teacher, teacher], cfg, workdir=tmp_path, **QUIET)
+  assert sorted(path.name for path in (tmp_path / "gen_1" / "steps").glob("[0-9]*")) == ["13", "26"]
+
+
 def test_what_is_resumed_from_needs_the_carry(teacher, tmp_path, monkeypatch):
   # The same resumption, with the carry zeroed on its way back, ends elsewhere: the test above can fail.
   cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
