@@ -384,3 +384,23 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
   assert not (tmp_path / "changed" / "gen_0" / "manifest.json").exists()
   finish(one(tmp_path / "changed"))
   compare(tmp_path / "changed")
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_runs_are_refused_by_name(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  shared = [f"--coordinator_address={address}", "--num_processes=2", "--peer_timeout=10"]
+  processes = [
+    subprocess.Popen(
+      alone(tmp_path / "run", 1, *shared, f"--process_id={index}", f"--config.seed={index}"),
+      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for index in (0, 1)
+  ]  # fmt: skip
+  for process in processes:
+    _, messages = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, messages
+    assert "error: the processes of this run differ in: seed, config; give all of them the same" in messages
+  assert not (tmp_path / "run" / "gen_0").exists()
