@@ -1,7 +1,7 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
 from ban_jax.errors import BanError, CheckpointError, ConfigError, DataError, TrainingError
-from ban_jax.evaluate import evaluate
+from ban_jax.evaluate import compare, evaluate, reliability
 from ban_jax.train import run, train_generation
 from ban_jax.types import Generation
 from ban_jax.version import __version__
@@ -14,7 +14,9 @@ __all__ = [
   "Generation",
   "TrainingError",
   "__version__",
+  "compare",
   "evaluate",
+  "reliability",
   "run",
   "train_generation",
 ]

@@ -126,17 +126,40 @@ def make_eval_step(
   are over the global batch: "count", "errors", "nll", "brier" (scalars), and by confidence bin (top probability in
   ((b-1)/15, b/15]) "bin_count", "bin_confidence" and "bin_correct" [15]: what the calibration error is made of.
   """
+  return _make_predicting_step(
+    members, fetch, devices, lambda logits, batch: prediction_sums(mean_probabilities(logits), batch)
+  )
 
-  def eval_step(variables, carries, arrays, index):
+
+@functools.lru_cache
+def make_compare_step(
+  members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` that compares M `members`.
+
+  Its arguments are those of `make_eval_step`'s. `sums` are `comparison_sums`, over the global batch.
+  """
+  return _make_predicting_step(members, fetch, devices, comparison_sums)
+
+
+def _make_predicting_step(
+  members: tuple[Model, ...],
+  fetch: Callable[..., Batch],
+  devices: Devices,
+  sums_of: Callable[[list[Float[Array, "B *T n"]], Batch], Mapping[str, Array]],
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+  """Returns the pmapped step that adds up over the devices what `sums_of` makes of all members' logits."""
+
+  def predicting_step(variables, carries, arrays, index):
     batch = fetch(arrays, index, key=None, positions=None, train=False)
     outputs = [
       member.apply(tree, carry, batch.inputs, train=False)
       for member, tree, carry in zip(members, variables, carries, strict=True)
     ]
-    sums = prediction_sums(mean_probabilities([logits for logits, _, _ in outputs]), batch)
+    sums = sums_of([logits for logits, _, _ in outputs], batch)
     return tuple(carry for _, carry, _ in outputs), devices_lib.all_sum(sums)
 
-  return devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0))
+  return devices_lib.pmap(predicting_step, devices=devices, in_axes=(None, 0, None, 0))
 
 
 def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> Mapping[str, Array]:
@@ -159,3 +182,24 @@ def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> 
     "bin_confidence": jnp.where(member, confidence[..., None], 0).sum(axes),
     "bin_correct": (member & correct[..., None]).sum(axes),
   }
+
+
+def comparison_sums(logits: list[Float[Array, "B *T n"]], batch: Batch) -> Mapping[str, Array]:
+  """Returns, summed over one device's batch, how M networks' predictions differ, pair by pair.
+
+  "count" (scalar); "agreement" [M, M], the examples or tokens for which both have the same top class, the first of
+  equal ones; "kl" [M, M], KL(p_row || p_column) in nats.
+  """
+  top = jnp.stack([member.argmax(-1) for member in logits])  # [M, B, *T]
+  logs = jnp.stack([jax.nn.log_softmax(member) for member in logits])  # [M, B, *T, n]
+  inner = tuple(range(1, top.ndim))
+
+  # Row by row, so that of many classes no more is alive at a time than the logits themselves are. Logarithms are
+  # subtracted first: small differences would vanish behind the entropies otherwise.
+  def row(member):
+    own_top, own_logs = member
+    divergence = (jnp.exp(own_logs) * (own_logs - logs)).sum(-1)  # [M, B, *T]
+    return ((own_top == top) & batch.mask).sum(inner), jnp.where(batch.mask, divergence, 0).sum(inner)
+
+  agreement, kl = jax.lax.map(row, (top, logs))
+  return {"count": batch.mask.sum(), "agreement": agreement, "kl": kl}

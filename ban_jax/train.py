@@ -18,7 +18,17 @@ from ml_collections import ConfigDict
 from ban_jax import checkpoint, data, gradient, losses, optim, preemption, report
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, choices
-from ban_jax.evaluate import Member, evaluate_trees, fit_models, make_models, members_of
+from ban_jax.evaluate import (
+  EVALUATION_LEAST,
+  Member,
+  check_evaluation,
+  check_given,
+  check_least,
+  evaluate_trees,
+  fit_models,
+  make_models,
+  members_of,
+)
 from ban_jax.losses import Loss
 from ban_jax.models import check_options
 from ban_jax.step import make_train_step
@@ -42,8 +52,7 @@ LEAST = {
   "train.epochs": 1,
   "train.checkpoint_every": 1,
   "train.evaluate_every": 0,
-  "evaluate.batch_size": 1,
-  "evaluate.training_batch_size": 0,
+  **EVALUATION_LEAST,
 }
 
 
@@ -80,7 +89,7 @@ def _prepare(
   devices: Sequence[jax.Device] | None,
 ) -> _Job:
   """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
-  _check_given(cfg)
+  check_given(cfg)
   _check_counts(cfg)
   for key, group in (("model", cfg.model), ("teacher.model", cfg.teacher.model)):
     if group is not None:
@@ -96,7 +105,7 @@ def _prepare(
       "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share by data.validation, "
       f"or choose another of: {choices(optim.SCHEDULES)}"
     )
-  _check_evaluation(cfg, dataset)
+  check_evaluation(cfg, dataset)
   models = make_models(cfg, dataset.spec)
   for key, group, model in (("teacher.model", cfg.teacher.model, models[0]), ("model", cfg.model, models[1])):
     if group is not None:
@@ -145,38 +154,14 @@ def _prepare(
   )
 
 
-def _check_given(group: ConfigDict, path: str = "") -> None:
-  """Raises a ConfigError where a key is None, which a configuration takes for every key; it has a meaning for one."""
-  for name, value in group.items():
-    key = path + name
-    if isinstance(value, ConfigDict):
-      _check_given(value, f"{key}.")
-    elif value is None and key != "teacher.model":
-      raise ConfigError(f"{key} is None: a value is expected")
-
-
 def _check_counts(cfg: ConfigDict) -> None:
   """Raises a ConfigError where one of the configuration's whole numbers is out of range, or its label no label."""
-  for key, least in LEAST.items():
-    group, _, name = key.rpartition(".")
-    value = (cfg[group] if group else cfg)[name]
-    if isinstance(value, bool) or value < least:
-      raise ConfigError(f"{key} must be at least {least}, not {value}")
+  check_least(cfg, LEAST)
   if not cfg.scale.isprintable():
     raise ConfigError(f"scale={cfg.scale!r}: a word that can be printed is expected, since it labels the results")
   for key, bits in (("seed", 32), ("generations", 31)):
     if cfg[key] >= 2**bits:
       raise ConfigError(f"{key} must be below 2**{bits}, not {cfg[key]}")
-
-
-def _check_evaluation(cfg: ConfigDict, dataset: Dataset) -> None:
-  """Raises a ConfigError where a batch to be evaluated has more rows than any split has examples, or tokens."""
-  most = max(dataset.sizes.values())
-  for name in ("batch_size", "training_batch_size"):
-    if cfg.evaluate[name] > most:
-      raise ConfigError(
-        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, the size of {dataset.name}'s largest split"
-      )
 
 
 def _check_memory(key: str, group: ConfigDict, model: Model) -> None:

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 from conftest import config
 
 import ban_jax
 from ban_jax import data, models, step
-from ban_jax.errors import ConfigError
-from ban_jax.evaluate import summarise
+from ban_jax.data import text
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.evaluate import bins, compare_trees, evaluate_trees, summarise
 from ban_jax.types import Batch
+from configs import presets
 
 CFG = config()
 
@@ -50,13 +53,13 @@ def by_hand(p, y):
     "error": 100 * (1 - sklearn.metrics.accuracy_score(y, top)),
     "nll": sklearn.metrics.log_loss(y, p, labels=range(10)),
     "ece": ece,
-    "brier": ((p - np.eye(10)[y]) ** 2).sum(-1).mean(),
+    "brier": sum(sklearn.metrics.brier_score_loss(y == label, p[:, label]) for label in range(10)),
     "count": len(y),
   }
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("batch_size", [300, 1397, 2000])
+@pytest.mark.parametrize("batch_size", [300, 1397])
 def test_every_example_counts_once_whatever_the_batch_and_the_devices(count, batch_size):
   variables = network(0)
   cfg = config(evaluate__batch_size=batch_size)  # 1397 is prime: none of them divides, nor do 4 devices
@@ -107,8 +110,168 @@ def test_other_splits():
     ban_jax.evaluate([3], CFG)
 
 
+def test_a_batch_larger_than_the_split_is_filled_up():
+  got = ban_jax.evaluate(network(0), config(evaluate__batch_size=1000), split="train")
+  assert got["count"] == 100
+  np.testing.assert_allclose(got["nll"], by_hand(probabilities(network(0), "train"), labels("train"))["nll"], rtol=2e-5)
+
+
+@pytest.mark.parametrize("function", [ban_jax.evaluate, ban_jax.reliability, ban_jax.compare])
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"evaluate__batch_size": None}, "evaluate.batch_size is None: a value is expected"),
+    ({"evaluate__batch_size": -1}, "evaluate.batch_size must be at least 1, not -1"),
+    ({"evaluate__batch_size": 0}, "evaluate.batch_size must be at least 1, not 0"),
+    ({"evaluate__batch_size": True}, "evaluate.batch_size must be at least 1, not True"),
+    ({"evaluate__batch_size": 1398}, "evaluate.batch_size=1398: expected at most 1397, the size of digits's largest"),
+    ({"evaluate__training_batch_size": -1}, "evaluate.training_batch_size must be at least 0, not -1"),
+    ({"model__depth": None}, "model.depth is None: a value is expected"),
+    ({"model__depth": 11}, "model.depth=11: a Wide-ResNet has depth 6n + 4"),
+  ],
+)
+def test_configurations_that_cannot_be_evaluated_are_refused_as_those_that_cannot_be_run(function, changes, message):
+  cfg = config(**changes)
+  for call in (lambda: function(network(0), cfg), lambda: ban_jax.train_generation(None, cfg, progress=False)):
+    with pytest.raises(ConfigError) as error:
+      call()
+    assert str(error.value).startswith(message)
+
+
+def test_an_option_out_of_range_is_named_by_whose_it_is():
+  cfg = config("digits,wrn_10_1,smoke,teacher=wrn_10_1")
+  cfg.teacher.model.depth = 11
+  with pytest.raises(ConfigError, match=r"^teacher\.model\.depth=11: a Wide-ResNet has depth"):
+    ban_jax.evaluate(network(0), cfg)
+  matched = config("digits,wrn_10_1,smoke,teacher=small_wide_match_1_1")
+  matched.teacher.model.ratio = 0.3
+  with pytest.raises(ConfigError, match=r"^teacher\.model\.ratio=0.3: .* of each of teacher\.model\.stages="):
+    ban_jax.evaluate(network(0), matched)
+
+
 def test_confidences_in_neighbouring_bins_do_not_cancel():
   p = np.full((2, 30), 1 / 30)  # right at a confidence of 1/30, in the lowest bin,
   p[1] = [0.1] + [0.9 / 29] * 29  # and wrong at 0.1, in the next
   sums = step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1]), jnp.ones(2, bool)))
   np.testing.assert_allclose(summarise(jax.device_get(sums))["ece"], ((1 - 1 / 30) + 0.1) / 2, rtol=1e-6)
+
+
+# --- reliability diagrams ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_bins_are_those_of_an_independent_count(count):
+  members = [network(seed) for seed in range(2)]
+  got = ban_jax.reliability(members, config(evaluate__batch_size=300), devices=jax.devices()[:count])
+  p, y = np.mean([probabilities(member) for member in members], axis=0), labels()
+  # Confidences lie within (low, high]; none of these is at an edge.
+  places = np.digitize(p.max(-1), np.linspace(0, 1, 16)) - 1
+  np.testing.assert_array_equal(got["count"], np.bincount(places, minlength=15))
+  assert got["count"].dtype == np.int64
+  assert len(set(places)) > 3, "the networks' confidences are too much alike to test anything"
+  for place in range(15):
+    inside = places == place
+    if inside.any():
+      np.testing.assert_allclose(got["confidence"][place], p.max(-1)[inside].mean(), rtol=2e-5)
+      np.testing.assert_allclose(got["accuracy"][place], (p.argmax(-1) == y)[inside].mean(), rtol=2e-5)
+    else:
+      assert np.isnan([got["confidence"][place], got["accuracy"][place]]).all()
+  gaps = np.nan_to_num(got["count"] * np.abs(got["accuracy"] - got["confidence"]))
+  np.testing.assert_allclose(ban_jax.evaluate(members, CFG)["ece"], gaps.sum() / len(y), rtol=2e-5)
+
+
+def test_bins_worked_out_by_hand():
+  p = np.array([[0.95, 0.05], [0.97, 0.03], [0.6, 0.4], [0.3, 0.7]])
+  mask = jnp.asarray([True, True, True, False])
+  got = bins(jax.device_get(step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1, 0, 1]), mask))))
+  expected = np.zeros(15, np.int64)
+  expected[[8, 14]] = 1, 2  # 0.6 is in (8/15, 9/15]
+  np.testing.assert_array_equal(got["count"], expected)
+  np.testing.assert_allclose(got["confidence"][[8, 14]], [0.6, 0.96], rtol=1e-6)
+  np.testing.assert_allclose(got["accuracy"][[8, 14]], [1, 0.5], rtol=1e-6)
+
+
+# --- pairs of networks ------------------------------------------------------------------------------------------------
+
+
+def pairs_by_hand(outputs):
+  """Returns (agreement, KL(row || column)) of networks' outputs [examples, n], by scikit-learn and SciPy."""
+  tops = [p.argmax(-1) for p in outputs]
+  agreement = [[sklearn.metrics.accuracy_score(one, other) for other in tops] for one in tops]
+  return agreement, [[scipy.stats.entropy(p, q, axis=-1).mean() for q in outputs] for p in outputs]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("batch_size", [300, 1397])
+def test_every_pair_is_compared_on_every_example_once(count, batch_size):
+  members = [network(seed) for seed in range(3)]
+  cfg = config(evaluate__batch_size=batch_size)
+  got = ban_jax.compare(members, cfg, devices=jax.devices()[:count])
+  agreement, kl = pairs_by_hand([probabilities(member) for member in members])
+  assert got["count"] == 1397
+  np.testing.assert_allclose(got["agreement"], agreement, rtol=1e-12)
+  np.testing.assert_allclose(got["kl"], kl, rtol=1e-4, atol=1e-7)
+  assert (np.diag(got["agreement"]) == 1).all()
+  assert (np.diag(got["kl"]) == 0).all()
+  assert 0 < got["agreement"][0, 1] < 1, "the networks are too much alike, or too different, to test anything"
+  assert got["kl"][0, 1] != pytest.approx(got["kl"][1, 0], rel=0.01), "rows are not told from columns"
+
+
+def test_pairs_worked_out_by_hand():
+  p = np.array([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])  # of equal ones, the first
+  q = np.array([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4], [0.1, 0.9]])
+  mask = jnp.asarray([True, True, True, False])
+  shifted = jnp.log(q) + 7  # logits need not be normalised
+  sums = jax.device_get(step.comparison_sums([jnp.log(p), shifted], Batch(None, jnp.zeros(4, int), mask)))
+  assert sums["count"] == 3
+  np.testing.assert_array_equal(sums["agreement"], [[3, 2], [2, 3]])
+  one = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
+  other = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
+  third = 0.2 * np.log(0.2 / 0.6) + 0.8 * np.log(0.8 / 0.4)
+  back = 0.6 * np.log(0.6 / 0.2) + 0.4 * np.log(0.4 / 0.8)
+  np.testing.assert_allclose(sums["kl"], [[0, one + other + third], [other + one + back, 0]], rtol=1e-5, atol=1e-9)
+
+
+def test_networks_of_nearly_the_same_outputs_are_told_apart():
+  z = np.random.default_rng(0).normal(size=(64, 100))
+  near = z + 1e-3 * np.random.default_rng(1).normal(size=z.shape)
+  batch = Batch(None, jnp.zeros(64, int), jnp.ones(64, bool))
+  got = step.comparison_sums([jnp.asarray(z, jnp.float32), jnp.asarray(near, jnp.float32)], batch)["kl"]
+  softmax = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (z, near)]
+  # About 5e-7 a row, where the entropies are about 4: a difference of the two would be noise.
+  np.testing.assert_allclose(got[0, 1], scipy.stats.entropy(*softmax, axis=-1).sum(), rtol=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_language_models_are_compared_token_by_token_along_the_text(count):
+  lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
+  dataset = text.build(
+    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), train_examples=0, window=10
+  )
+  small = presets.MODELS["lstm_32"].to_dict()
+  networks = tuple(models.make_model(small | {"layers": layers, "init_scale": 2.0}, dataset.spec) for layers in (1, 2))
+  trees = tuple(jax.device_get(model.init(jax.random.key(0))) for model in networks)
+  got = compare_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
+  # The whole stream as a single window: no state has to be carried, and the 103 tokens end within their 11th window.
+  tokens = dataset.splits["test"]["tokens"]
+  outputs = [
+    np.asarray(jax.nn.softmax(model.apply(tree, model.init_carry(1), tokens[None, :-1], train=False)[0])[0], np.float64)
+    for model, tree in zip(networks, trees, strict=True)
+  ]
+  agreement, kl = pairs_by_hand(outputs)
+  assert got["count"] == len(tokens) - 1 == 103
+  np.testing.assert_allclose(got["agreement"], agreement, rtol=1e-12)
+  np.testing.assert_allclose(got["kl"], kl, rtol=1e-3, atol=1e-6)
+  assert got["kl"][0, 1] > 0.01
+  assert evaluate_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))["count"] == 103
+
+
+def test_pairs_are_refused_as_ensembles_are():
+  with pytest.raises(ConfigError, match="validation.*test, train"):
+    ban_jax.compare(network(0), CFG, split="validation")
+  with pytest.raises(ConfigError, match="compare needs at least one network"):
+    ban_jax.compare([], CFG)
+  with pytest.raises(ConfigError, match="reliability needs at least one network"):
+    ban_jax.reliability([], CFG)
+  with pytest.raises(CheckpointError, match="member 2 does not fit"):
+    ban_jax.compare([network(0), {"params": {}, "batch_stats": {}}], CFG)

@@ -49,17 +49,25 @@ def check_options(model: Mapping[str, Any], key: str = "model") -> tuple[Callabl
 
 
 def make_model(
-  model: Mapping[str, Any], spec: InputSpec, *, compute_dtype: str = "float32", sync_batch_stats: bool = True
+  model: Mapping[str, Any],
+  spec: InputSpec,
+  *,
+  compute_dtype: str = "float32",
+  sync_batch_stats: bool = True,
+  key: str = "model",
 ) -> Model:
   """Returns the network that a `model` group of a configuration names; equal arguments give the same object.
 
-  With `sync_batch_stats` its training mode runs only under a mapped axis (devices.AXIS). Raises a ConfigError for an
-  unknown name, dtype or option, and for a missing option.
+  With `sync_batch_stats` its training mode runs only under a mapped axis (devices.AXIS). `key` is the group's, for
+  messages. Raises a ConfigError for an unknown name, dtype or option, for a missing option, and for one out of range.
   """
-  factory, options = check_options(model)
+  factory, options = check_options(model, key)
   dtype = look_up(DTYPES, compute_dtype, "compute_dtype")
   frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(options.items()))
-  return _make(factory, spec, dtype, devices.AXIS if sync_batch_stats else None, frozen)
+  try:
+    return _make(factory, spec, dtype, devices.AXIS if sync_batch_stats else None, frozen)
+  except ConfigError as error:  # a network knows its options, and not whose it is: "model.depth=11: ..."
+    raise ConfigError(str(error).replace("model.", f"{key}.")) from error
 
 
 @functools.lru_cache
