@@ -54,7 +54,7 @@ setuptools.setup(
     "benchmark": ["torch"],  # what experiments/benchmark_lstm.py compares with
     "cuda": ["jax[cuda12]>=0.10"],
     "notebook": ["ipywidgets", "jupyterlab"],
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff==0.17.6"],
+    "test": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff==0.17.6"],
     "tpu": ["jax[tpu]>=0.10"],
   },
 )

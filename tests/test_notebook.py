@@ -1,0 +1,128 @@
+"""The notebook, executed from top to bottom in a kernel of its own."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+
+from experiments import results
+
+NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
+PLOTS = ("curves", "errors", "compare", "dark", "classes", "split")
+# What the notebook's first two generations are when they are trained by a program of the same configuration.
+REFERENCE = """
+import json
+import jax
+import ban_jax
+from ban_jax.devices import cores
+from configs import digits
+from experiments import cli
+
+jax.config.update("jax_num_cpu_devices", cli.cpu_devices(cores()))
+cli.use_compilation_cache()
+cfg = digits.get_config("digits,wrn_10_1,cpu")
+cfg.train.update(epochs=40, batch_size=40, evaluate_every=5, gradient_split=True)
+teacher = ban_jax.train_generation(None, cfg, progress=False)
+student = ban_jax.train_generation(teacher, cfg, progress=False)
+print(json.dumps([teacher.metrics, ban_jax.evaluate(student, cfg)]))
+"""
+
+
+@pytest.fixture
+def notebook():
+  return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+  """Runs a notebook in a directory, in a kernel of this Python whatever kernels are installed or HOME is."""
+  write_kernel_spec(tmp_path / "kernels" / "this_python")
+  for name, value in (
+    ("JUPYTER_PATH", tmp_path),
+    ("JUPYTER_RUNTIME_DIR", tmp_path / "runtime"),
+    ("IPYTHONDIR", tmp_path / "ipython"),
+    ("MPLCONFIGDIR", tmp_path / "matplotlib"),
+  ):
+    monkeypatch.setenv(name, str(value))
+
+  def run(notebook, directory):
+    resources = {"metadata": {"path": str(directory)}}
+    NotebookClient(notebook, kernel_name="this_python", timeout=170, resources=resources).execute()
+
+  return run
+
+
+def outputs(notebook, cell_id: str) -> list:
+  (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
+  return cell.outputs
+
+
+def printed(notebook, cell_id: str) -> str:
+  return "".join(output.text for output in outputs(notebook, cell_id) if output.get("name") == "stdout")
+
+
+def shown(notebook, cell_id: str, kind: str) -> list[str]:
+  return [output.data[kind] for output in outputs(notebook, cell_id) if kind in output.get("data", {})]
+
+
+def test_the_committed_notebook_holds_no_outputs_and_nothing_of_a_machine(notebook):
+  nbformat.validate(notebook)
+  assert notebook.metadata == {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+  }
+  for cell in notebook.cells:
+    assert cell.metadata == {}, cell.id
+    if cell.cell_type == "code":
+      assert (cell.outputs, cell.execution_count) == ([], None), cell.id
+
+
+@pytest.mark.parametrize("directory", ["", "experiments"])
+def test_it_finds_the_package_from_wherever_jupyter_starts(notebook, execute, directory):
+  kept = [cell for cell in notebook.cells if cell.id in ("paths", "imports")]
+  kept.append(nbformat.v4.new_code_cell("import json; print(json.dumps([sys.executable, sys.path[0]]))", id="probe"))
+  notebook.cells = kept
+  execute(notebook, ROOT / directory)
+  assert json.loads(printed(notebook, "probe")) == [os.path.abspath(sys.executable), str(ROOT)]
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, execute):
+  probe = "import time; print(time.process_time())"
+  notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
+  execute(notebook, NOTEBOOK.parent)
+  # Three minutes of one core; time on the wall depends on what else the machine does.
+  assert float(printed(notebook, "probe")) < 180
+
+  for name in PLOTS:
+    assert len(shown(notebook, name, "image/png")) == 1, name
+  assert 'Did you mean "epochs"' in printed(notebook, "mistakes")
+  assert "unknown scale 'small'; choose one of: cpu, paper" in printed(notebook, "mistakes")
+  assert "read-only" in printed(notebook, "generation")
+  assert [line.split()[0] for line in printed(notebook, "losses").splitlines()] == ["ban", "ban_label", "dkpp"]
+  assert "DenseNet student: test error" in printed(notebook, "networks")
+  assert printed(notebook, "run").count("the same bytes: True") == 4
+
+  done = subprocess.run([sys.executable, "-c", REFERENCE], capture_output=True, text=True, cwd=ROOT, check=False)
+  assert done.returncode == 0, done.stderr
+  teacher, student = json.loads(done.stdout)
+  assert ast.literal_eval(*shown(notebook, "teacher", "text/plain")) == teacher
+  (table,) = shown(notebook, "ensembles", "text/markdown")
+  rows = results.table([{"teacher": {name.removeprefix("test_"): teacher[name] for name in teacher}, "BAN-1": student}])
+  assert table.splitlines()[2:4] == rows.splitlines()[2:]
+  assert [line.split()[1] for line in table.splitlines()[2:]] == [
+    "teacher",
+    "BAN-1",
+    "BAN-2",
+    "BAN-3",
+    "Ens*2",
+    "Ens*3",
+  ]
+  assert printed(notebook, "students").startswith(f"BAN-1: test error {student['error']:.2f}%\n")
