@@ -1,0 +1,428 @@
+"""What generations know: their calibration, how far they agree with each other, and the dark knowledge in training.
+
+    python experiments/figures.py --workdir=runs/c100
+    python experiments/figures.py --generations=runs/losses/teacher/gen_0,runs/losses/ban/gen_1 --out=runs/losses
+
+Reads finished generations, evaluates them on the test split, and draws calibration.png, agreement.png and
+dark_knowledge.png; figures.md and figures.json hold the numbers. It trains nothing.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from ban_jax import checkpoint, data, report
+from ban_jax.devices import is_primary
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.evaluate import bins, compare_trees, fit_models, make_models, sum_predictions, summarise
+from ban_jax.types import Dataset, Generation, Model
+from experiments import cli, results
+
+if TYPE_CHECKING:  # it is heavy, and imported where it is needed
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "A run directory, as experiments/train.py leaves it: all of it is shown."
+)
+GENERATIONS = flags.DEFINE_list(
+  "generations",
+  None,
+  "Instead: directories of single generations (RUN/gen_K), in the order in which they are to be shown. Their networks "
+  "may differ, their data may not.",
+)
+OUT = flags.DEFINE_string("out", None, "Where to write; by default the workdir.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are now, where that is not what the runs recorded.")
+
+SPLIT = "test"
+# What a run's record must hold for its networks to be evaluated; a data set's own keys are checked when it is loaded.
+NEEDED = (
+  *("generations", "data.name", "data.dir", "model.name", "compute_dtype"),
+  *("train.sync_batch_stats", "evaluate.batch_size"),
+)
+# Of a bar chart: a metric, and its axis with the unit.
+CALIBRATION = (("ece", "ECE (share)"), ("nll", "NLL (nats)"), ("brier", "Brier score"))
+HOW_TO_RECORD = (
+  "No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss "
+  "that has a teacher."
+)
+
+
+class Shown(NamedTuple):
+  """A generation to be shown: what it is called, where it comes from, and the network behind it."""
+
+  name: str
+  directory: epath.Path
+  cfg: ConfigDict
+  generation: Generation
+  digest: str
+  model: Model
+
+
+class Measured(NamedTuple):
+  """What was found out about generations, in their order."""
+
+  metrics: results.Results
+  reliability: Sequence[Mapping[str, np.ndarray]]  # of `ban_jax.reliability`
+  pairs: Mapping[str, Any]  # of `ban_jax.compare`
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+  """Returns the locked configuration that a run directory records; raises a CheckpointError where it is no such."""
+  record = workdir / "config.json"
+  try:
+    values = dict(json.loads(record.read_text()))
+  except FileNotFoundError as error:
+    raise CheckpointError(f"{workdir} is no run directory: there is no config.json") from error
+  except (ValueError, TypeError) as error:
+    raise CheckpointError(f"{record} is not a configuration: {error}") from error
+  missing = [key for key in NEEDED if key not in values]
+  if missing:
+    raise CheckpointError(f"{record} lacks {', '.join(missing)}; expected what this version of the program records")
+  nested: dict[str, Any] = {"teacher": {"model": None}}
+  for key, value in values.items():
+    *groups, name = key.split(".")
+    node = nested
+    for group in groups:
+      node[group] = node.get(group) or {}
+      node = node[group]
+    node[name] = value
+  return ConfigDict(nested).lock()
+
+
+def chosen(
+  workdir: str | None, generations: Sequence[str] | None, out: str | None
+) -> tuple[list[epath.Path], epath.Path]:
+  """Returns the directories of the generations that the flags name, and the one to write to.
+
+  Of a run they are those that its configuration asks for and any others that it has. Raises a ConfigError for flags
+  that do not fit together, and a CheckpointError where there is no run.
+  """
+  if (workdir is None) == (generations is None):
+    raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which say what is to be shown")
+  if workdir is not None:
+    run = checkpoint.resolve_workdir(workdir)
+    numbers = set(range(read_config(run).generations + 1))
+    numbers |= {int(path.name[4:]) for path in run.glob("gen_*") if re.fullmatch(r"gen_\d+", path.name)}
+    return [run / f"gen_{number}" for number in sorted(numbers)], checkpoint.resolve_workdir(out or workdir)
+  if not out:
+    raise ConfigError("--generations needs --out, the directory to write to")
+  if not generations or not all(generations):
+    raise ConfigError(f"--generations={','.join(generations)}: expected directories, separated by commas")
+  directories = [checkpoint.resolve_workdir(directory) for directory in generations]
+  twice = {str(directory) for directory in directories if directories.count(directory) > 1}
+  if twice:
+    raise ConfigError(f"--generations names {', '.join(sorted(twice))} more than once")
+  return directories, checkpoint.resolve_workdir(out)
+
+
+def names_of(directories: Sequence[epath.Path], indices: Sequence[int]) -> list[str]:
+  """Returns the paper's names of generations, behind as much of their paths as it takes to tell them apart."""
+  names = [results.name_of(index) for index in indices]
+  parents = [directory.parent.parts for directory in directories]
+  depth = 0
+  while len(set(names)) < len(names):  # no two share both their directory and their number
+    depth += 1
+    names = ["/".join([*parts[-depth:], results.name_of(index)]) for parts, index in zip(parents, indices, strict=True)]
+  return names
+
+
+def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Dataset, list[Shown]]:
+  """Returns the data set of finished generations, and these, each with its network.
+
+  Raises a CheckpointError for one that is missing, unfinished, damaged, or was trained on other data than the first.
+  """
+  configs = [read_config(directory.parent) for directory in directories]
+  for directory in directories:
+    if not (directory / "manifest.json").exists():
+      state = "is not finished" if directory.exists() else "does not exist"
+      raise CheckpointError(
+        f"{directory} {state}: the same command that trains it goes on; to show others, name them by --generations"
+      )
+  for cfg in configs if data_dir is not None else ():
+    cfg.data.dir = data_dir
+  dataset = data.load(configs[0].data)
+  loaded = [checkpoint.load(directory) for directory in directories]
+  for directory, (generation, _) in zip(directories, loaded, strict=True):
+    if directory.name != f"gen_{generation.index}":
+      raise CheckpointError(f"{directory} holds generation {generation.index}: expected it as gen_{generation.index}")
+  names = names_of(directories, [generation.index for generation, _ in loaded])
+  shown = []
+  for name, directory, cfg, (generation, manifest) in zip(names, directories, configs, loaded, strict=True):
+    if manifest.get("dataset") != dataset.digest:
+      where = f"{configs[0].data.name} as {directories[0].parent / 'config.json'} has it"
+      raise CheckpointError(f"{directory} was trained on other data than those found: {where}; expected the same")
+    if data.load(cfg.data).spec != dataset.spec:
+      raise CheckpointError(f"{directory} reads its data otherwise than {directories[0]}: compare data.window of both")
+    (model,) = fit_models([generation.params], make_models(cfg, dataset.spec), str(directory))
+    shown.append(Shown(name, directory, cfg, generation, manifest["digest"], model))
+  return dataset, shown
+
+
+def measure(shown: Sequence[Shown], dataset: Dataset, devices: Sequence[jax.Device]) -> Measured:
+  """Evaluates each generation, and all pairs of them, on every example of the test split."""
+  # Of text the most exact batch is the smallest: the fewest stretches begin without a hidden state.
+  rows = min(each.cfg.evaluate.batch_size for each in shown)
+  trees = [checkpoint.thaw(each.generation.params) for each in shown]
+  sums = [
+    sum_predictions((each.model,), (tree,), dataset, SPLIT, rows, devices)
+    for each, tree in zip(shown, trees, strict=True)
+  ]
+  metrics = {each.name: summarise(total) for each, total in zip(shown, sums, strict=True)}
+  pairs = compare_trees(tuple(each.model for each in shown), trees, dataset, SPLIT, rows, devices)
+  return Measured(metrics, [bins(total) for total in sums], pairs)
+
+
+def dark_knowledge(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]] | None:
+  """Returns by epoch a student's dark-knowledge share and correct-class term, or None where it has not recorded them.
+
+  They are the history's "dark_share" and "correct_gradient" (ban_jax/gradient.py).
+  """
+  if not all("dark_share" in row for row in history):
+    return None
+  return {name: [row[name] for row in history] for name in ("epoch", "dark_share", "correct_gradient")}
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> "Figure":
+  import matplotlib.figure
+
+  return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def _colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+  """Returns a color for each name, dark to light, of which the lightest is still read on white."""
+  import matplotlib
+
+  return {
+    name: matplotlib.colormaps["viridis"](0.8 * place / max(len(names) - 1, 1)) for place, name in enumerate(names)
+  }
+
+
+def _tidy(axes: "Axes") -> None:
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+
+
+def draw_calibration(measured: Measured, examples: str) -> "Figure":
+  """Draws a reliability diagram of each generation, and ECE, NLL and Brier score beside each other."""
+  names = list(measured.metrics)
+  colors = _colors(names)
+  columns = min(max(len(names), 3), 4)
+  rows = math.ceil(len(names) / columns)
+  heights = (2.9 * rows, 0.3 * len(names) + 0.8)  # in inches
+  figure = _figure(3 * columns, sum(heights))
+  above, below = figure.subfigures(2, 1, height_ratios=heights)
+  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  for place, axes in enumerate(panels.flat):
+    if place >= len(names):
+      axes.set_visible(False)
+      continue
+    found, name = measured.reliability[place], names[place]
+    shares = found["count"] / found["count"].sum()
+    edges = np.linspace(0, 1, len(shares) + 1)
+    axes.bar(edges[:-1], shares, edges[1], align="edge", color="0.85")
+    axes.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1)
+    full = shares > 0
+    line = (found["confidence"][full], found["accuracy"][full])
+    axes.plot(*line, color=colors[name], linewidth=1)
+    # What a handful of examples gives is no more than a dot.
+    axes.scatter(*line, s=4 + 60 * np.sqrt(shares[full]), color=colors[name], zorder=3, clip_on=False)
+    axes.set(title=name, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+    axes.title.set_size("medium")
+    axes.xaxis.set_tick_params(labelbottom=place + columns >= len(names))
+    _tidy(axes)
+  above.supxlabel("confidence (largest probability), mean of a bin", size="medium")
+  above.supylabel(f"accuracy of a bin (line);\nshare of {examples} in it (bars)", size="medium")
+  for axes, (metric, label) in zip(below.subplots(1, len(CALIBRATION), sharey=True), CALIBRATION, strict=True):
+    bars = axes.barh(names, [measured.metrics[name][metric] for name in names], color=colors.values())
+    axes.bar_label(bars, fmt="%.3g", size="small", padding=2)
+    axes.set_xlabel(label)
+    axes.margins(x=0.2)
+    _tidy(axes)
+  axes.invert_yaxis()  # of all three: the first on top
+  return figure
+
+
+def draw_agreement(measured: Measured, examples: str) -> "Figure":
+  """Draws two annotated matrices: for how many examples two generations predict the same, and their mean KL."""
+  names = list(measured.metrics)
+  slant = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
+  size = max(3.2, 0.8 * len(names) + 1.6)
+  figure = _figure(2.5 * size, size)
+  shown = (
+    (100 * measured.pairs["agreement"], f"same top-1 class, % of {examples}", "{:.1f}", "Blues", "", ""),
+    (measured.pairs["kl"], "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
+  )
+  for axes, (values, title, form, colors, row, column) in zip(figure.subplots(1, 2), shown, strict=True):
+    off = values[~np.eye(len(names), dtype=bool)]
+    # The diagonals are 100 and 0, whatever the networks: the colors are for what lies between the others.
+    low, high = (off.min(), off.max()) if len(off) else (0, 1)
+    image = axes.imshow(values, cmap=colors, vmin=low - 0.2 * (high - low), vmax=high + 0.2 * (high - low))
+    for i, j in np.ndindex(values.shape):
+      dark = np.dot(image.cmap(image.norm(values[i, j]))[:3], (0.299, 0.587, 0.114)) < 0.5
+      axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(names)), names, **slant)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel=column, ylabel=row)
+    axes.set_title(title, fontsize="medium")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+  return figure
+
+
+def draw_dark_knowledge(curves: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> "Figure":
+  """Draws by epoch, a line a student, the dark-knowledge share of the gradient and the mean correct-class term.
+
+  The colors are those that the students have among all `names`.
+  """
+  import matplotlib.ticker
+
+  colors = _colors(names)
+  figure = _figure(10, 3.6)
+  share, correct = figure.subplots(1, 2)
+  for name, curve in curves.items():
+    style = {"color": colors[name], "label": name, "marker": "o" if len(curve["epoch"]) <= 20 else "", "markersize": 4}
+    share.plot(curve["epoch"], curve["dark_share"], **style)
+    correct.plot(curve["epoch"], curve["correct_gradient"], **style)
+  share.set_ylabel("dark-knowledge share\nof the squared gradient")
+  correct.set_ylabel("mean correct-class term\n$q_* - p_*$ (probability)")
+  correct.axhline(0, color="0.5", linewidth=1, linestyle="--")
+  for axes in (share, correct):
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    _tidy(axes)
+  figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+  return figure
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _markdown(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+  lines = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _matrix(names: Sequence[str], values: np.ndarray, form: str) -> str:
+  rows = {name: [form.format(value) for value in row] for name, row in zip(names, values, strict=True)}
+  return _markdown("", names, rows)
+
+
+def report_of(
+  shown: Sequence[Shown], measured: Measured, dataset: Dataset, curves: Mapping[str, Mapping[str, Sequence[float]]]
+) -> str:
+  """Returns figures.md."""
+  names, examples = list(measured.metrics), _examples(dataset)
+  trained = [results.describe(each.cfg) for each in shown]
+  same = len(set(trained)) == 1
+  where = [
+    f"- {each.name}: {each.directory}" + ("" if same else f"; {told}")
+    for each, told in zip(shown, trained, strict=True)
+  ]
+  if curves:
+    unrecorded = [each.name for each in shown if each.generation.index and each.name not in curves]
+    rows = {
+      name: [str(curve["epoch"][-1]), f"{curve['dark_share'][-1]:.4f}", f"{curve['correct_gradient'][-1]:+.4f}"]
+      for name, curve in curves.items()
+    }
+    dark = [
+      "By epoch, of the plain BAN gradient between a student and its teacher, whatever loss trains it; in the last:",
+      _markdown("", ("epoch", "dark-knowledge share", "mean correct-class term"), rows),
+      *([f"Not recorded by: {', '.join(unrecorded)}."] if unrecorded else []),
+      "![Dark knowledge](dark_knowledge.png)",
+    ]
+  else:
+    dark = [HOW_TO_RECORD]
+  return "\n\n".join([
+    "# Generations compared",
+    f"{dataset.name}, {SPLIT} split, {measured.pairs['count']} {examples}." + (f" {trained[0]}." if same else ""),
+    "\n".join(where),
+    "## Calibration",
+    results.table([measured.metrics]),
+    "![Calibration](calibration.png)",
+    "## Agreement",
+    f"The same top-1 class, % of {examples}:",
+    _matrix(names, 100 * measured.pairs["agreement"], "{:.2f}"),
+    "Mean KL(row ‖ column) of the predicted distributions, nats:",
+    _matrix(names, measured.pairs["kl"], "{:.4f}"),
+    "![Agreement](agreement.png)",
+    "## Dark knowledge",
+    *dark,
+  ]) + "\n"  # fmt: skip
+
+
+def _examples(dataset: Dataset) -> str:
+  return "tokens" if dataset.spec.kind == "tokens" else "examples"
+
+
+def _numbers(values: Any) -> list[Any]:
+  """Returns an array as JSON has it, with null for what is not a number."""
+  values = np.asarray(values)
+  return np.where(np.isnan(values), None, values).tolist() if values.dtype.kind == "f" else values.tolist()
+
+
+def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: Dataset) -> str:
+  """Writes the figures and their numbers into `out`, and returns figures.md."""
+  curves = {each.name: dark_knowledge(each.generation.history) for each in shown}
+  recorded = {name: curve for name, curve in curves.items() if curve}
+  examples = _examples(dataset)
+  drawings: dict[str, Callable[[], "Figure"] | None] = {
+    "calibration.png": lambda: draw_calibration(measured, examples),
+    "agreement.png": lambda: draw_agreement(measured, examples),
+    "dark_knowledge.png": (lambda: draw_dark_knowledge(recorded, list(curves))) if recorded else None,
+  }
+  for name, draw in drawings.items():
+    if draw is None:
+      (out / name).unlink(missing_ok=True)  # an earlier one's would be taken for this one's
+      continue
+    with (out / name).open("wb") as file:
+      draw().savefig(file, format="png", dpi=150)
+  generations = [
+    {
+      "name": each.name,
+      "directory": str(each.directory),
+      "digest": each.digest,
+      "metrics": measured.metrics[each.name],
+      "reliability": {name: _numbers(values) for name, values in found.items()},
+      "dark_knowledge": curves[each.name] and {name: _numbers(values) for name, values in curves[each.name].items()},
+    }
+    for each, found in zip(shown, measured.reliability, strict=True)
+  ]
+  pairs = {"agreement": _numbers(measured.pairs["agreement"]), "kl": _numbers(measured.pairs["kl"])}
+  report.write_json(
+    out / "figures.json", {"dataset": dataset.name, "split": SPLIT, "generations": generations, **pairs}
+  )
+  text = report_of(shown, measured, dataset, recorded)
+  (out / "figures.md").write_text(text)
+  return text
+
+
+def main() -> None:
+  """Draws what the flags name."""
+  directories, out = chosen(WORKDIR.value, GENERATIONS.value, OUT.value)
+  devices = cli.start_jax()
+  dataset, shown = read(directories, DATA_DIR.value)
+  if is_primary():
+    out.mkdir(parents=True, exist_ok=True)
+  measured = measure(shown, dataset, devices)
+  if is_primary():
+    print(f"{write(out, shown, measured, dataset)}\nfigures: {out}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
