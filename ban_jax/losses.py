@@ -1,4 +1,6 @@
-"""The losses of the paper (Furlanello et al. 2018, Eq. 1-11). A new one is one function and one entry in LOSSES.
+"""The losses of the paper (Furlanello et al. 2018, Eq. 1-11), and two controls that are not the paper's.
+
+A new one is one function and one entry in LOSSES.
 
 A loss returns `(values, weights)`, one per example or token; only step.py normalises, by the sum of the weights over
 all devices. So the batch-wide weights of CWTM are right on any number of devices.
@@ -106,20 +108,62 @@ def permute_dark(teacher_logits: Logits, key: PRNGKeyArray, positions: Int[Array
   return jax.vmap(example)(teacher_logits, positions)
 
 
+def label_smoothing(logits, labels, teacher_logits, *, key, positions, smoothing: float) -> ValuesAndWeights:
+  """Cross-entropy with (1 - smoothing) label + smoothing / n: a control without a teacher (Szegedy et al. 2016)."""
+  values = _smoothed(logits, labels, jnp.asarray(smoothing, jnp.float32))
+  return values, jnp.ones_like(values)
+
+
+def entropy_matched_smoothing(
+  logits, labels, teacher_logits, *, key, positions, temperature: float
+) -> ValuesAndWeights:
+  """Label smoothing with, example by example, the teacher's entropy: its softness without its dark knowledge."""
+  log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
+  entropy = -jnp.sum(jnp.exp(log_teacher) * log_teacher, axis=-1)
+  values = _smoothed(logits, labels, smoothing_of_entropy(entropy, logits.shape[-1]))
+  return values, jnp.ones_like(values)
+
+
+def _smoothed(logits: Logits, labels: Labels, smoothing: Float[Array, "..."]) -> PerExample:
+  """Returns the cross-entropy, in nats, with labels of which a share `smoothing` is spread over all classes."""
+  uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
+  return (1 - smoothing) * label_cross_entropy(logits, labels) + smoothing * uniform
+
+
+def smoothing_of_entropy(entropy: PerExample, num_classes: int) -> PerExample:
+  """Returns the smoothing, in [0, 1], of the smoothed labels that have an entropy, in nats, from 0 to log(n)."""
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low + high) / 2
+    rest = middle / num_classes  # of every class but the label's, which has 1 - (n - 1) * rest
+    own = 1 - (num_classes - 1) * rest
+    above = -jax.scipy.special.xlogy(own, own) - (num_classes - 1) * jax.scipy.special.xlogy(rest, rest) > entropy
+    return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+  # The entropy rises with the smoothing, and halving its range 24 times is as exact as float32.
+  low, high = jax.lax.fori_loop(0, 24, halve, (jnp.zeros_like(entropy), jnp.ones_like(entropy)))
+  return (low + high) / 2
+
+
 LOSSES = {
   "label": label,
   "ban": ban,
   "ban_label": ban_label,
   "cwtm": cwtm,
   "dkpp": dkpp,
+  "label_smoothing": label_smoothing,
+  "entropy_matched_smoothing": entropy_matched_smoothing,
 }
+# Those that hear no teacher.
+_FROM_LABELS = (label, label_smoothing)
 
 
 def make_loss(loss: Mapping[str, Any]) -> Loss:
   """Returns the Loss that a `loss` group of a configuration names; equal arguments give the same object.
 
-  Of the group's options (temperature, label_weight, teacher_weight) a loss takes those that it knows. Raises a
-  ConfigError for an unknown name and for values out of range.
+  Of the group's options (temperature, label_weight, teacher_weight, smoothing) a loss takes those that it knows. Raises
+  a ConfigError for an unknown name and for values out of range.
   """
   options = dict(loss.items())
   function = look_up(LOSSES, options.pop("name"), "loss")
@@ -132,10 +176,12 @@ def make_loss(loss: Mapping[str, Any]) -> Loss:
       raise ConfigError(f"loss.{name} must be at least 0 and finite, not {options[name]} (in float32)")
   if not options["label_weight"] + options["teacher_weight"] >= SMALLEST:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
+  if not 0 <= options["smoothing"] <= 1:
+    raise ConfigError(f"loss.smoothing must be from 0 to 1, not {options['smoothing']}")
   accepted = inspect.signature(function).parameters
   return _make(function, tuple((name, value) for name, value in sorted(options.items()) if name in accepted))
 
 
 @functools.lru_cache
 def _make(function, options: tuple) -> Loss:
-  return Loss(function.__name__, function is not label, functools.partial(function, **dict(options)))
+  return Loss(function.__name__, function not in _FROM_LABELS, functools.partial(function, **dict(options)))

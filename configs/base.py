@@ -56,6 +56,8 @@ def get_config() -> ConfigDict:
   # decay do, is that of the other losses.
   config.loss.label_weight = 0.5
   config.loss.teacher_weight = 0.5
+  # Of label_smoothing alone: the share of the label that is spread over all classes.
+  config.loss.smoothing = 0.1
 
   # SGD: the peak learning rate and its schedule, "steps", "cosine" or "plateau".
   config.optim = ConfigDict()

@@ -1,4 +1,4 @@
-"""One teacher, and one student of it by each of the paper's losses: that every loss trains, at whatever scale.
+"""One teacher, and one student of it by each loss, the controls included: that every loss trains, at whatever scale.
 
     python experiments/losses.py --config=configs/cifar.py:cifar100,wrn_16_1,cpu --workdir=runs/losses
 

@@ -279,7 +279,7 @@ STREAM = tokens((4, 13), seed=5)
 
 def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
   """Returns (parameters, student's carry, teachers' carries) after one step of plain SGD with rate 1."""
-  group = {"name": label, "temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5}
+  group = {"name": label, "temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5, "smoothing": 0.1}
   devices = tuple(jax.devices()[:count])
   train_step = step.make_train_step(
     student=model,

@@ -24,7 +24,7 @@ fast = settings(max_examples=60, deadline=None)
 
 
 def loss(name, **options):
-  defaults = {"temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5}
+  defaults = {"temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5, "smoothing": 0.1}
   return losses.make_loss({"name": name, **defaults, **options})
 
 
@@ -156,6 +156,38 @@ def test_temperature_softens_both_and_rescales(name, temperature):
   np.testing.assert_allclose(gradient_of(chosen, z, np.zeros(ROWS, np.int32), t), expected, atol=1e-4)
 
 
+@fast
+@given(logits_arrays, labels_arrays, st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_label_smoothing(z, y, smoothing):
+  targets = (1 - smoothing) * np.eye(CLASSES)[y] + smoothing / CLASSES
+  chosen = loss("label_smoothing", smoothing=smoothing)
+  assert not chosen.needs_teacher
+  np.testing.assert_allclose(gradient_of(chosen, z, y, None), softmax(z) - targets, atol=1e-4)
+
+
+@fast
+@given(logits_arrays, labels_arrays, logits_arrays)
+def test_matched_smoothing_has_the_teachers_entropy_and_nothing_else_of_it(z, y, t):
+  targets = softmax(z) - np.asarray(gradient_of(loss("entropy_matched_smoothing"), z, y, t), np.float64)
+  taught = softmax(t)
+  entropies = [-np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0), -1) for p in (targets, taught)]
+  np.testing.assert_allclose(*entropies, atol=2e-3)
+  for row, own in zip(targets, y, strict=True):
+    others = np.delete(row, own)
+    np.testing.assert_allclose(others, others.mean(), atol=1e-4)
+    assert row[own] >= others.max() - 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-3, 0.1, 0.7, 1.0])
+def test_the_smoothing_of_an_entropy(smoothing):
+  targets = np.full(CLASSES, smoothing / CLASSES)
+  targets[0] += 1 - smoothing
+  entropy = -np.sum(np.where(targets > 0, targets * np.log(np.maximum(targets, 1e-300)), 0))
+  found = losses.smoothing_of_entropy(jnp.asarray([entropy], jnp.float32), CLASSES)
+  # Where all classes have the same probability, the entropy says next to nothing of the last of the smoothing.
+  np.testing.assert_allclose(found, smoothing, atol=1e-6 if smoothing < 1 else 2e-3)
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_finite_for_huge_logits(name, dtype):
@@ -203,11 +235,16 @@ def test_gradient_split_adds_up(z, y, t):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, label"),
+    (
+      {"name": "kd"},
+      "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, label, label_smoothing",
+    ),
     ({"name": "ban", "temperature": 0.0}, "loss.temperature must be above 0 and finite, not 0.0"),
     ({"name": "ban", "temperature": float("inf")}, "loss.temperature must be above 0 and finite, not inf"),
     ({"name": "ban_label", "label_weight": 0.0, "teacher_weight": 0.0}, "cannot both be 0"),
     ({"name": "ban_label", "label_weight": -1.0}, "loss.label_weight must be at least 0 and finite, not -1.0"),
+    ({"name": "label_smoothing", "smoothing": 1.5}, "loss.smoothing must be from 0 to 1, not 1.5"),
+    ({"name": "label_smoothing", "smoothing": float("nan")}, "loss.smoothing must be from 0 to 1, not nan"),
   ],
 )
 def test_bad_options_are_named(options, message):

@@ -57,7 +57,9 @@ def make_step(loss, members, devices, frozen=(), split=False):
     student=MODEL,
     teachers=(MODEL,) * members,
     frozen=frozen,
-    loss=losses.make_loss({"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7}),
+    loss=losses.make_loss(
+      {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
+    ),
     optimizer=sgd(),
     fetch=fetch,
     devices=devices,
