@@ -14,7 +14,7 @@ from ban_jax.errors import ConfigError
 from ban_jax.evaluate import make_models
 from ban_jax.types import TrainState
 from configs import cifar, pydoc
-from experiments import scaling
+from experiments import programs, scaling
 
 # A student's network -> its batch norms, and the products and convolutions of a forward pass and of a training step: a
 # teacher's forward pass, the student's, and two gradients of each but of an image network's stem, which needs only one.
@@ -31,7 +31,7 @@ NETWORKS = {
 @functools.cache
 def texts(name, *, taught=True, count=4):
   """Returns the lowered and the compiled text of a training step on `count` devices."""
-  program = scaling.train_program(NETWORKS[name][0], tuple(jax.devices()[:count]), taught=taught)
+  program = programs.train_program(NETWORKS[name][0], tuple(jax.devices()[:count]), taught=taught)
   lowered = program.step.lower(*program.arguments)
   return lowered.as_text(), lowered.compile().as_text()
 
@@ -82,14 +82,14 @@ def test_a_callback_would_be_seen():
 
 def test_batch_statistics_of_each_device_take_one_more_all_reduce():
   cfg = config("digits,wrn_10_1,smoke", train__sync_batch_stats=False)
-  program = scaling.train_program(cfg, tuple(jax.devices()))
+  program = programs.train_program(cfg, tuple(jax.devices()))
   lowered = program.step.lower(*program.arguments)
   assert lowered.as_text().count('"stablehlo.all_reduce"') == 3
   assert 2 <= kinds(lowered.compile().as_text()).count("all-reduce") <= 3
 
 
 def test_an_evaluation_step_has_two_all_reduces():
-  program = scaling.eval_program(config(), tuple(jax.devices()))
+  program = programs.eval_program(config(), tuple(jax.devices()))
   lowered = program.step.lower(*program.arguments)
   assert lowered.as_text().count('"stablehlo.all_reduce"') == 2
   assert kinds(lowered.compile().as_text()) == ["all-reduce"] * 2
@@ -118,7 +118,7 @@ def test_sums_are_exact_for_whole_numbers_and_keep_types_and_shapes():
 
 def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   cfg, devices = config(), tuple(jax.devices())
-  program = scaling.train_program(cfg, devices)
+  program = programs.train_program(cfg, devices)
   dataset = data.load(cfg.data)
   _, model = make_models(cfg, dataset.spec)
   variables = jax.device_get(model.init(jax.random.key(0)))
@@ -149,7 +149,7 @@ def test_the_steps_are_lowered_for_every_platform(platform, name):
   def mark():
     return jax.lax.platform_dependent(**{key: functools.partial(np.int32, value) for key, value in marks.items()})
 
-  for make, products in ((scaling.eval_program, forward), (scaling.train_program, training)):
+  for make, products in ((programs.eval_program, forward), (programs.train_program, training)):
     program = make(cfg, tuple(jax.devices()))
     traced = jax.jit(lambda *arguments, step=program.step: (step(*arguments), mark())).trace(*program.arguments)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -176,10 +176,10 @@ def test_operations_are_those_of_a_count_by_hand(count):
   forward, stem = hand_count(32)
   devices = tuple(jax.devices()[:count])
   each = cfg.train.batch_size // count
-  assert scaling.count_flops(scaling.eval_program(cfg, devices)) == each * forward
+  assert programs.count_flops(programs.eval_program(cfg, devices)) == each * forward
   # Forward, and two gradients for each product but the stem's; with a teacher's forward pass behind it.
-  assert scaling.count_flops(scaling.train_program(cfg, devices, taught=False)) == each * (3 * forward - stem)
-  assert scaling.count_flops(scaling.train_program(cfg, devices)) == each * (4 * forward - stem)
+  assert programs.count_flops(programs.train_program(cfg, devices, taught=False)) == each * (3 * forward - stem)
+  assert programs.count_flops(programs.train_program(cfg, devices)) == each * (4 * forward - stem)
 
 
 def test_operations_of_an_lstm_are_those_of_a_count_by_hand():
@@ -188,15 +188,15 @@ def test_operations_of_an_lstm_are_those_of_a_count_by_hand():
   tokens = cfg.train.batch_size // len(devices) * cfg.data.window
   layer = 2 * 2 * units * 4 * units  # of input and state, to four gates
   forward = tokens * (2 * layer + 2 * units * words)
-  assert scaling.count_flops(scaling.eval_program(cfg, devices)) == forward
-  assert scaling.count_flops(scaling.train_program(cfg, devices)) == 4 * forward
+  assert programs.count_flops(programs.eval_program(cfg, devices)) == forward
+  assert programs.count_flops(programs.train_program(cfg, devices)) == 4 * forward
 
 
 def test_operations_agree_with_xla():
-  program = scaling.train_program(cifar.get_config("cifar10,wrn_10_1,paper"), tuple(jax.devices()[:1]))
+  program = programs.train_program(cifar.get_config("cifar10,wrn_10_1,paper"), tuple(jax.devices()[:1]))
   # XLA leaves out the taps on padding, and counts what lies between the products.
   assert program.step.lower(*program.arguments).cost_analysis()["flops"] == pytest.approx(
-    scaling.count_flops(program), rel=0.1
+    programs.count_flops(program), rel=0.1
   )
 
 
@@ -205,11 +205,11 @@ def test_a_scan_counts_its_steps_and_an_unknown_loop_is_refused():
     return carry @ carry, None
 
   x = jax.ShapeDtypeStruct((3, 3), np.float32)
-  scanned = scaling.Program(lambda x: jax.lax.scan(product, x, None, length=5)[0], (x,))
-  assert scaling.count_flops(scanned) == 5 * 2 * 3**3
-  loop = scaling.Program(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), (x,))
+  scanned = programs.Program(lambda x: jax.lax.scan(product, x, None, length=5)[0], (x,))
+  assert programs.count_flops(scanned) == 5 * 2 * 3**3
+  loop = programs.Program(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), (x,))
   with pytest.raises(ValueError, match="loop of unknown length"):
-    scaling.count_flops(loop)
+    programs.count_flops(loop)
 
 
 def test_an_all_reduce_takes_what_the_ring_takes():
@@ -241,7 +241,7 @@ def test_slices_that_cannot_be_read_are_refused(name):
     scaling.parse_slices([name], 1.0, 1.0)
 
 
-@pytest.mark.parametrize("make", [scaling.train_program, scaling.eval_program])
+@pytest.mark.parametrize("make", [programs.train_program, programs.eval_program])
 def test_a_batch_that_the_devices_cannot_share_is_refused(make):
   with pytest.raises(ConfigError, match="train.batch_size=21 cannot be shared equally by 2 devices"):
     make(config(train__batch_size=21), tuple(jax.devices()[:2]))

@@ -1,0 +1,138 @@
+"""The programs of a configuration's training and evaluation steps, with their arguments' shapes and their operations.
+
+Nothing is trained: what a step costs is counted on the traced program, and of CIFAR not even the data are needed.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from ban_jax import data, losses, optim
+from ban_jax import devices as devices_lib
+from ban_jax.data import images
+from ban_jax.evaluate import make_models
+from ban_jax.step import make_eval_step, make_train_step
+from ban_jax.types import Batch, Devices, InputSpec, TrainState
+
+_CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+class Program(NamedTuple):
+  """A mapped step and the shapes of its arguments."""
+
+  step: Callable[..., Any]
+  arguments: tuple[Any, ...]
+
+
+def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
+  """Returns a configuration's training step, a student's or (not `taught`) generation 0's, with its arguments' shapes.
+
+  Of CIFAR only the shapes are needed; other data sets are loaded. Raises a ConfigError or DataError as a run would.
+  """
+  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  spec, fetch, arrays = _describe(cfg)
+  teacher, student = make_models(cfg, spec)
+  student, teachers = (student, (teacher,)) if taught else (teacher, ())
+  frozen = student.inherits if taught else ()
+  optimizer = optim.make_optimizer(cfg.optim, 1)
+  step = make_train_step(
+    student=student,
+    teachers=teachers,
+    frozen=frozen,
+    loss=losses.make_loss(cfg.loss if taught else {**cfg.loss, "name": "label"}),
+    optimizer=optimizer,
+    fetch=fetch,
+    devices=devices,
+    sync_batch_stats=cfg.train.sync_batch_stats,
+    gradient_split=cfg.train.gradient_split,
+  )
+  rows = cfg.train.batch_size // len(devices)
+
+  def initial(key):
+    variables = student.init(key)
+    trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
+    state = TrainState(np.int32(0), variables["params"], variables.get("batch_stats", {}), optimizer.init(trained))
+    carry = (student.init_carry(rows), tuple(model.init_carry(rows) for model in teachers))
+    return state, carry, tuple(model.init(key) for model in teachers)
+
+  state, carry, teacher_variables = jax.eval_shape(initial, jax.random.key(0))
+  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  key_data = jax.ShapeDtypeStruct((2,), np.uint32)
+  mapped = functools.partial(_on_each, devices)
+  return Program(step, (mapped(state), teacher_variables, mapped(carry), arrays, mapped(index), key_data))
+
+
+def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
+  """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
+  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  spec, fetch, arrays = _describe(cfg)
+  _, model = make_models(cfg, spec)
+  rows = cfg.train.batch_size // len(devices)
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  carry = jax.eval_shape(lambda: model.init_carry(rows))
+  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  arguments = ((variables,), _on_each(devices, (carry,)), arrays, _on_each(devices, index))
+  return Program(make_eval_step((model,), fetch, devices), arguments)
+
+
+def _describe(cfg: ConfigDict) -> tuple[InputSpec, Callable[..., Batch], dict[str, jax.ShapeDtypeStruct]]:
+  """Returns what the steps must know of a configuration's data set: its spec, its `fetch` and its arrays' shapes."""
+  if cfg.data.name in _CLASSES:
+    shapes = {"images": (50_000, 32, 32, 3), "labels": (50_000,), "mean": (3,), "std": (3,)}
+    dtypes = {"images": np.uint8, "labels": np.int32, "mean": np.float32, "std": np.float32}
+    arrays = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
+    spec = InputSpec("images", (32, 32, 3), _CLASSES[cfg.data.name])
+    return spec, images.make_fetch(cfg.data.pad, cfg.data.flip), arrays
+  dataset = data.load(cfg.data)
+  arrays = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in dataset.splits["train"].items()}
+  return dataset.spec, dataset.fetch, arrays
+
+
+def _on_each(devices: Devices, tree: Any) -> Any:
+  """Returns the shapes of a tree that every device has a row of."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
+
+
+def count_flops(program: Program) -> int:
+  """Returns the floating-point operations of one device's share of a step: products and convolutions, nothing else."""
+  return _flops(jax.jit(program.step).trace(*program.arguments).jaxpr.jaxpr)
+
+
+def _flops(jaxpr: core.Jaxpr) -> int:
+  """Returns the operations of a traced function, a multiplication and an addition being two.
+
+  A convolution counts every tap of its kernel, those on padding too, but none on the zeros that a stride's backward
+  pass puts between its inputs: so a gradient counts as much as the convolution itself. Raises a ValueError for products
+  in a loop of unknown length.
+  """
+  total = 0
+  for equation in jaxpr.eqns:
+    name, options = equation.primitive.name, equation.params
+    inside = [_flops(sub) for sub in _subprograms(options)]
+    if name == "dot_general":
+      (contracted, _), _ = options["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    elif name == "conv_general_dilated":
+      kernel, numbers = equation.invars[1].aval.shape, options["dimension_numbers"]
+      taps = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])  # input channels and kernel positions
+      total += 2 * equation.outvars[0].aval.size * taps // math.prod(options["lhs_dilation"])
+    elif name == "scan":
+      total += options["length"] * sum(inside)
+    elif name == "while" and any(inside):
+      raise ValueError("products in a loop of unknown length cannot be counted")
+    else:
+      total += max(inside, default=0) if name == "cond" else sum(inside)
+  return total
+
+
+def _subprograms(options: dict[str, Any]) -> list[core.Jaxpr]:
+  values = [entry for value in options.values() for entry in (value if isinstance(value, tuple) else (value,))]
+  programs = [getattr(value, "jaxpr", value) for value in values]
+  return [program for program in programs if hasattr(program, "eqns")]
