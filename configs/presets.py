@@ -95,6 +95,7 @@ _CNN_LSTM = {
   "layers": 2,
   "dropout": 0.5,
   "init_scale": 0.05,
+  "cudnn": False,
   "max_word_length": 65,
 }
 

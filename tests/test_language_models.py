@@ -23,7 +23,8 @@ SMALL = {
   "lstm": {"name": "lstm", "units": 5, "layers": 2, "dropout": 0.0, "init_scale": 0.6, "cudnn": False},
   "char_cnn_lstm": {
     "name": "char_cnn_lstm", "char_embedding": 3, "max_width": 4, "filters_per_width": 2, "filters_at_most": 5,
-    "highway_layers": 2, "units": 5, "layers": 2, "dropout": 0.0, "init_scale": 0.6, "max_word_length": 9,
+    "highway_layers": 2, "units": 5, "layers": 2, "dropout": 0.0, "init_scale": 0.6, "cudnn": False,
+    "max_word_length": 9,
   },
 }  # fmt: skip
 LARGE = {
@@ -416,6 +417,7 @@ def test_bfloat16_is_near_and_its_state_float32(name):
 # ---- cuDNN, as far as it can be seen without one.
 
 
+@functools.partial(jax.jit, static_argnames=("input_size", "hidden_size", "num_layers", "dropout", "bidirectional"))
 def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size, num_layers, dropout, bidirectional):
   """What cuDNN computes from its packed weights, by JAX's own reference."""
   assert weights.size == rnn.get_num_params_in_lstm(input_size, hidden_size, num_layers, bidirectional)
@@ -423,10 +425,11 @@ def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size
   return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, input_size, hidden_size, num_layers, dropout, bidirectional)
 
 
-def test_cudnn_s_weights_and_state_are_ours(monkeypatch):
+@BOTH
+def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
   monkeypatch.setattr(recurrent, "check_cudnn", lambda dtype: None)
   monkeypatch.setattr(rnn, "lstm", reference_lstm)
-  plain, packed = build("lstm"), build("lstm", cudnn=True)
+  plain, packed = build(name), build(name, cudnn=True)
   assert jax.tree.map(np.shape, initial(plain)) == jax.tree.map(np.shape, initial(packed))
 
   def total(params, model):
@@ -438,17 +441,24 @@ def test_cudnn_s_weights_and_state_are_ours(monkeypatch):
     for model in (plain, packed)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+  in_program = [
+    str(jax.make_jaxpr(total, static_argnums=1)(initial(plain)["params"], model)).count("name=reference_lstm")
+    for model in (plain, packed)
+  ]
+  assert in_program == [0, 2]  # each layer by cuDNN, and only where it was asked for
 
 
+@BOTH
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="here cuDNN can be had")
-def test_cudnn_is_refused_where_it_cannot_be_had():
+def test_cudnn_is_refused_where_it_cannot_be_had(name):
   with pytest.raises(
     ConfigError, match=r"model.cudnn=True needs an NVIDIA GPU, and this is \w+; choose model.cudnn=False"
   ):
-    build("lstm", cudnn=True, units=6)
+    build(name, cudnn=True, units=6)
 
 
-def test_cudnn_is_refused_in_bfloat16(monkeypatch):
+@BOTH
+def test_cudnn_is_refused_in_bfloat16(name, monkeypatch):
   class Client:
     platform_version = "PJRT C API\ncuda 12090"
 
@@ -457,7 +467,7 @@ def test_cudnn_is_refused_in_bfloat16(monkeypatch):
 
   monkeypatch.setattr(jax, "devices", lambda: [Gpu])
   with pytest.raises(ConfigError, match="computes in float32 only, not in bfloat16; choose compute_dtype float32"):
-    build("lstm", cudnn=True, compute_dtype="bfloat16")
+    build(name, cudnn=True, compute_dtype="bfloat16")
   recurrent.check_cudnn(jnp.float32)
   Client.platform_version = "rocm 60300"
   with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
@@ -526,6 +536,7 @@ def test_a_word_s_vector_does_not_depend_on_how_long_other_words_are():
     ("char_cnn_lstm", {"dropout": -0.5}, "model.dropout=-0.5: a dropout rate lies in [0, 1)"),
     ("char_cnn_lstm", {"layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
     ("char_cnn_lstm", {"init_scale": -1.0}, "model.init_scale=-1.0: a finite number above 0 is expected"),
+    ("char_cnn_lstm", {"cudnn": "no"}, "model.cudnn=no: True or False is expected"),
     ("char_cnn_lstm", {"char_embedding": 0}, "model.char_embedding=0: a whole number of at least 1"),
     ("char_cnn_lstm", {"max_width": 0}, "model.max_width=0: a whole number of at least 1 is expected"),
     ("char_cnn_lstm", {"filters_per_width": -1}, "model.filters_per_width=-1: a whole number of at least 1"),

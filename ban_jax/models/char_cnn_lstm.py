@@ -104,6 +104,7 @@ class CharCNNLSTM(nn.Module):
   layers: int
   dropout: float
   init_scale: float
+  cudnn: bool
   num_classes: int
   dtype: Any
 
@@ -121,7 +122,7 @@ class CharCNNLSTM(nn.Module):
     for number in range(1, self.highway_layers + 1):
       x = Highway(self.init_scale, self.dtype, name=f"highway{number}")(x)
     stack = recurrent.LSTMStack(
-      self.units, self.layers, self.dropout, self.init_scale, cudnn=False, dtype=self.dtype, name="lstm"
+      self.units, self.layers, self.dropout, self.init_scale, self.cudnn, self.dtype, name="lstm"
     )
     x, carry = stack(x, carry, train=train, positions=positions)
     classifier = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=draw, bias_init=draw, name="classifier")
@@ -142,16 +143,18 @@ def char_cnn_lstm(
   layers: int,
   dropout: float,
   init_scale: float,
+  cudnn: bool,
   max_word_length: int,
 ) -> Model:
   """Returns a language model that reads words as characters: filters of widths 1 to `max_width`, highway, LSTM.
 
   There are min(`filters_at_most`, `filters_per_width` * w) filters of width w. Words are read up to `max_word_length`
   characters, boundaries included; `<eos>` and `<unk>` are one symbol each. Every parameter is drawn evenly from
-  +-`init_scale`, but for the highway gates' biases, -2. Dropout is behind the LSTM layers alone. Raises a ConfigError
-  for an option out of range, for images, and for a data set without its vocabulary.
+  +-`init_scale`, but for the highway gates' biases, -2. Dropout is behind the LSTM layers alone. With `cudnn` these run
+  by cuDNN, from and to the same parameters; float32 on NVIDIA GPUs only. Raises a ConfigError for an option out of
+  range, for images, for a data set without its vocabulary, and where cuDNN was asked for and cannot be had.
   """
-  recurrent.check_options(units=units, layers=layers, dropout=dropout, init_scale=init_scale)
+  recurrent.check_options(units=units, layers=layers, dropout=dropout, init_scale=init_scale, cudnn=cudnn, dtype=dtype)
   common.check_positive(
     char_embedding=char_embedding,
     max_width=max_width,
@@ -170,7 +173,17 @@ def char_cnn_lstm(
   table, characters = character_table(spec.words, max_word_length, max_width)
   filters = tuple(min(filters_at_most, filters_per_width * width) for width in range(1, max_width + 1))
   module = CharCNNLSTM(
-    char_embedding, filters, characters, highway_layers, units, layers, dropout, init_scale, spec.num_classes, dtype
+    char_embedding,
+    filters,
+    characters,
+    highway_layers,
+    units,
+    layers,
+    dropout,
+    init_scale,
+    cudnn,
+    spec.num_classes,
+    dtype,
   )
 
   def read(inputs):  # [B, T] -> [B, T, L]

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from ban_jax.errors import ConfigError
 from ban_jax.models import common, recurrent
 from ban_jax.types import InputSpec, Model
 
@@ -61,12 +60,8 @@ def lstm(
   layers run by cuDNN, from and to the same parameters; float32 on NVIDIA GPUs only. Raises a ConfigError for an option
   out of range, for images, and where cuDNN was asked for and cannot be had.
   """
-  recurrent.check_options(units=units, layers=layers, dropout=dropout, init_scale=init_scale)
+  recurrent.check_options(units=units, layers=layers, dropout=dropout, init_scale=init_scale, cudnn=cudnn, dtype=dtype)
   name = f"lstm_{layers}x{units}"
   common.require_kind(name, "tokens", spec)
-  if not isinstance(cudnn, bool):
-    raise ConfigError(f"model.cudnn={cudnn}: True or False is expected")
-  if cudnn:
-    recurrent.check_cudnn(dtype)
   module = TiedLSTM(units, layers, dropout, init_scale, cudnn, spec.num_classes, dtype)
   return recurrent.from_token_module(name, module, spec, units=units, layers=layers)

@@ -195,8 +195,8 @@ def from_token_module(
   return Model(name, spec, init, init_carry, apply)
 
 
-def check_options(*, units: int, layers: int, dropout: float, init_scale: float) -> None:
-  """Raises a ConfigError for an option that is out of range."""
+def check_options(*, units: int, layers: int, dropout: float, init_scale: float, cudnn: bool, dtype: Any) -> None:
+  """Raises a ConfigError for an option out of range, and where cuDNN is asked for and cannot be had."""
   common.check_positive(units=units, layers=layers)
   common.check_dropout(dropout)
   if not isinstance(init_scale, numbers.Real) or not 0 < init_scale < math.inf:
@@ -204,6 +204,10 @@ def check_options(*, units: int, layers: int, dropout: float, init_scale: float)
   float32 = np.finfo(np.float32)
   if not float(float32.tiny) <= 2 * init_scale <= float(float32.max):
     raise ConfigError(f"model.init_scale={init_scale}: the width of the range drawn from, twice it, must fit float32")
+  if not isinstance(cudnn, bool):
+    raise ConfigError(f"model.cudnn={cudnn}: True or False is expected")
+  if cudnn:
+    check_cudnn(dtype)
 
 
 def check_cudnn(dtype: Any) -> None:
