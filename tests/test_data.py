@@ -306,6 +306,16 @@ def test_directory_that_cannot_be_written_is_told(tmp_path):
     data.load(group(name="cifar10", dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+  ("directory", "message"),
+  [("a" * 300, "/a{300} cannot be looked into: .*File name too long"), ("~nobody-here/x", "~nobody-here/x: .*home")],
+)
+def test_directory_that_cannot_be_looked_into_is_told(directory, message, no_connections):
+  with pytest.raises(DataError, match=f"^cifar10: .*{message}.* Set data.dir to another directory$"):
+    data.load(group(name="cifar10", dir=directory))
+  assert not no_connections
+
+
 READ = "import sys; from ban_jax.data import cifar, images as i; splits = cifar.read('cifar10', sys.argv[1]); " \
   "print(i.digest({split: part._asdict() for split, part in splits.items()}))"  # fmt: skip
 

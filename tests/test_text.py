@@ -237,6 +237,12 @@ def test_a_ptb_file_that_cannot_be_read_is_told(tmp_path):
     data.load(cfg)
 
 
+def test_a_ptb_directory_that_cannot_be_looked_into_is_told():
+  name = "a" * 300  # as an unsearchable directory, it answers not even whether there is a file
+  with pytest.raises(DataError, match=f"^ptb: {name}/ptb.train.txt cannot be read: .*File name too long"):
+    data.load(group(name="ptb", dir=name))
+
+
 def test_the_real_penn_treebank(caplog):
   directory = SHARED / "data/ptb"
   if not directory.exists():

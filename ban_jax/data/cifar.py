@@ -87,10 +87,18 @@ def read(name: str, directory: str) -> dict[str, Examples]:
   """Returns the "train" and "test" examples, in the archive's order, and prepares them first where that is needed.
 
   `directory` "" is TensorFlow Datasets' default. Raises DataError, saying what to do, where the data set is neither
-  prepared nor can be, or is prepared in another format or broken.
+  prepared nor can be, or is prepared in another format or broken, and where the directory cannot be looked into.
   """
-  root = pathlib.Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-  return _read(name, root.absolute())
+  root = pathlib.Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  advice = "Set data.dir to another directory"
+  try:
+    root = root.expanduser().absolute()
+  except RuntimeError as error:
+    raise DataError(f"{name}: {root}: {_brief(error)}. {advice}") from error
+  try:
+    return _read(name, root)
+  except OSError as error:  # of the questions what is there; what is opened has messages of its own
+    raise DataError(f"{name}: {root} cannot be looked into: {_brief(error)}. {advice}") from error
 
 
 @functools.lru_cache(maxsize=2)  # subsets of one data set in one process: decoded once

@@ -40,7 +40,7 @@ def load_ptb(*, directory: str, train_examples: int, window: int) -> Dataset:
 
   Reads the three files that the user has put into `directory`: words between white space, `<eos>` at each line's end.
   The vocabulary is train's. Raises a ConfigError where no directory is named, and a DataError, naming file and line,
-  for a file that is missing, blank or not UTF-8, and for a word that is not in the vocabulary.
+  for a file that is missing, blank, not UTF-8 or not to be read, and for a word that is not in the vocabulary.
   """
   expected = (
     f"ptb is read from {', '.join(PTB_FILES.values())} in the directory that data.dir names; nothing is downloaded: the"
@@ -49,7 +49,7 @@ def load_ptb(*, directory: str, train_examples: int, window: int) -> Dataset:
   if not directory:
     raise ConfigError(f'data.dir = "": {expected}')
   paths = {split: pathlib.Path(os.path.expanduser(directory)) / file for split, file in PTB_FILES.items()}
-  missing = [str(path) for path in paths.values() if not path.exists()]
+  missing = [str(path) for path in paths.values() if _is_missing(path)]
   if missing:
     raise DataError(f"ptb: missing: {', '.join(missing)}; {expected}")
   lines = {split: _read_lines(path) for split, path in paths.items()}
@@ -69,6 +69,17 @@ def load_ptb(*, directory: str, train_examples: int, window: int) -> Dataset:
       "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", directory, sizes, PTB_SIZES
     )
   return build("ptb", lines, words, train_examples=train_examples, window=window)
+
+
+def _is_missing(path: pathlib.Path) -> bool:
+  """Returns whether there is no such file. Where that cannot be told it is not missing: reading it will say why."""
+  try:
+    path.stat()
+  except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that no file can have
+    return True
+  except OSError:
+    return False
+  return False
 
 
 def _read_lines(path: pathlib.Path) -> Lines:
