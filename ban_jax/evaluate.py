@@ -70,13 +70,20 @@ def check_least(cfg: ConfigDict, least: Mapping[str, int]) -> None:
 
 
 def check_evaluation(cfg: ConfigDict, dataset: Dataset) -> None:
-  """Raises a ConfigError where a batch to be evaluated has more rows than any split has examples, or tokens."""
-  most = max(dataset.sizes.values())
+  """Raises a ConfigError where a batch to be evaluated has more rows than any split has examples, or windows."""
+  most = max(_entries(dataset, split) for split in dataset.splits)
+  text = dataset.spec.kind == "tokens"
+  what = f"the windows of {dataset.spec.shape[0]} tokens in" if text else "the size of"
   for name in ("batch_size", "training_batch_size"):
     if cfg.evaluate[name] > most:
       raise ConfigError(
-        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, the size of {dataset.name}'s largest split"
+        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, {what} {dataset.name}'s largest split"
       )
+
+
+def _entries(dataset: Dataset, split: str) -> int:
+  """Returns how many rows a split's examples take, or of a text its windows."""
+  return len(dataset.eval_order(split, 1))
 
 
 def evaluate(
@@ -183,9 +190,12 @@ def _sum_over(
 ) -> dict[str, np.ndarray]:
   """Returns the float64 sums of an evaluating step over every example of a split, each exactly once.
 
-  Where the devices cannot share the batch equally, it is rounded up; but a model with a carry keeps its batch, since
-  more rows would start more streams from a zero state, and runs on as many of each process's devices as can share it.
+  A batch larger than the split is cut to the rows that there are, and to what the devices can share equally. Where they
+  cannot share the batch, it is rounded up; but a model with a carry keeps its batch, since more rows would start more
+  streams from a zero state, and runs on as many of each process's devices as can share it.
   """
+  # Whatever is cut off is padding, also of a text: with a row for every window there are no more streams to start.
+  batch_size = min(batch_size, -(-_entries(dataset, split) // len(devices)) * len(devices))
   if batch_size % len(devices):
     if any(jax.tree.leaves(model.init_carry(1)) for model in models):
       own = devices_lib.local(devices)

@@ -1,5 +1,6 @@
 """Evaluation against numbers worked out by hand and by scikit-learn; every example once; ensembles."""
 
+import functools
 import itertools
 
 import jax
@@ -112,6 +113,26 @@ def test_other_splits():
 
 def test_a_batch_larger_than_the_split_is_filled_up():
   got = ban_jax.evaluate(network(0), config(evaluate__batch_size=1000), split="train")
+  assert got["count"] == 100
+  np.testing.assert_allclose(got["nll"], by_hand(probabilities(network(0), "train"), labels("train"))["nll"], rtol=2e-5)
+
+
+def watched(model, seen):
+  """Returns the model; it notes how many rows a device gives it."""
+
+  def apply(variables, carry, inputs, **options):
+    seen.append(len(inputs))
+    return model.apply(variables, carry, inputs, **options)
+
+  return model._replace(apply=apply)
+
+
+@pytest.mark.parametrize(("batch_size", "count", "rows"), [(1397, 1, 100), (98, 4, 25), (102, 4, 25), (60, 1, 60)])
+def test_a_batch_larger_than_the_split_costs_no_padding(batch_size, count, rows):
+  dataset, seen = data.load(CFG.data), []
+  model = watched(models.make_model(CFG.model, dataset.spec), seen)
+  got = evaluate_trees((model,), (network(0),), dataset, "train", batch_size, tuple(jax.devices()[:count]))
+  assert set(seen) == {rows}
   assert got["count"] == 100
   np.testing.assert_allclose(got["nll"], by_hand(probabilities(network(0), "train"), labels("train"))["nll"], rtol=2e-5)
 
@@ -242,30 +263,6 @@ def test_networks_of_nearly_the_same_outputs_are_told_apart():
   np.testing.assert_allclose(got[0, 1], scipy.stats.entropy(*softmax, axis=-1).sum(), rtol=0.05)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_language_models_are_compared_token_by_token_along_the_text(count):
-  lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
-  dataset = text.build(
-    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), train_examples=0, window=10
-  )
-  small = presets.MODELS["lstm_32"].to_dict()
-  networks = tuple(models.make_model(small | {"layers": layers, "init_scale": 2.0}, dataset.spec) for layers in (1, 2))
-  trees = tuple(jax.device_get(model.init(jax.random.key(0))) for model in networks)
-  got = compare_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
-  # The whole stream as a single window: no state has to be carried, and the 103 tokens end within their 11th window.
-  tokens = dataset.splits["test"]["tokens"]
-  outputs = [
-    np.asarray(jax.nn.softmax(model.apply(tree, model.init_carry(1), tokens[None, :-1], train=False)[0])[0], np.float64)
-    for model, tree in zip(networks, trees, strict=True)
-  ]
-  agreement, kl = pairs_by_hand(outputs)
-  assert got["count"] == len(tokens) - 1 == 103
-  np.testing.assert_allclose(got["agreement"], agreement, rtol=1e-12)
-  np.testing.assert_allclose(got["kl"], kl, rtol=1e-3, atol=1e-6)
-  assert got["kl"][0, 1] > 0.01
-  assert evaluate_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))["count"] == 103
-
-
 def test_pairs_are_refused_as_ensembles_are():
   with pytest.raises(ConfigError, match="validation.*test, train"):
     ban_jax.compare(network(0), CFG, split="validation")
@@ -275,3 +272,65 @@ def test_pairs_are_refused_as_ensembles_are():
     ban_jax.reliability([], CFG)
   with pytest.raises(CheckpointError, match="member 2 does not fit"):
     ban_jax.compare([network(0), {"params": {}, "batch_stats": {}}], CFG)
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def text_and_networks():
+  """Returns a text of 103 tokens in windows of 10, two language models of great weights, and their variables."""
+  lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
+  dataset = text.build(
+    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), train_examples=0, window=10
+  )
+  small = presets.MODELS["lstm_32"].to_dict()
+  networks = tuple(models.make_model(small | {"layers": layers, "init_scale": 2.0}, dataset.spec) for layers in (1, 2))
+  return dataset, networks, tuple(jax.device_get(model.init(jax.random.key(0))) for model in networks)
+
+
+def stream_probabilities(dataset, networks, trees):
+  """Returns the networks' softmax outputs [tokens, n], the whole stream read as a single window.
+
+  So no state has to be carried, and the tokens end within what is their 11th window elsewhere.
+  """
+  inputs = dataset.splits["test"]["tokens"][None, :-1]
+  return [
+    np.asarray(jax.nn.softmax(model.apply(tree, model.init_carry(1), inputs, train=False)[0])[0], np.float64)
+    for model, tree in zip(networks, trees, strict=True)
+  ]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_language_models_are_compared_token_by_token_along_the_text(count):
+  dataset, networks, trees = text_and_networks()
+  got = compare_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
+  agreement, kl = pairs_by_hand(stream_probabilities(dataset, networks, trees))
+  assert got["count"] == dataset.sizes["test"] == 103
+  np.testing.assert_allclose(got["agreement"], agreement, rtol=1e-12)
+  np.testing.assert_allclose(got["kl"], kl, rtol=1e-3, atol=1e-6)
+  assert got["kl"][0, 1] > 0.01
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "count", "rows"),
+  [(11, 1, 11), (1000, 1, 11), (12, 4, 3), (1000, 4, 3), (13, 4, 3), (11, 4, 11), (7, 1, 7)],
+)
+def test_a_batch_of_more_rows_than_windows_costs_no_padding(batch_size, count, rows):
+  dataset, networks, trees = text_and_networks()  # 11 windows, the last of 3 tokens
+  seen = []
+  model = watched(networks[1], seen)
+  got = evaluate_trees((model,), trees[1:], dataset, "test", batch_size, tuple(jax.devices()[:count]))
+  assert set(seen) == {rows}
+  assert got["count"] == 103
+  # A row begins without a state: of as many rows as windows each window does.
+  tokens = np.append(dataset.splits["test"]["tokens"], [0] * 7)
+  each = -(-11 // batch_size) * 10
+  logs = [
+    jax.nn.log_softmax(model.apply(trees[1], model.init_carry(1), tokens[None, start : start + each], train=False)[0])[
+      0
+    ]
+    for start in range(0, 110, each)
+  ]
+  own = np.concatenate(logs)[:103]
+  np.testing.assert_allclose(got["nll"], -own[np.arange(103), tokens[1:104]].mean(), rtol=2e-5)

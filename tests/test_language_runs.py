@@ -10,7 +10,7 @@ import ban_jax
 from ban_jax import checkpoint, data, optim, train
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError, TrainingError
-from ban_jax.evaluate import evaluate_trees, make_models
+from ban_jax.evaluate import check_evaluation, evaluate_trees, make_models
 from configs import digits, pydoc
 
 QUIET = {"progress": False}
@@ -254,6 +254,21 @@ def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
   # What tells the streams apart is small, and exactly repeatable.
   assert by_devices[1, 1] != by_devices[6, 1]
   assert by_devices[1, 1]["perplexity"] == pytest.approx(np.exp(by_devices[1, 1]["nll"]))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "training_batch_size"])
+def test_a_batch_of_more_rows_than_any_split_has_windows_is_refused_at_once(teacher, name):
+  dataset = data.load(config().data)
+  windows = max(-(-size // 10) for size in dataset.sizes.values())
+  check_evaluation(config(**{f"evaluate__{name}": windows}), dataset)
+  cfg = config(**{f"evaluate__{name}": windows + 1})
+  message = (
+    f"evaluate.{name}={windows + 1}: expected at most {windows}, the windows of 10 tokens in pydoc's largest split"
+  )
+  for call in (lambda: ban_jax.train_generation(None, cfg, **QUIET), lambda: ban_jax.evaluate(teacher, cfg)):
+    with pytest.raises(ConfigError) as error:
+      call()
+    assert str(error.value) == message
 
 
 def test_the_reported_numbers_are_those_of_the_reported_batch():
