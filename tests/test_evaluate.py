@@ -312,6 +312,23 @@ def test_language_models_are_compared_token_by_token_along_the_text(count):
   assert got["kl"][0, 1] > 0.01
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_ensemble_of_language_models_is_the_mean_of_their_probabilities_along_the_text(count):
+  dataset, networks, trees = text_and_networks()
+  got = evaluate_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
+  labels = dataset.splits["test"]["tokens"][1:]
+  members = [p / p.sum(-1, keepdims=True) for p in stream_probabilities(dataset, networks, trees)]
+  mean = np.mean(members, axis=0)
+  nll = -np.log(mean[np.arange(103), labels]).mean()
+  assert got["count"] == 103
+  np.testing.assert_allclose(got["nll"], nll, rtol=2e-5)
+  np.testing.assert_allclose(got["perplexity"], np.exp(nll), rtol=1e-4)
+  np.testing.assert_allclose(got["error"], 100 * (mean.argmax(-1) != labels).mean(), rtol=1e-6)
+  geometric = np.exp(np.mean(np.log(members), axis=0))
+  geometric /= geometric.sum(-1, keepdims=True)
+  assert abs(-np.log(geometric[np.arange(103), labels]).mean() - nll) > 0.01, "another mean would not be noticed"
+
+
 @pytest.mark.parametrize(
   ("batch_size", "count", "rows"),
   [(11, 1, 11), (1000, 1, 11), (12, 4, 3), (1000, 4, 3), (13, 4, 3), (11, 4, 11), (7, 1, 7)],
