@@ -107,22 +107,25 @@ def interrupted(*_):
   raise KeyboardInterrupt
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(teacher, tmp_path, monkeypatch):
-  # 10 steps an epoch, a checkpoint at step 26 of 30: the carry is that of the third epoch's sixth window, and the rate
-  # has fallen twice. The student's and the teacher's states are both carried on.
-  cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
+# 10 steps an epoch, and the rate falls behind the second. At step 26 of 30 the carry is that of the third epoch's sixth
+# window; at step 20 the checkpoint is of the very step behind which the rate falls, and a new carry begins. The
+# student's and the teacher's states are both carried on.
+@pytest.mark.parametrize(("every", "newest"), [(13, 26), (20, 20)])
+def test_a_resumed_run_ends_with_the_same_bytes(every, newest, teacher, tmp_path, monkeypatch):
+  cfg = config(train__epochs=3, train__checkpoint_every=every, optim__threshold=1000.0)
   whole = ban_jax.train_generation(teacher, cfg, **QUIET)
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
   with checkpoint.open_steps(checkpoint.resolve_workdir(tmp_path) / "gen_1" / "steps") as manager:
-    assert manager.latest_step() == 26
+    assert manager.latest_step() == newest
   resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
   assert checkpoint.digest(resumed.params) == checkpoint.digest(whole.params)
   for row, other in zip(resumed.history, whole.history, strict=True):
     assert {**row, "seconds": 0} == {**other, "seconds": 0}
   assert resumed.metrics == whole.metrics
+  assert [row["learning_rate"] for row in whole.history] == [20.0, 20.0, 5.0]
 
 
 def test_other_teachers_are_refused_and_cost_no_checkpoint(teacher, tmp_path, monkeypatch):
@@ -245,12 +248,13 @@ def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
   trees = (checkpoint.thaw(teacher.params),)
   by_devices = {
     (rows, count): evaluate_trees((model,), trees, dataset, "validation", rows, tuple(jax.devices()[:count]))
-    for rows, count in ((1, 1), (1, 4), (6, 1), (6, 4), (4, 4))
+    for rows, count in ((1, 1), (1, 4), (6, 1), (6, 4), (4, 1), (4, 4))
   }
   assert {metrics["count"] for metrics in by_devices.values()} == {dataset.sizes["validation"]}
   # Four devices do not make four streams of one, nor eight of six.
   assert by_devices[1, 4] == by_devices[1, 1]
-  assert by_devices[6, 4]["nll"] == pytest.approx(by_devices[6, 1]["nll"], rel=1e-5)
+  for rows in (4, 6):
+    assert by_devices[rows, 4]["nll"] == pytest.approx(by_devices[rows, 1]["nll"], rel=1e-5)
   # What tells the streams apart is small, and exactly repeatable.
   assert by_devices[1, 1] != by_devices[6, 1]
   assert by_devices[1, 1]["perplexity"] == pytest.approx(np.exp(by_devices[1, 1]["nll"]))
