@@ -61,8 +61,8 @@ ROWS = (
 
 # Table 6, with the millions that the paper prints.
 LANGUAGE_ROWS = (("lstm", "52"), ("lstm_1", "52"), ("cnn_lstm", "19"))
-# The Penn Treebank's vocabulary has so many words, written in so many characters.
-WORDS, CHARACTERS = 10_000, 48
+# The Penn Treebank's vocabulary has so many words, written in so many characters and the two symbols <unk> and <eos>.
+WORDS, CHARACTERS = 10_000, 46
 
 LANGUAGE_FOOTNOTES = """\
 With the Penn Treebank's 10,000 words; the LSTMs' embedding is their output's kernel, the CNN-LSTM's output has its own.

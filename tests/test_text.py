@@ -16,7 +16,9 @@ from ban_jax import data
 from ban_jax.data import text
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.evaluate import evaluate_trees
+from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
 from ban_jax.types import InputSpec, Model
+from experiments import parameters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
@@ -257,6 +259,10 @@ def test_the_real_penn_treebank(caplog):
   assert sentence(dataset, "validation").startswith("<eos> consumers may want to move their telephones a little")
   assert caplog.text == ""
   assert dataset.train_order(jax.random.key(0), 32).shape == (929_589 // 35 // 32, 32)
+  # By these the CNN-LSTM's parameters are counted; its table has them, the two symbols, two boundaries and the padding.
+  characters = set("".join(word for word in dataset.spec.words if word not in SYMBOLS))
+  assert len(characters) == parameters.CHARACTERS == 46
+  assert character_table(dataset.spec.words, 65, 7)[1] == 51
 
 
 # --- The Python manual ------------------------------------------------------------------------------------------------
