@@ -386,37 +386,60 @@ def _remove_leftovers(directory: epath.Path) -> None:
     (directory / leftover).rmtree(missing_ok=True)
 
 
+def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str, float]], dict[str, Any]] | None:
+  """Returns a finished generation's metrics, history and manifest, or None where it is not finished.
+
+  Raises a CheckpointError where metrics or history are not those that the manifest vouches for.
+  """
+  if not (directory / "manifest.json").exists():
+    return None
+  try:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    metrics = json.loads((directory / "metrics.json").read_text())
+    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    expected = manifest["records_digest"]
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise _unreadable(directory, error) from error
+  if _record_digest([metrics, history]) != expected:
+    raise CheckpointError(
+      f"{directory}/metrics.json or history.jsonl was changed: their digest is not the manifest's; {_remedy(directory)}"
+    )
+  return metrics, history, manifest
+
+
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   """Returns a finished generation and its manifest, or None where it is not finished.
 
   Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for.
   """
-  if not (directory / "manifest.json").exists():
+  records = read_records(directory)
+  if records is None:
     return None
   import orbax.checkpoint as ocp
 
-  remedy = f"remove {directory} to train it again"
+  metrics, history, manifest = records
   try:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    metrics = json.loads((directory / "metrics.json").read_text())
-    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     with ocp.StandardCheckpointer() as checkpointer:
       variables = checkpointer.restore(directory / "params")
-    index, expected = manifest["generation"], (manifest["digest"], manifest["records_digest"])
+    index, expected = manifest["generation"], manifest["digest"]
   except Exception as error:  # Orbax raises nearly anything for a broken file
-    raise CheckpointError(
-      f"{directory} is damaged and cannot be read ({type(error).__name__}: {_first_line(error)}); {remedy}"
-    ) from error
-  if digest(variables) != expected[0]:
-    raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {remedy}")
-  if _record_digest([metrics, history]) != expected[1]:
-    raise CheckpointError(
-      f"{directory}/metrics.json or history.jsonl was changed: their digest is not the manifest's; {remedy}"
-    )
+    raise _unreadable(directory, error) from error
+  if digest(variables) != expected:
+    raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
   if devices.is_primary():
     _remove_leftovers(directory)
   params = freeze({name: tree for name, tree in variables.items() if name != "lineage"}, index)
   return Generation(index, params, metrics, tuple(history)), manifest
+
+
+def _unreadable(directory: epath.Path, error: Exception) -> CheckpointError:
+  return CheckpointError(
+    f"{directory} is damaged and cannot be read ({type(error).__name__}: {_first_line(error)}); {_remedy(directory)}"
+  )
+
+
+def _remedy(directory: epath.Path) -> str:
+  return f"remove {directory} to train it again"
 
 
 @functools.cache

@@ -24,6 +24,10 @@ class CheckpointError(BanError, RuntimeError):
   """A run directory or parameter tree that does not belong to what was asked of it."""
 
 
+class InUseError(CheckpointError):
+  """A run directory that another process works on."""
+
+
 class TrainingError(BanError, RuntimeError):
   """A training that came to numbers that are not finite."""
 

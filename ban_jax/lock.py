@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ban_jax.errors import CheckpointError
+from ban_jax.errors import CheckpointError, InUseError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _guard = threading.Lock()
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path) -> Iterator[None]:
-  """Holds a run directory for this thread while the block runs, or raises a CheckpointError that says who has it."""
+  """Holds a run directory for this thread while the block runs, or raises an InUseError that says who has it."""
   name, thread = str(workdir), threading.get_ident()
   with _guard:
     if _held.get(name, thread) != thread:
@@ -49,8 +49,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
       del _held[name]
 
 
-def _in_use(workdir: epath.Path, owner: str) -> CheckpointError:
-  return CheckpointError(f"workdir {workdir} is in use by {owner}; wait until it ends, or give another workdir")
+def _in_use(workdir: epath.Path, owner: str) -> InUseError:
+  return InUseError(f"workdir {workdir} is in use by {owner}; wait until it ends, or give another workdir")
 
 
 def _owner() -> str:

@@ -18,7 +18,7 @@ from ban_jax.errors import ConfigError, DataError
 from ban_jax.evaluate import evaluate_trees
 from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
 from ban_jax.types import InputSpec, Model
-from experiments import parameters
+from experiments import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
@@ -261,7 +261,7 @@ def test_the_real_penn_treebank(caplog):
   assert dataset.train_order(jax.random.key(0), 32).shape == (929_589 // 35 // 32, 32)
   # By these the CNN-LSTM's parameters are counted; its table has them, the two symbols, two boundaries and the padding.
   characters = set("".join(word for word in dataset.spec.words if word not in SYMBOLS))
-  assert len(characters) == parameters.CHARACTERS == 46
+  assert len(characters) == programs.CHARACTERS == 46
   assert character_table(dataset.spec.words, 65, 7)[1] == 51
 
 
