@@ -19,6 +19,7 @@ from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
 from configs import presets
 from experiments import cli
+from experiments.programs import WORDS, made_up_words
 
 _MEMORY = flags.DEFINE_bool("memory", False, "also count the memory of a training step of --network")
 _DENSENETS = sorted(name for name in presets.MODELS if name.startswith("densenet"))
@@ -61,9 +62,6 @@ ROWS = (
 
 # Table 6, with the millions that the paper prints.
 LANGUAGE_ROWS = (("lstm", "52"), ("lstm_1", "52"), ("cnn_lstm", "19"))
-# The Penn Treebank's vocabulary has so many words, written in so many characters and the two symbols <unk> and <eos>.
-WORDS, CHARACTERS = 10_000, 46
-
 LANGUAGE_FOOTNOTES = """\
 With the Penn Treebank's 10,000 words; the LSTMs' embedding is their output's kernel, the CNN-LSTM's output has its own.
 The paper's text says that its LSTM has one layer; 52M parameters are nearer to two, which is why `lstm` has two."""
@@ -141,11 +139,7 @@ def table() -> list[str]:
 
 def language_table() -> list[str]:
   """Returns the lines of Table 6's networks, in Markdown."""
-  # Of the words only their number counts, and of their characters.
-  characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
-  words = ("<eos>", "<unk>", *characters)
-  words += tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
-  spec = InputSpec("tokens", (35,), WORDS, words)
+  spec = InputSpec("tokens", (35,), WORDS, made_up_words())
   lines = [
     "| network  | table | LSTM layers | parameters | paper | difference |",
     "|----------|-------|-------------|------------|-------|------------|",

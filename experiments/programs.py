@@ -1,11 +1,12 @@
 """The programs of a configuration's training and evaluation steps, with their arguments' shapes and their operations.
 
-Nothing is trained: what a step costs is counted on the traced program, and of CIFAR not even the data are needed.
+Nothing is trained: what a step costs is counted on the traced program. Of CIFAR and the Penn Treebank not even the data
+are needed.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,15 @@ from ml_collections import ConfigDict
 
 from ban_jax import data, losses, optim
 from ban_jax import devices as devices_lib
-from ban_jax.data import images
+from ban_jax.data import images, text
 from ban_jax.evaluate import make_models
 from ban_jax.step import make_eval_step, make_train_step
 from ban_jax.types import Batch, Devices, InputSpec, TrainState
 
 _CLASSES = {"cifar10": 10, "cifar100": 100}
+_CIFAR_EXAMPLES = 50_000
+# The Penn Treebank's training tokens, its words, and the characters that these are written in.
+_PTB_TOKENS, WORDS, CHARACTERS = 929_589, 10_000, 46
 
 
 class Program(NamedTuple):
@@ -30,22 +34,39 @@ class Program(NamedTuple):
   arguments: tuple[Any, ...]
 
 
+class Described(NamedTuple):
+  """What the steps must know of a data set, its arrays' shapes, and how many steps an epoch of training has."""
+
+  spec: InputSpec
+  fetch: Callable[..., Batch]
+  arrays: dict[str, jax.ShapeDtypeStruct]
+  steps_per_epoch: int
+
+
+class Work(NamedTuple):
+  """What an epoch of training is: its steps, and the floating-point operations of each."""
+
+  steps_per_epoch: int
+  flops: int
+
+
 def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
   """Returns a configuration's training step, a student's or (not `taught`) generation 0's, with its arguments' shapes.
 
-  Of CIFAR only the shapes are needed; other data sets are loaded. Raises a ConfigError or DataError as a run would.
+  Of CIFAR and PTB only the shapes are needed; others are loaded. Raises a ConfigError or DataError as a run would.
   """
   devices_lib.check_batch_size(cfg.train.batch_size, devices)
-  spec, fetch, arrays = _describe(cfg)
+  spec, fetch, arrays, _ = describe(cfg)
   teacher, student = make_models(cfg, spec)
-  student, teachers = (student, (teacher,)) if taught else (teacher, ())
+  loss = losses.make_loss(cfg.loss if taught else {**cfg.loss, "name": "label"})
+  student, teachers = (student if taught else teacher), ((teacher,) if loss.needs_teacher else ())
   frozen = student.inherits if taught else ()
   optimizer = optim.make_optimizer(cfg.optim, 1)
   step = make_train_step(
     student=student,
     teachers=teachers,
     frozen=frozen,
-    loss=losses.make_loss(cfg.loss if taught else {**cfg.loss, "name": "label"}),
+    loss=loss,
     optimizer=optimizer,
     fetch=fetch,
     devices=devices,
@@ -71,7 +92,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
 def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
   devices_lib.check_batch_size(cfg.train.batch_size, devices)
-  spec, fetch, arrays = _describe(cfg)
+  spec, fetch, arrays, _ = describe(cfg)
   _, model = make_models(cfg, spec)
   rows = cfg.train.batch_size // len(devices)
   variables = jax.eval_shape(model.init, jax.random.key(0))
@@ -81,17 +102,38 @@ def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   return Program(make_eval_step((model,), fetch, devices), arguments)
 
 
-def _describe(cfg: ConfigDict) -> tuple[InputSpec, Callable[..., Batch], dict[str, jax.ShapeDtypeStruct]]:
-  """Returns what the steps must know of a configuration's data set: its spec, its `fetch` and its arrays' shapes."""
+def work(cfg: ConfigDict, devices: Sequence[jax.Device], *, taught: bool = True) -> Work:
+  """Returns what an epoch of training is, by all devices together; arguments and errors are `train_program`'s."""
+  flops = count_flops(train_program(cfg, tuple(devices), taught=taught)) * len(devices)
+  return Work(describe(cfg).steps_per_epoch, flops)
+
+
+def describe(cfg: ConfigDict) -> Described:
+  """Returns what is to be known of a configuration's data set; raises a DataError where it is needed and missing."""
+  batch = cfg.train.batch_size
   if cfg.data.name in _CLASSES:
-    shapes = {"images": (50_000, 32, 32, 3), "labels": (50_000,), "mean": (3,), "std": (3,)}
+    shapes = {"images": (_CIFAR_EXAMPLES, 32, 32, 3), "labels": (_CIFAR_EXAMPLES,), "mean": (3,), "std": (3,)}
     dtypes = {"images": np.uint8, "labels": np.int32, "mean": np.float32, "std": np.float32}
     arrays = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
     spec = InputSpec("images", (32, 32, 3), _CLASSES[cfg.data.name])
-    return spec, images.make_fetch(cfg.data.pad, cfg.data.flip), arrays
+    examples = (cfg.data.train_examples or _CIFAR_EXAMPLES) * (1 - cfg.data.validation)
+    return Described(spec, images.make_fetch(cfg.data.pad, cfg.data.flip), arrays, int(examples) // batch)
+  if cfg.data.name == "ptb":
+    arrays = {"tokens": jax.ShapeDtypeStruct((_PTB_TOKENS + 1,), np.int32)}
+    windows = (cfg.data.train_examples or _PTB_TOKENS) // cfg.data.window
+    spec = InputSpec("tokens", (cfg.data.window,), WORDS, made_up_words())
+    return Described(spec, text.make_fetch(cfg.data.window), arrays, windows // batch)
   dataset = data.load(cfg.data)
   arrays = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in dataset.splits["train"].items()}
-  return dataset.spec, dataset.fetch, arrays
+  return Described(dataset.spec, dataset.fetch, arrays, len(dataset.train_order(jax.random.key(0), batch)))
+
+
+@functools.cache
+def made_up_words() -> tuple[str, ...]:
+  """Returns as many words as the Penn Treebank has, in as many characters: all that a network's shapes depend on."""
+  characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
+  words = ("<eos>", "<unk>", *characters)
+  return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
 
 
 def _on_each(devices: Devices, tree: Any) -> Any:

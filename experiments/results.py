@@ -58,23 +58,27 @@ def evaluate_run(
   for name, indices in rows.items():
     own = [digests[index] for index in indices]
     if kept.get(name, {}).get("members") != own:
-      fresh[name] = {"members": own, "metrics": _evaluate([generations[index] for index in indices], cfg, devices)}
+      fresh[name] = {"members": own, "metrics": evaluate([generations[index] for index in indices], cfg, devices)}
     results[name] = (fresh.get(name) or kept[name])["metrics"]
   if fresh and is_primary():
     report.write_json(record, kept | fresh)
   return results, not fresh
 
 
-def _evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequence[jax.Device]) -> Metrics:
+def evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequence[jax.Device]) -> Metrics:
   """Returns a row's metrics on the test split and, of text, the validation perplexity, as Table 6 has both."""
   if len(generations) == 1:  # evaluated at its end already
-    own = generations[0].metrics
-    metrics = {name.removeprefix("test_"): value for name, value in own.items() if name.startswith("test_")}
-    return metrics | {name: own[name] for name in ("validation_perplexity",) if name in own}
+    return reported(generations[0].metrics)
   metrics = ban_jax.evaluate(generations, cfg, devices=devices)
   if "perplexity" in metrics:
     metrics["validation_perplexity"] = ban_jax.evaluate(generations, cfg, "validation", devices=devices)["perplexity"]
   return metrics
+
+
+def reported(own: Metrics) -> Metrics:
+  """Returns a generation's own metrics as a table has them: those on the test split, and the validation perplexity."""
+  metrics = {name.removeprefix("test_"): value for name, value in own.items() if name.startswith("test_")}
+  return metrics | {name: own[name] for name in ("validation_perplexity",) if name in own}
 
 
 def network(model: ConfigDict) -> str:

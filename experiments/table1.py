@@ -1,0 +1,36 @@
+"""Table 1 of Furlanello et al. 2018 (arXiv:1805.04770): CIFAR-10, a teacher and its born-again student.
+
+python experiments/table1.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
+"""
+
+from experiments import tables
+from experiments.tables import Columns, Lab, Row, Table
+
+
+def columns(lab: Lab, row: Row) -> Columns:
+  """Returns a row's networks: one that learns from the labels, and one of the same kind that learns from it."""
+  teacher = lab.teacher(row.network)
+  return {"teacher": [teacher], "BAN": [lab.student(teacher, row.network, "ban")]}
+
+
+TABLE = Table(
+  number=1,
+  title="a teacher and its born-again student",
+  dataset="cifar10",
+  rows=(
+    Row("Wide-ResNet-28-1", "wrn_28_1", {"teacher": 6.69, "BAN": 6.64}),
+    Row("Wide-ResNet-28-2", "wrn_28_2", {"teacher": 5.06, "BAN": 4.86}),
+    Row("Wide-ResNet-28-5", "wrn_28_5", {"teacher": 4.13, "BAN": 4.03}),
+    Row("Wide-ResNet-28-10", "wrn_28_10", {"teacher": 3.77, "BAN": 3.86}),
+    Row("DenseNet-112-33", "densenet_112_33", {"teacher": 3.84, "BAN": 3.61}),
+    Row("DenseNet-90-60", "densenet_90_60", {"teacher": 3.81, "BAN": 3.5}),
+    Row("DenseNet-80-80", "densenet_80_80", {"teacher": 3.48, "BAN": 3.49}),
+    Row("DenseNet-80-120", "densenet_80_120", {"teacher": 3.37, "BAN": 3.54}),
+  ),
+  columns=columns,
+  controls=tables.label_controls,
+  stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1"}},
+)
+
+if __name__ == "__main__":
+  tables.run(TABLE)

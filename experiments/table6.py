@@ -1,0 +1,37 @@
+"""Table 6 of Furlanello et al. 2018 (arXiv:1805.04770): the Penn Treebank, language models and their BAN+L students.
+
+    python experiments/table6.py --scale=paper --data_dir=PTB --workdir=runs/tables/paper
+
+PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which the user has to supply.
+"""
+
+from experiments import tables
+from experiments.tables import Columns, Lab, Row, Table
+
+
+def columns(lab: Lab, row: Row) -> Columns:
+  """Returns a row's networks: a language model, and one of the same kind that learns from it and from the text."""
+  teacher = lab.teacher(row.network)
+  return {"teacher": [teacher], "BAN+L": [lab.student(teacher, row.network, "ban_label")]}
+
+
+TABLE = Table(
+  number=6,
+  title="language models and their born-again students",
+  dataset="ptb",
+  rows=(
+    Row("CNN-LSTM", "cnn_lstm", {"teacher val": 83.69, "BAN+L val": 80.27, "teacher test": 80.05, "BAN+L test": 76.97}),
+    Row("LSTM", "lstm", {"teacher val": 75.11, "BAN+L val": 71.19, "teacher test": 71.87, "BAN+L test": 68.56}),
+  ),
+  columns=columns,
+  controls=tables.label_controls,
+  stand_ins={
+    "cpu": {"cnn_lstm": "cnn_lstm_32", "lstm": "lstm_200"},
+    "smoke": {"cnn_lstm": "cnn_lstm_32"},
+  },
+  metrics={"val": "validation_perplexity", "test": "perplexity"},
+  unit="perplexity",
+)
+
+if __name__ == "__main__":
+  tables.run(TABLE)

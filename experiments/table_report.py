@@ -1,0 +1,423 @@
+"""A table as it is written: every cell beside the paper's number, what is certain about it, and where it comes from."""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ban_jax import checkpoint
+from ban_jax.devices import is_primary
+from ban_jax.errors import ConfigError
+from ban_jax.evaluate import make_models
+from ban_jax.types import Devices
+from experiments import plan, programs, results
+from experiments.plan import Part
+
+if TYPE_CHECKING:  # heavy, or imports this
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+  from experiments.tables import Table
+
+CONFIDENCE = 0.95
+# Of the file of numbers, a line a cell; of several seeds, values and sources are separated by semicolons.
+HEADER = (
+  *("table", "row", "column", "metric", "scale", "seeds", "paper", "mean", "standard_error", "difference_from_paper"),
+  *("minus_reference", "interval_low", "interval_high", "values", "sources"),
+)
+
+
+class Cell(NamedTuple):
+  """A cell: the networks behind it by seed (none where it is only quoted), and the paper's number, if there is one."""
+
+  row: str
+  column: str
+  metric: str
+  members: tuple[tuple[Part, ...], ...]  # [seeds][members of the ensemble, or the one network]
+  paper: float | None
+  control: bool  # whether it is none of the paper's
+
+
+class Value(NamedTuple):
+  """What one seed gave a cell, and the run directories that it comes from."""
+
+  seed: int
+  value: float
+  sources: tuple[str, ...]
+
+
+Values = Mapping[tuple[str, str], Sequence[Value]]  # (row, column) -> those that are finished, by seed
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _record(members: Sequence[Part], workdir: epath.Path) -> epath.Path:
+  """Returns where an ensemble's evaluation is kept."""
+  digest = hashlib.sha256(" ".join(part.path for part in members).encode()).hexdigest()[:8]
+  return workdir / "ensembles" / f"{members[-1].run.removeprefix('runs/')}-{len(members)}-{digest}.json"
+
+
+def evaluate_ensemble(members: Sequence[Part], workdir: epath.Path, devices: Devices) -> None:
+  """Evaluates an ensemble of finished generations (Eq. 4) and keeps its metrics, unless they are kept already."""
+  if ensemble_metrics(members, workdir) is not None:
+    return
+  loaded = [checkpoint.load(workdir / part.path) for part in members]
+  metrics = results.evaluate([generation for generation, _ in loaded], members[-1].cfg, devices)
+  if is_primary():
+    path = _record(members, workdir)
+    path.parent.mkdir(exist_ok=True)
+    digests = {part.path: manifest["digest"] for part, (_, manifest) in zip(members, loaded, strict=True)}
+    _write(path, json.dumps({"members": digests, "metrics": metrics}, indent=2).encode())
+
+
+def ensemble_metrics(members: Sequence[Part], workdir: epath.Path) -> Mapping[str, float] | None:
+  """Returns an ensemble's metrics, or None where they are not there, or are those of other networks than now lie there.
+
+  Raises a CheckpointError for a damaged generation.
+  """
+  found = [plan.find(part, workdir) for part in members]
+  try:
+    kept = json.loads(_record(members, workdir).read_text())
+    now = {part.path: here and here[1]["digest"] for part, here in zip(members, found, strict=True)}
+    return kept["metrics"] if kept["members"] == now else None
+  except (FileNotFoundError, ValueError, KeyError, TypeError):  # it can be made again
+    return None
+
+
+def values_of(cells: Iterable[Cell], workdir: epath.Path) -> Values:
+  """Returns every cell's values as far as they are finished."""
+  values = {}
+  for cell in cells:
+    found = []
+    for seed, members in enumerate(cell.members):
+      if len(members) > 1:
+        metrics = ensemble_metrics(members, workdir)
+      else:
+        here = plan.find(members[0], workdir)
+        metrics = here and results.reported(here[0])
+      if metrics is not None:
+        found.append(Value(seed, float(metrics[cell.metric]), tuple(part.path for part in members)))
+    values[cell.row, cell.column] = found
+  return values
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+  """A mean of differences, paired by seed, with its confidence interval (not numbers where there is one seed)."""
+
+  mean: float
+  low: float
+  high: float
+  seeds: int
+
+
+def paired(values: Sequence[Value], reference: Sequence[Value]) -> Difference | None:
+  """Returns values minus reference over the seeds that both have, with Student's interval; None where they share none.
+
+  The interval is that of the mean of the differences at a confidence of 95%, by t with one degree less than seeds.
+  """
+  import scipy.stats
+
+  by_seed = {value.seed: value.value for value in reference}
+  differences = [value.value - by_seed[value.seed] for value in values if value.seed in by_seed]
+  if not differences:
+    return None
+  mean, error = results.mean_and_error(differences)
+  half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) if len(differences) > 1 else math.nan
+  return Difference(mean, mean - half, mean + half, len(differences))
+
+
+def mean_of(values: Sequence[Value]) -> tuple[float, float]:
+  """Returns mean and standard error of a cell's values."""
+  return results.mean_and_error([value.value for value in values])
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Returns the names, each once, in the order in which they first come."""
+  return list(dict.fromkeys(names))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """Returns a Markdown table whose first row is the header."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
+  return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def setting(cells: Sequence[Cell]) -> str:
+  """Returns what a table's networks are trained on, and for how long."""
+  cfg = next(cell.members[0][0].cfg for cell in cells if cell.members)
+  examples = "tokens" if cfg.data.window else "examples"
+  return (
+    f"scale {cfg.scale}, {cfg.data.name}, {f'{cfg.data.train_examples:,}' if cfg.data.train_examples else 'all'} "
+    f"training {examples}, {cfg.train.epochs} epochs, batch {cfg.train.batch_size}"
+  )
+
+
+class Output:
+  """The files of one table at one scale in one workdir."""
+
+  def __init__(self, table: "Table", scale: str, seeds: int, workdir: epath.Path):
+    self._table, self._scale, self._seeds, self._workdir = table, scale, seeds, workdir
+
+  def paths(self) -> list[epath.Path]:
+    """Returns the paths of table, numbers and plot."""
+    return [self._workdir / f"table{self._table.number}.{ending}" for ending in ("md", "csv", "png")]
+
+  def check(self) -> None:
+    """Raises a ConfigError where the workdir has this table at another scale: no table mixes two."""
+    path = self.paths()[1]
+    if not path.exists():
+      return
+    scales = {row.get("scale") for row in csv.DictReader(io.StringIO(path.read_text()))}
+    if scales - {self._scale}:
+      other = ", ".join(sorted(map(str, scales)))
+      raise ConfigError(f"{path} is of the scale {other}, not {self._scale}; give another --workdir")
+
+  def write(self, cells: Sequence[Cell], *, plot: bool) -> str:
+    """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table."""
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    values = values_of(cells, self._workdir)
+    text = self._text(cells, values)
+    table, numbers, picture = self.paths()
+    _write(table, text.encode())
+    _write(numbers, self._csv(cells, values).encode())
+    if plot:
+      file = io.BytesIO()
+      draw(self._table, self._scale, cells, values).savefig(file, format="png", dpi=150)
+      _write(picture, file.getvalue())
+    return text
+
+  def _text(self, cells: Sequence[Cell], values: Values) -> str:
+    table = self._table
+    columns = in_order(cell.column for cell in cells)
+    by_place = {(cell.row, cell.column): cell for cell in cells}
+    measured, compared = [["", "", *columns]], [["", "", *columns]]
+    for row in in_order(cell.row for cell in cells):
+      own = [by_place.get((row, column)) for column in columns]
+      measured.append([row, "paper", *("-" if c is None or c.paper is None else f"{c.paper:g}" for c in own)])
+      if not any(cell and cell.members for cell in own):
+        continue
+      measured.append(["", f"ours, {self._scale}", *(self._mean(cell, values) for cell in own)])
+      measured.append(["", "difference", *(_from_paper(cell, values) for cell in own)])
+      references = [cell and by_place.get((row, _reference_of(self._table, cell.column))) for cell in own]
+      pairs = list(zip(own, references, strict=True))
+      compared.append([row, "paper", *(_paper_difference(cell, other) for cell, other in pairs)])
+      compared.append(["", f"ours, {self._scale}", *(_paired_difference(cell, other, values) for cell, other in pairs)])
+    parts = [
+      f"# Table {table.number}: {table.title}",
+      f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {self._seeds} "
+      f"seed{'s' * (self._seeds > 1)}. The paper's: {table.dataset}. The difference is ours minus the paper's number.",
+      markdown(measured),
+      f"## Minus {table.reference}",
+      f"Paired by seed: mean [{CONFIDENCE:.0%} confidence interval, Student's t]. The paper has one number a cell and "
+      "no error bars.",
+      markdown(compared),
+      f"![Table {table.number}](table{table.number}.png)",
+      "## Networks",
+      markdown(_networks(cells)),
+      "## Where the numbers come from",
+      "By row, column and seed, the generations whose mean probabilities were tested; the `manifest.json` of each has "
+      "its teacher's digest, configuration, data, seed, software and commit.",
+      "\n".join(
+        f"- {cell.row}, {cell.column}, seed {value.seed}: {value.value:.2f} from {', '.join(value.sources)}"
+        for cell in cells
+        for value in values[cell.row, cell.column]
+      ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+  def _mean(self, cell: Cell | None, values: Values) -> str:
+    found = values[cell.row, cell.column] if cell and cell.members else ()
+    if not found:
+      return "" if cell is None else "…"
+    mean, error = mean_of(found)
+    seeds = f" ({len(found)} of {self._seeds} seeds)" if len(found) < self._seeds else ""
+    return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + seeds
+
+  def _csv(self, cells: Sequence[Cell], values: Values) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(HEADER)
+    by_place = {(cell.row, cell.column): cell for cell in cells}
+    for cell in cells:
+      found = values[cell.row, cell.column]
+      mean, error = mean_of(found) if found else (math.nan, math.nan)
+      other = by_place.get((cell.row, _reference_of(self._table, cell.column)))
+      pair = other and other is not cell and paired(found, values[other.row, other.column])
+      numbers = [mean, error, math.nan if cell.paper is None else mean - cell.paper, *(pair or (math.nan,) * 3)[:3]]
+      writer.writerow([
+        *(self._table.number, cell.row, cell.column, cell.metric, self._scale, len(found)),
+        "" if cell.paper is None else cell.paper,
+        *("" if math.isnan(number) else f"{number:.6g}" for number in numbers),
+        ";".join(f"{value.value:.6g}" for value in found),
+        ";".join("+".join(value.sources) for value in found),
+      ])  # fmt: skip
+    return file.getvalue()
+
+
+def _from_paper(cell: Cell | None, values: Values) -> str:
+  found = values[cell.row, cell.column] if cell else ()
+  return f"{mean_of(found)[0] - cell.paper:+.2f}" if found and cell.paper is not None else ""
+
+
+def _paper_difference(cell: Cell | None, reference: Cell | None) -> str:
+  if cell is None or reference is None or cell is reference or None in (cell.paper, reference.paper):
+    return ""
+  return f"{cell.paper - reference.paper:+.2f}"
+
+
+def _paired_difference(cell: Cell | None, reference: Cell | None, values: Values) -> str:
+  if cell is None or reference is None or cell is reference:
+    return ""
+  found = paired(values[cell.row, cell.column], values[reference.row, reference.column])
+  if found is None:
+    return "…"
+  interval = "" if math.isnan(found.low) else f" [{found.low:+.2f}, {found.high:+.2f}]"
+  return f"{found.mean:+.2f}{interval}"
+
+
+def _networks(cells: Iterable[Cell]) -> list[list[str]]:
+  """Returns which network, with how many trained parameters, is behind which columns."""
+  columns: dict[tuple[str, str, str], list[str]] = {}
+  for cell in cells:
+    if cell.members:
+      part = cell.members[0][-1]
+      key = (cell.row, part.network, f"{parameters(part):,}")
+      columns.setdefault(key, []).append(cell.column)
+  return [["row", "network", "trained parameters", "columns"]] + [
+    [*key, ", ".join(in_order(names))] for key, names in columns.items()
+  ]
+
+
+def parameters(part: Part) -> int:
+  """Returns the trained parameters of a part's network: those that it copies from its teacher are left out."""
+  spec = programs.describe(part.cfg).spec
+  model = make_models(part.cfg, spec)[min(part.generation, 1)]
+  return _count(model)
+
+
+@functools.cache
+def _count(model) -> int:
+  params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+  own = {name: tree for name, tree in params.items() if name not in model.inherits}
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(own))
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  """Writes a file whole or not at all; several processes may write the same one, and the last one's stays."""
+  partial = path.parent / f".{path.name}.{os.getpid()}"
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+# --- the plot --------------------------------------------------------------------------------------------------------
+
+
+def draw(table: "Table", scale: str, cells: Sequence[Cell], values: Values) -> "Figure":
+  """Draws a table: above, its numbers, every seed a dot; below, what each column has beyond its reference.
+
+  The paper's numbers are hollow diamonds. At a scale that is not the paper's they stand in the lower panels only, since
+  what can be compared across scales is the difference.
+  """
+  import matplotlib.figure
+
+  trained = [cell for cell in cells if cell.members]
+  rows, columns = in_order(cell.row for cell in trained), in_order(cell.column for cell in trained)
+  panels = [rows] if table.by_row else [[row] for row in rows]
+  width = max(1.1 * len(rows) * len(columns) ** 0.5, 7) if table.by_row else max(0.75 * len(columns), 5) * len(panels)
+  figure = matplotlib.figure.Figure(figsize=(min(width, 20), 7.5), layout="constrained")
+  grid = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row" if table.by_row else False)
+  figure.suptitle(f"Table {table.number}: {table.title}\n{setting(cells)}", fontsize="medium")
+  for (above, below), shown in zip(grid.T, panels, strict=True):
+    own = [cell for cell in trained if cell.row in shown]
+    if table.by_row:
+      _draw_rows(above, below, table, scale, own, values)
+    else:
+      _draw_columns(above, below, table, scale, own, values)
+      above.set_title(shown[0], fontsize="medium")
+    for axes in (above, below):
+      axes.grid(axis="y", alpha=0.3)
+      for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    below.axhline(0, color="0.5", linewidth=1, linestyle="--")
+  grid[0, 0].set_ylabel(table.unit)
+  grid[1, 0].set_ylabel(f"minus {table.reference}\n(paired, {CONFIDENCE:.0%} interval)")
+  handles, labels = grid[0, 0].get_legend_handles_labels()
+  more = [pair for pair in zip(*grid[1, 0].get_legend_handles_labels(), strict=True) if pair[1] not in labels]
+  handles, labels = [*handles, *(h for h, _ in more)], [*labels, *(text for _, text in more)]
+  if handles:
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+  return figure
+
+
+def _draw_rows(above: "Axes", below: "Axes", table: "Table", scale: str, cells, values: Values) -> None:
+  """Draws the rows side by side, a color a column."""
+  import matplotlib
+
+  rows, columns = in_order(cell.row for cell in cells), in_order(cell.column for cell in cells)
+  colors = matplotlib.colormaps["tab10"].colors
+  for cell in cells:
+    order = columns.index(cell.column)
+    place = rows.index(cell.row) + 0.7 * ((order + 0.5) / len(columns) - 0.5)
+    _draw_cell(above, below, table, scale, cell, cells, values, place, colors[order % 10], label=cell.column)
+  below.set_xticks(range(len(rows)), rows, **({"rotation": 20, "ha": "right"} if len(rows) > 4 else {}))
+  below.set_xlim(-0.6, len(rows) - 0.4)
+
+
+def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cells, values: Values) -> None:
+  """Draws the columns side by side; those of a sequence of generations are joined by a line."""
+  columns = [cell.column for cell in cells]
+  for place, cell in enumerate(cells):
+    color = "tab:green" if cell.control else "tab:orange" if "*" in cell.column else "tab:blue"
+    _draw_cell(above, below, table, scale, cell, cells, values, place, color, label="")
+  line = [(place, mean_of(values[cell.row, cell.column])[0]) for place, cell in enumerate(cells)
+          if cell.column.startswith("BAN-") and values[cell.row, cell.column]]  # fmt: skip
+  if len(line) > 1:
+    above.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1)
+  below.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+  below.set_xlim(-0.6, len(columns) - 0.4)
+
+
+def _draw_cell(above, below, table, scale, cell: Cell, cells, values: Values, place, color, label: str) -> None:
+  found = values[cell.row, cell.column]
+  reference = next((c for c in cells if c.row == cell.row and c.column == _reference_of(table, cell.column)), None)
+  drawn = {entry for axes in (above, below) for entry in axes.get_legend_handles_labels()[1]}
+  if found:
+    mean, error = mean_of(found)
+    spread = (0.03 if table.by_row else 0.12) * np.linspace(-1, 1, len(found)) if len(found) > 1 else [0]
+    above.plot(place + np.asarray(spread), [value.value for value in found], ".", color=color, alpha=0.4)
+    named = label if label and label not in drawn else None
+    above.errorbar(place, mean, 0 if math.isnan(error) else error, fmt="o", color=color, capsize=4, label=named)
+    pair = reference and reference is not cell and paired(found, values[reference.row, reference.column])
+    if pair:
+      half = 0 if math.isnan(pair.low) else pair.high - pair.mean
+      below.errorbar(place, pair.mean, half, fmt="o", color=color, capsize=4)
+  if cell.paper is not None:
+    hollow = {"marker": "D", "color": color, "markerfacecolor": "none", "linestyle": "none"}
+    named = "the paper's" if "the paper's" not in drawn else None
+    if scale == "paper":
+      above.plot(place, cell.paper, **hollow, label=named)
+    if reference is not None and reference is not cell and reference.paper is not None:
+      below.plot(place, cell.paper - reference.paper, **hollow, label=named)
+
+
+def _reference_of(table: "Table", column: str) -> str:
+  """Returns the name of the column that a column is compared with."""
+  ending = next((end for end in table.metrics if end and column.endswith(f" {end}")), "")
+  return f"{table.reference} {ending}".strip()
