@@ -69,6 +69,12 @@ def digest(tree: PyTree) -> str:
   return total.hexdigest()
 
 
+def structure(tree: PyTree) -> str:
+  """Returns the SHA-256 of the leaves' paths, dtypes and shapes: of what a program must have in common to read them."""
+  lines = (f"{path} {np.asarray(leaf).dtype} {np.shape(leaf)}\n" for path, leaf in sorted(leaves(tree).items()))
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def freeze(variables: Mapping[str, Any], generation: int) -> Variables:
   """Returns the variables as a FrozenDict of read-only NumPy arrays that carries the generation's number."""
 
@@ -254,13 +260,14 @@ def _empty_trash(directory: epath.Path) -> None:
 
 
 def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) -> None:
-  """Saves a tree of NumPy arrays and a JSON record of it, without waiting for the disk."""
+  """Saves a tree of NumPy arrays, a JSON record and what both are known by again, without waiting for the disk."""
   import orbax.checkpoint as ocp
 
   manager.wait_until_finished()  # for the save before, as this one would anyway
   _empty_trash(manager.directory)
 
-  record = copy.deepcopy(record)  # it is written in the background, while the training adds to its history
+  # It is written in the background, while the training adds to its history.
+  record = {**copy.deepcopy(record), "structure": structure(tree)}
   meta = {"record": record, "digest": digest(tree), "record_digest": _record_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
 
@@ -280,15 +287,15 @@ def restore_newest(
     if not devices.on_any_process(damage is not None):
       return found
     aside = manager.directory.parent / "damaged" / str(step)
-    logger.warning(
-      "checkpoint %s/%d is damaged (%s): moved to %s; going on from the one before it, or from the generation's "
-      "beginning where there is none",
-      manager.directory,
-      step,
-      damage or "on another process",
-      aside,
-    )
     if devices.is_primary():
+      logger.warning(
+        "checkpoint %s/%d is damaged (%s): moved to %s; going on from the one before it, or from the generation's "
+        "beginning where there is none",
+        manager.directory,
+        step,
+        damage or "as another process reads it",
+        aside,
+      )
       aside.parent.mkdir(exist_ok=True)
       aside.rmtree(missing_ok=True)
       (manager.directory / str(step)).rename(aside)
@@ -311,6 +318,12 @@ def _restore(
   except Exception as error:  # Orbax raises nearly anything for a broken file
     return None, _damage(error)
   check(record)
+  # Compared before the arrays are read: a restoration fails with the same words where a file of theirs is missing.
+  if record.pop("structure", None) not in (None, structure(target)):  # the first checkpoints did not say
+    raise CheckpointError(
+      f"checkpoint {manager.directory}/{step} holds a tree of another structure, as another version of the program or "
+      "of a package would save it; go on with that version, or give another workdir"
+    )
   try:
     with _without_stragglers():
       restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
@@ -318,11 +331,6 @@ def _restore(
     if digest(tree) != meta["digest"]:
       return None, "the digest of its arrays is not the one it was saved with"
   except Exception as error:
-    if "structure" in str(error):
-      raise CheckpointError(
-        f"checkpoint {manager.directory}/{step} holds a tree of another structure ({_first_line(error)}), as another "
-        "version of the program or of a package would save it; go on with that version, or give another workdir"
-      ) from error
     return None, _damage(error)
   return (tree, record), None
 

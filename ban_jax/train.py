@@ -328,7 +328,7 @@ def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Calla
     )
     if restored:
       tree, record = restored
-      if lineage["layout"] != record["lineage"]["layout"]:
+      if lineage["layout"] != record["lineage"]["layout"] and devices_lib.is_primary():
         logger.warning(
           "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
           directory,

@@ -103,6 +103,11 @@ def remove(step):
   shutil.rmtree(step / "state")
 
 
+def remove_metadata(step):
+  # What is left answers a restoration as a tree of another structure would.
+  (step / "state" / "_METADATA").unlink()
+
+
 def flip_a_byte(step):
   # In the middle of the largest file: among the arrays, where Orbax itself notices nothing.
   path = max(data_files(step), key=lambda file: file.stat().st_size)
@@ -118,7 +123,7 @@ def alter_the_record(step):
   path.write_text(content.replace('"errors": ', '"errors": 1'))
 
 
-@pytest.mark.parametrize("damage", [truncate, remove, flip_a_byte, alter_the_record])
+@pytest.mark.parametrize("damage", [truncate, remove, remove_metadata, flip_a_byte, alter_the_record])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage, unfinished, whole, tmp_path, caplog):
   workdir = shutil.copytree(unfinished, tmp_path / "run")
   assert steps_of(workdir) == [6, 9]
@@ -145,6 +150,22 @@ def test_what_is_saved_is_what_the_record_held_then(tmp_path):
       history.append({"epoch": 1})
       manager.wait_until_finished()
       assert checkpoint.restore_newest(manager, tree)[1] == {"history": []}
+
+
+def test_another_versions_checkpoints_are_refused_and_cost_nothing(unfinished, tmp_path):
+  workdir = shutil.copytree(unfinished, tmp_path / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    initial = train._initial
+
+    def with_other_dtypes(job):  # which Orbax would restore, cast, without a word
+      state, carry = initial(job)
+      return state._replace(opt_state=jax.tree.map(np.float16, state.opt_state)), carry
+
+    patch.setattr(train, "_initial", with_other_dtypes)
+    with pytest.raises(CheckpointError, match="gen_0/steps/9 holds a tree of another structure, .*go on with that ver"):
+      ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
+  assert steps_of(workdir) == [6, 9]
+  assert not (workdir / "gen_0" / "damaged").exists()
 
 
 def test_a_disk_that_cannot_be_read_at_the_moment_costs_no_checkpoint(unfinished, tmp_path):
