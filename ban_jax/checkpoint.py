@@ -1,6 +1,7 @@
 """Run directories: Orbax checkpoints while a generation trains, its final variables, and the manifest that ties it.
 
     workdir/config.json
+    workdir/processes.json      of several processes: the token by which they know that they see the same directory
     workdir/.lock               held while a process works on the directory (lease.json on an object store)
     workdir/gen_K/steps/        checkpoints of a generation in training
     workdir/gen_K/damaged/      checkpoints that were not what had been saved, moved aside until it is finished
@@ -14,6 +15,7 @@ with before anything is computed from it.
 
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -24,6 +26,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption, because no byte of a generation depends on it.
 FREE_KEYS = ("generations", "data.dir", "train.checkpoint_every")
+# Seconds that a network's file system may take to show one process what another has written.
+VISIBLE_SECONDS = 5.0
 # Where Orbax moves what it deletes: a kill in the middle then never leaves half a checkpoint under a valid name.
 TRASH = ".trash"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -143,11 +148,27 @@ def config_digest(cfg: ConfigDict) -> str:
 
 
 def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
-  """Returns a run directory's full path, "~" resolved; raises a ConfigError for an empty one."""
+  """Returns a run directory's full path, "~" resolved; raises a ConfigError for one that cannot be used."""
   if not str(workdir):
     raise ConfigError("the workdir is empty; name the directory that the run is to be kept in")
+  _check_scheme(str(workdir))
   workdir = epath.Path(workdir).expanduser()
-  return workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
+  workdir = workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
+  _check_scheme(str(workdir))  # epath takes /s3/bucket for s3://bucket
+  try:
+    named = b"\0" not in str(workdir).encode()  # TensorStore takes names in UTF-8 only
+  except UnicodeEncodeError:
+    named = False
+  if not named:
+    raise ConfigError(f"workdir {str(workdir)!r}: a name in UTF-8, without null bytes, is expected")
+  return workdir
+
+
+def _check_scheme(workdir: str) -> None:
+  """Raises a ConfigError for a workdir on a storage that is not one of those that a run can be kept on."""
+  scheme, separator, _ = workdir.partition("://")
+  if separator and scheme != "gs":
+    raise ConfigError(f"workdir {workdir!r}: unknown storage {scheme + '://'!r}; give a local directory, or gs://...")
 
 
 @contextlib.contextmanager
@@ -155,7 +176,8 @@ def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> Iterator[epath.Pat
   """Creates a run directory, or opens one of the same configuration, records the configuration, and holds it.
 
   Raises a CheckpointError that names the differing keys where the directory holds another run, one that names the owner
-  where another process has it open, and one that says why where it cannot be written.
+  where another process has it open, and one that says why where it cannot be written; a StorageError where its disk is
+  full; and a ConfigError where the processes of a run do not see the same directory.
   """
   workdir = resolve_workdir(workdir)
   with contextlib.ExitStack() as stack:
@@ -166,14 +188,38 @@ def open_workdir(workdir: epath.PathLike, cfg: ConfigDict) -> Iterator[epath.Pat
         stack.enter_context(lock.hold(workdir))
         _check_config(workdir, cfg)
         report.write_json(workdir / "config.json", config_values(cfg))
+        if jax.process_count() > 1:
+          report.write_json(workdir / "processes.json", {"token": uuid.uuid4().hex})
       except CheckpointError as refusal:
         error = refusal
       except ImportError as refusal:  # of what a bucket is reached with
         error = ConfigError(f"workdir {workdir}: {_first_line(refusal)} (pip install 'etils[epath-gcs]')")
       except OSError as refusal:
-        error = CheckpointError(f"workdir {workdir} cannot be written: {refusal}")
+        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+          error = _storage_error(workdir, refusal)
+        else:
+          error = CheckpointError(f"workdir {workdir} cannot be written: {refusal}")
     devices.raise_together(error)
+    _check_shared(workdir)
     yield workdir
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises a ConfigError on all processes of a run where they do not see the same directory."""
+  deadline = time.monotonic() + VISIBLE_SECONDS
+  while jax.process_count() > 1:
+    try:
+      token, reason = json.loads((workdir / "processes.json").read_text())["token"], ""
+    except Exception as error:  # a file half seen, or whatever an object store's library raises
+      token, reason = "", f" (process {jax.process_index()}: {_first_line(error)})"
+    if devices.is_same(token):
+      return
+    if devices.on_any_process(time.monotonic() > deadline):
+      raise ConfigError(
+        f"the processes do not see the same workdir {workdir}{reason}; give all of them one directory of a file system "
+        "that they share, or a bucket (gs://...)"
+      )
+    time.sleep(0.5)
 
 
 def _check_config(workdir: epath.Path, cfg: ConfigDict) -> None:
@@ -213,10 +259,20 @@ def storage_errors(directory: epath.Path | None) -> Iterator[None]:
     )
     if directory is None or not failed:
       raise
-    raise StorageError(
-      f"{directory} cannot be read or written: {_first_line(error)}; the checkpoints before are intact, and the same "
-      "command goes on from them once there is room"
-    ) from error
+    raise _storage_error(directory, error) from error
+
+
+def _storage_error(directory: epath.Path, error: Exception) -> StorageError:
+  return StorageError(
+    f"{directory} cannot be read or written: {_first_line(error)}; the checkpoints before are intact, and the same "
+    "command goes on from them once there is room"
+  )
+
+
+def _is_passing(error: Exception) -> bool:
+  """Returns whether an error of reading says that the disk cannot be read at the moment, not that a file is damaged."""
+  missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
+  return isinstance(error, OSError) and not isinstance(error, missing)
 
 
 def _first_line(error: BaseException) -> str:
@@ -239,17 +295,18 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
   options = ocp.CheckpointManagerOptions(
     max_to_keep=2, todelete_subdir=TRASH, cleanup_tmp_directories=True, enable_async_checkpointing=True
   )
-  manager = Manager(directory, options=options)
-  try:
-    yield manager
-    manager.wait_until_finished()
-  except BaseException:
-    # One of several processes may have failed alone: closing would wait for the others' share of what is being saved.
-    if jax.process_count() == 1:
-      with contextlib.suppress(Exception):  # of a disk that is full, what was raised has told
-        manager.close()
-    raise
-  manager.close()
+  with _without_stragglers():
+    manager = Manager(directory, options=options)
+    try:
+      yield manager
+      manager.wait_until_finished()
+    except BaseException:
+      # One of several processes may have failed alone: closing would wait for the others' share of what is being saved.
+      if jax.process_count() == 1:
+        with contextlib.suppress(Exception):  # of a disk that is full, what was raised has told
+          manager.close()
+      raise
+    manager.close()
 
 
 def _empty_trash(directory: epath.Path) -> None:
@@ -337,17 +394,14 @@ def _restore(
 
 def _damage(error: Exception) -> str:
   """Returns what a restoration's error says of the checkpoint; raises it anew where it says something else."""
-  missing = FileNotFoundError | NotADirectoryError
-  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-    raise error
-  if isinstance(error, OSError) and not isinstance(error, missing):
+  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error) or _is_passing(error):
     raise error
   return f"{type(error).__name__}: {_first_line(error)}"
 
 
 @contextlib.contextmanager
 def _without_stragglers() -> Iterator[None]:
-  """Keeps off the terminal what Orbax's other reads print, a traceback each, once the first of them has failed."""
+  """Keeps off the terminal what Orbax's other reads and writes print, a traceback each, once one of them has failed."""
   hooks = sys.excepthook, sys.unraisablehook
 
   def is_straggler(error: BaseException | None) -> bool:
@@ -357,8 +411,10 @@ def _without_stragglers() -> Iterator[None]:
   sys.unraisablehook = lambda told: None if is_straggler(told.exc_value) else hooks[1](told)
   try:
     yield
+  except BanError:
+    raise
   except Exception:
-    time.sleep(1)  # for the reads under way
+    time.sleep(1)  # for those under way
     raise
   finally:
     sys.excepthook, sys.unraisablehook = hooks
@@ -397,11 +453,12 @@ def _remove_leftovers(directory: epath.Path) -> None:
 def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str, float]], dict[str, Any]] | None:
   """Returns a finished generation's metrics, history and manifest, or None where it is not finished.
 
-  Raises a CheckpointError where metrics or history are not those that the manifest vouches for.
+  Raises a CheckpointError where metrics or history are not those that the manifest vouches for, and a StorageError
+  where the disk cannot be read at the moment.
   """
-  if not (directory / "manifest.json").exists():
-    return None
   try:
+    if not (directory / "manifest.json").exists():
+      return None
     manifest = json.loads((directory / "manifest.json").read_text())
     metrics = json.loads((directory / "metrics.json").read_text())
     history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
@@ -418,7 +475,8 @@ def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   """Returns a finished generation and its manifest, or None where it is not finished.
 
-  Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for.
+  Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for, and a
+  StorageError where the disk cannot be read at the moment.
   """
   records = read_records(directory)
   if records is None:
@@ -440,10 +498,10 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   return Generation(index, params, metrics, tuple(history)), manifest
 
 
-def _unreadable(directory: epath.Path, error: Exception) -> CheckpointError:
-  return CheckpointError(
-    f"{directory} is damaged and cannot be read ({type(error).__name__}: {_first_line(error)}); {_remedy(directory)}"
-  )
+def _unreadable(directory: epath.Path, error: Exception) -> CheckpointError | StorageError:
+  if _is_passing(error):
+    return _storage_error(directory, error)
+  return CheckpointError(f"{directory} is damaged and cannot be read ({_damage(error)}); {_remedy(directory)}")
 
 
 def _remedy(directory: epath.Path) -> str:

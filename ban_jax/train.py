@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import checkpoint, data, gradient, losses, optim, preemption, report
 from ban_jax import devices as devices_lib
-from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, choices
+from ban_jax.errors import BanError, CheckpointError, ConfigError, Preempted, StorageError, TrainingError, choices
 from ban_jax.evaluate import (
   EVALUATION_LEAST,
   Member,
@@ -230,7 +230,7 @@ def train_generation(
   with checkpoint.open_workdir(workdir, cfg) as workdir:
     _check_processes(_lineage(job))
     directory = workdir / f"gen_{job.generation}"
-    finished = checkpoint.load(directory)
+    finished = _load(directory)
     if finished is None:
       with preemption.watch() as requested, checkpoint.storage_errors(directory):
         return _train(job, directory, progress, requested)
@@ -263,6 +263,20 @@ def run(
         train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
       )
   return generations
+
+
+def _load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
+  """Returns what `checkpoint.load` does, alike on all processes: one that trained alone would wait for ever."""
+  finished = error = None
+  try:
+    finished = checkpoint.load(directory)
+  except BanError as refusal:
+    error = refusal
+  devices_lib.raise_together(error)
+  if devices_lib.on_any_process(finished is None) and finished is not None:
+    error = StorageError(f"another process does not see yet that {directory} is finished; start all of them again")
+  devices_lib.raise_together(error)
+  return finished
 
 
 def _lineage(job: _Job) -> dict[str, Any]:

@@ -182,6 +182,29 @@ def test_a_disk_that_cannot_be_read_at_the_moment_costs_no_checkpoint(unfinished
   assert steps_of(workdir) == [6, 9]
 
 
+@pytest.mark.parametrize("what", ["manifest.json", "history.jsonl", "params"])
+def test_a_finished_generation_that_cannot_be_read_at_the_moment_is_not_called_damaged(what, tmp_path):
+  import orbax.checkpoint as ocp
+
+  cfg = config(train__epochs=1, **PLAIN)
+  ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  path_class, read = type(epath.Path(tmp_path)), type(epath.Path(tmp_path)).read_text
+
+  def busy(path, *_, **__):
+    if not isinstance(path, epath.Path) or path.name == what:
+      raise OSError(5, "Input/output error")
+    return read(path)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(path_class, "read_text", busy)
+    if what == "params":
+      patch.setattr(ocp.StandardCheckpointer, "restore", busy)
+    with pytest.raises(StorageError, match="gen_0 cannot be read or written: .*Input/output error") as raised:
+      ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert "damaged" not in str(raised.value)
+  assert ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET).index == 0
+
+
 def test_replaced_checkpoints_do_not_fill_the_disk(tmp_path):
   tree = {"a": np.arange(1000.0)}
   with checkpoint.open_steps(epath.Path(tmp_path) / "steps") as manager:
@@ -267,7 +290,11 @@ disk=$1; shift
 mount -t tmpfs -o size=1600k none "$disk" || exit 99
 "$@" > "$disk.out1" 2> "$disk.err1"; echo $? > "$disk.status1"
 ls "$disk"/run/gen_0/steps > "$disk.steps1"; ls "$disk"/run/gen_0 > "$disk.files1"
-mount -o remount,size=200m "$disk" || exit 99
+# Nothing at all fits any more: another start has not even its record to write.
+cat /dev/zero > "$disk/filler" 2> /dev/null
+"$@" > "$disk.out_full" 2> "$disk.err_full"; echo $? > "$disk.status_full"
+ls "$disk"/run/gen_0/steps > "$disk.steps_full"
+rm "$disk/filler"; mount -o remount,size=200m "$disk" || exit 99
 "$@" > "$disk.out2" 2> "$disk.err2"; echo $? > "$disk.status2"
 cp "$disk"/run/gen_0/manifest.json "$disk.manifest"
 """
@@ -291,6 +318,10 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert read("err1").splitlines()[-1].startswith("error: ")  # behind what Orbax's own thread prints
   assert any(line.isdigit() for line in read("steps1").splitlines())
   assert "manifest.json" not in read("files1")
+  assert read("status_full") == "74\n", read("err_full")
+  assert read("err_full").startswith(f"error: {disk}/run cannot be read or written: ")
+  assert read("err_full").count("\n") == 1
+  assert read("steps_full") == read("steps1")
   assert read("status2") == "0\n", read("err2")
   undisturbed = start(tmp_path / "undisturbed")
   assert finish(undisturbed)[0] == 0

@@ -386,21 +386,40 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
   compare(tmp_path / "changed")
 
 
-@pytest.mark.slow
-def test_processes_that_were_given_different_runs_are_refused_by_name(tmp_path):
+def met(arguments):
+  """Runs processes that meet each other, each with a list of arguments of its own; returns (status, messages) of each.
+
+  Their number, their places, their meeting point and a --peer_timeout are put behind the arguments.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  shared = [f"--coordinator_address={address}", "--num_processes=2", "--peer_timeout=10"]
+  shared = [f"--coordinator_address={address}", f"--num_processes={len(arguments)}", "--peer_timeout=10"]
   processes = [
     subprocess.Popen(
-      alone(tmp_path / "run", 1, *shared, f"--process_id={index}", f"--config.seed={index}"),
-      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      [*own, *shared, f"--process_id={place}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    for index in (0, 1)
-  ]  # fmt: skip
-  for process in processes:
-    _, messages = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2, messages
+    for place, own in enumerate(arguments)
+  ]
+  messages = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+  return [(process.returncode, message) for process, message in zip(processes, messages, strict=True)]
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_runs_are_refused_by_name(tmp_path):
+  for status, messages in met([alone(tmp_path / "run", 1, f"--config.seed={seed}") for seed in (0, 1)]):
+    assert status == 2, messages
     assert "error: the processes of this run differ in: seed, config; give all of them the same" in messages
   assert not (tmp_path / "run" / "gen_0").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
+  # As a local path on each of two machines; resumed so, the one that finds a finished generation would wait for ever.
+  runs = [tmp_path / name for name in ("first", "second")]
+  for place, (status, messages) in enumerate(met([alone(run, 1) for run in runs])):
+    assert status == 2, messages
+    assert f"error: the processes do not see the same workdir {runs[place]}" in messages
+    assert "give all of them one directory of a file system that they share, or a bucket (gs://...)" in messages
+    assert "Traceback" not in messages
+    assert not (runs[place] / "gen_0").exists()
