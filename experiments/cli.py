@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -277,7 +278,7 @@ def _missing_config(arguments: list[str]) -> str:
 
 
 def _wrong_key(arguments: list[str]) -> str | None:
-  """Returns which `--config.group.key` names nothing, or no single value, and what could stand there.
+  """Returns which `--config.group.key` (or `--noconfig...`) names nothing, or no single value, and what could be there.
 
   Or what the configuration file raises, where it cannot be loaded at all.
   """
@@ -293,10 +294,11 @@ def _wrong_key(arguments: list[str]) -> str | None:
     where = f" (line {lines[-1]})" if lines else ""
     return f"--config={given} cannot be loaded: {type(raised).__name__}: {raised}{where}"
   for argument in arguments:
-    if not argument.startswith("--config."):
+    found = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if not found:
       continue
     value, path = config, []
-    for name in argument.partition("=")[0].removeprefix("--config.").split("."):
+    for name in found.group(1).split("."):
       if not isinstance(value, ConfigDict) or name not in value:
         known = choices(value) if isinstance(value, ConfigDict) else "none, it is a value"
         where = f"under {'.'.join(path)}" if path else "there"

@@ -353,6 +353,11 @@ def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
       [DIGITS, "--workdir=w", "--config.model.nope=3"],
       "error: unknown configuration key 'model.nope'; under model are",
     ),
+    (
+      [DIGITS, "--workdir=w", "--noconfig.model.compression=x"],
+      "error: unknown configuration key 'model.compression'; under model are",
+    ),
+    ([DIGITS, "--workdir=w", "-config.nope", "3"], "error: unknown configuration key 'nope'; there are: "),
     ([DIGITS, "--workdir=w", "--config.train.epochs=1.5"], "error: flag --config.train.epochs=1.5: "),
     ([DIGITS, "--workdir=w", "--config.seed"], "error: Missing value for flag --config.seed"),
     (["--config=README.md", "--workdir=w"], "error: --config=README.md cannot be loaded: SyntaxError: "),

@@ -141,6 +141,11 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--config.loss=ban"], "--config.loss is a group with the keys: label_weight, name, teacher_weight, temperature"),
     (["--config.teacher.model=wrn_16_1"], "--config.teacher.model is a group; networks are chosen by the words"),
     (["--workdir="], "the workdir is empty"),
+    (["--workdir=foo://bar"], "workdir 'foo://bar': unknown storage 'foo://'; give a local directory, or gs://..."),
+    (["--workdir=file:///tmp/x"], "workdir 'file:///tmp/x': unknown storage 'file://'; give a local directory, or gs"),
+    (["--workdir=memory://x"], "workdir 'memory://x': unknown storage 'memory://'"),
+    (["--workdir=s3://bucket/run"], "workdir 's3://bucket/run': unknown storage 's3://'"),
+    (["--workdir=/s3/bucket"], "workdir 's3://bucket': unknown storage 's3://'"),
     (["--config.train.epochs=ten"], "ten"),
     (["--config.generations=-1"], "generations must be at least 0, not -1"),
     (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
@@ -159,6 +164,15 @@ def test_mistakes_end_with_one_line_and_status_2(finished, flags, message):
   assert "Traceback" not in done.stderr
   assert done.stderr.startswith("error: ")
   assert digests(finished[0])
+
+
+def test_a_workdir_without_a_name_in_utf_8_is_refused_before_anything_is_made(tmp_path):
+  done = train(os.fsencode(tmp_path / "run").decode() + "\udcff")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: workdir '/")
+  assert "run\\udcff': a name in UTF-8, without null bytes, is expected" in done.stderr
+  assert done.stderr.count("\n") == 1
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_that_cannot_be_written_is_refused():
