@@ -86,13 +86,21 @@ def tensorboard(directory: epath.Path | None) -> Iterator[Any]:
   if directory is None:
     yield lambda step, values: None
     return
-  import tensorboardX  # not needed, and not imported, where nothing is written
+  # Not needed, and not imported, where nothing is written.
+  from tensorboardX import event_file_writer, summary
+  from tensorboardX.proto import event_pb2
 
-  with tensorboardX.SummaryWriter(str(directory)) as writer:
+  # The library's SummaryWriter writes from a thread, which dies of a full disk; the next scalar then waits for ever.
+  writer = event_file_writer.EventsWriter(str(directory / "events"))
 
-    def write(step: int, values: Mapping[str, float]) -> None:
-      for name, value in values.items():
-        writer.add_scalar(name, value, step)
-      writer.flush()
+  def write(step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      scalar = summary.scalar(name, value)
+      writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+    writer.flush()
 
+  try:
     yield write
+  finally:
+    with contextlib.suppress(OSError):  # all that was written is flushed, or has raised
+      writer.close()

@@ -328,6 +328,34 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert json.loads(read("manifest"))["digest"] == digest_of(tmp_path / "undisturbed")
 
 
+# Writes so many scalars at once that the file's buffer does not hold them: whoever writes them meets the full disk.
+EVENTS = """
+import pathlib
+from ban_jax import checkpoint, report
+from experiments import cli
+
+def main():
+  with checkpoint.storage_errors(pathlib.Path(DISK)), report.tensorboard(pathlib.Path(DISK)) as write:
+    for step in range(1000):
+      write(step, {f"metric_{number}": 0.5 for number in range(500)})
+
+cli.run(main)
+"""
+
+
+@pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
+def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_behind_the_message(tmp_path):
+  script = 'mount -t tmpfs -o size=300k none "$1" && exec "$2" -c "$3"'
+  code = EVENTS.replace("DISK", repr(str(tmp_path)))
+  done = subprocess.run(
+    ["unshare", "-rm", "bash", "-c", script, "full", tmp_path, sys.executable, code],
+    capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
+  )  # fmt: skip
+  assert done.returncode == 74, done.stderr
+  assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} cannot be read or written: [Errno 28] No space")
+  assert "Traceback" not in done.stderr
+
+
 # --- signals, and a second process ---------------------------------------------------------------------------------
 
 

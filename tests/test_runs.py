@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, config
+from tensorboardX.proto import event_pb2
 
 import ban_jax
 from ban_jax import checkpoint
@@ -50,6 +52,18 @@ def finished(tmp_path_factory):
   return workdir, done
 
 
+def scalars(path):
+  """Returns the values in a TensorBoard file by (tag, step)."""
+  content, found = path.read_bytes(), {}
+  while content:
+    # A record is the length of an event, 4 bytes of its checksum, the event, and 4 bytes of its checksum.
+    (length,) = struct.unpack("<Q", content[:8])
+    event = event_pb2.Event.FromString(content[12 : 12 + length])
+    found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    content = content[16 + length :]
+  return found
+
+
 def test_a_run_leaves_the_record_that_the_readme_describes(finished):
   workdir, done = finished
   assert "| teacher |" in done.stdout
@@ -64,7 +78,15 @@ def test_a_run_leaves_the_record_that_the_readme_describes(finished):
     assert manifest["packages"]["jax"] == jax.__version__
     assert len([json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]) == 4
     assert json.loads((directory / "metrics.json").read_text())["test_count"] == 1397
-    assert list(directory.glob("events.out.tfevents.*"))
+    rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    told = {
+      (name, row["step"]): pytest.approx(value, rel=1e-6)
+      for row in rows
+      for name, value in row.items()
+      if name not in ("epoch", "step")
+    }
+    (events,) = directory.glob("events.out.tfevents.*")
+    assert scalars(events) == told
     assert not (directory / "steps").exists()
   first, second = (json.loads((workdir / f"gen_{i}" / "manifest.json").read_text()) for i in (0, 1))
   assert first["teachers"] == []
