@@ -251,10 +251,7 @@ def run(
   Goes on where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
   what `train_generation` raises.
   """
-  job = _prepare(None, cfg, 0, devices)  # a workdir should not be given a configuration that cannot be run
-  student = make_models(cfg, job.dataset.spec)[1]
-  if cfg.generations and student.inherits:
-    _check_inherits(student, (jax.eval_shape(job.student.init, jax.random.key(0)),))
+  check_run(cfg, devices)
   generations = []
   with checkpoint.open_workdir(workdir, cfg):  # held from the first generation to the last
     for index in range(cfg.generations + 1):
@@ -263,6 +260,14 @@ def run(
         train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
       )
   return generations
+
+
+def check_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+  """Raises what `run` would before any training: a workdir should not be given a configuration that cannot be run."""
+  job = _prepare(None, cfg, 0, devices)
+  student = make_models(cfg, job.dataset.spec)[1]
+  if cfg.generations and student.inherits:
+    _check_inherits(student, (jax.eval_shape(job.student.init, jax.random.key(0)),))
 
 
 def _load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import ban_jax
 from ban_jax import checkpoint, report
 from ban_jax.devices import is_primary
+from ban_jax.train import check_run
 from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
@@ -45,23 +46,23 @@ def evaluate_run(
 
   The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
   """
-  workdir = checkpoint.resolve_workdir(workdir)
-  rows = members(cfg.generations)
-  generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
-  record = workdir / "evaluations.json"
-  try:
-    kept = dict(json.loads(record.read_text()))
-  except (FileNotFoundError, ValueError, TypeError):  # it can be made again
-    kept = {}
-  digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
-  results, fresh = {}, {}
-  for name, indices in rows.items():
-    own = [digests[index] for index in indices]
-    if kept.get(name, {}).get("members") != own:
-      fresh[name] = {"members": own, "metrics": evaluate([generations[index] for index in indices], cfg, devices)}
-    results[name] = (fresh.get(name) or kept[name])["metrics"]
-  if fresh and is_primary():
-    report.write_json(record, kept | fresh)
+  rows, results, fresh = members(cfg.generations), {}, {}
+  check_run(cfg, devices)
+  with checkpoint.open_workdir(workdir, cfg) as workdir:  # held until the evaluations of what is trained are written
+    generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
+    record = workdir / "evaluations.json"
+    try:
+      kept = dict(json.loads(record.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # it can be made again
+      kept = {}
+    digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
+    for name, indices in rows.items():
+      own = [digests[index] for index in indices]
+      if kept.get(name, {}).get("members") != own:
+        fresh[name] = {"members": own, "metrics": evaluate([generations[index] for index in indices], cfg, devices)}
+      results[name] = (fresh.get(name) or kept[name])["metrics"]
+    if fresh and is_primary():
+      report.write_json(record, kept | fresh)
   return results, not fresh
 
 

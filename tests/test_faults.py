@@ -19,7 +19,8 @@ from etils import epath
 
 import ban_jax
 from ban_jax import checkpoint, data, lock, preemption, train
-from ban_jax.errors import CheckpointError, ConfigError, Preempted, StorageError, TrainingError
+from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
+from experiments import results
 
 QUIET = {"progress": False}
 COMMAND = [
@@ -475,6 +476,36 @@ def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):
   assert len(refused) == 1
 
 
+def test_a_run_is_held_while_its_ensembles_are_evaluated(tmp_path):
+  refused = []
+
+  def beside():
+    with pytest.raises(InUseError, match=f"workdir {tmp_path}/run is in use by another thread"):
+      lock.hold(epath.Path(tmp_path / "run")).__enter__()
+    refused.append(True)
+
+  def evaluate(*given, **options):
+    thread = threading.Thread(target=beside)
+    thread.start()
+    thread.join()
+    return real(*given, **options)
+
+  real = ban_jax.evaluate
+  cfg = config(train__epochs=1, generations=2, **PLAIN)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ban_jax, "evaluate", evaluate)
+    rows, there = results.evaluate_run(cfg, tmp_path / "run", devices=jax.devices(), progress=False)
+  assert refused == [True]  # Ens*2 is evaluated; each network was at its end
+  assert list(rows) == ["teacher", "BAN-1", "BAN-2", "Ens*2"]
+  assert not there
+
+
+def test_a_configuration_that_cannot_be_run_leaves_no_directory(tmp_path):
+  with pytest.raises(ConfigError, match="train.epochs must be at least 1, not 0"):
+    results.evaluate_run(config(train__epochs=0), tmp_path / "run", devices=jax.devices(), progress=False)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_lease_is_respected_while_renewed_and_taken_over_once_it_is_not(tmp_path):
   # What an object store gets in place of flock, here on local files, with a lease of two seconds.
   path, lease = epath.Path(tmp_path), tmp_path / "lease.json"
@@ -491,6 +522,13 @@ def test_a_lease_is_respected_while_renewed_and_taken_over_once_it_is_not(tmp_pa
   with lock._lease(path, 2.0):
     assert time.monotonic() - begin >= 1.0
     assert json.loads(lease.read_text())["token"] != "old"
+
+
+def test_a_lease_that_another_took_over_is_left_to_it(tmp_path):
+  lease, other = tmp_path / "lease.json", json.dumps({"owner": "another", "token": "theirs", "seconds": 60.0})
+  with lock._lease(epath.Path(tmp_path), 60.0):
+    lease.write_text(other)
+  assert lease.read_text() == other
 
 
 # --- bad numbers ---------------------------------------------------------------------------------------------------
