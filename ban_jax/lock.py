@@ -118,7 +118,9 @@ def _lease(workdir: epath.Path, seconds: float | None = None) -> Iterator[None]:
   finally:
     ended.set()
     keeper.join()
-    path.unlink(missing_ok=True)
+    held = _read(path)
+    if held and held["token"] == own["token"]:  # that of another, who took it over meanwhile, stays
+      path.unlink(missing_ok=True)
 
 
 def _read(path: epath.Path) -> dict | None:
