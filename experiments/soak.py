@@ -6,6 +6,7 @@ The run is a process of its own, experiments/train.py, ended by SIGKILL at a mom
 and a little beyond its next checkpoints. Exit status 0 means that all kills were made and all bytes agree.
 """
 
+import contextlib
 import json
 import pathlib
 import random
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import IO
 
 import tqdm
 from absl import flags
@@ -25,18 +28,39 @@ from experiments import cli
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py:digits,wrn_10_1,smoke", "What is trained.")
 KILLS = flags.DEFINE_integer("kills", 100, "How often the run is killed.")
 SECONDS = flags.DEFINE_float(
-  "seconds", 3600.0, "After so long nothing more is killed, and what was not reached is told."
+  "seconds",
+  3600.0,
+  "After so long nothing more is killed, and what was not reached is told. Each of the runs that are left alone, two "
+  "before the kills and one behind them, may take as long.",
 )
 SEED = flags.DEFINE_integer("soak_seed", 0, "Of the moments at which it is killed.")
 TRAIN = pathlib.Path(__file__).with_name("train.py")
 
 
 def command(workdir: pathlib.Path) -> list[str]:
-  """Returns the command line of the run: this one's configuration flags, and the devices."""
-  given = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
-  config = flags.FLAGS["config"].config_filename
-  return [sys.executable, str(TRAIN), f"--config={config}", *given, f"--devices={cli.DEVICES.value}",
+  """Returns the command line of the run: this one's configuration, with all that was changed in it, and the devices."""
+  config = flags.FLAGS["config"]
+  changes = [f"--config.{key}={value}" for key, value in config.override_values.items()]
+  return [sys.executable, str(TRAIN), f"--config={config.config_filename}", *changes, f"--devices={cli.DEVICES.value}",
           f"--workdir={workdir}", "--noprogress"]  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(workdir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+  """Starts or resumes the run; yields the process, which is ended with the block, and what it complains of."""
+  with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop it once it is full
+    process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+      yield process, errors
+    finally:
+      process.kill()
+      process.wait()
+
+
+def told(errors: IO[str]) -> str:
+  """Returns the end of what a process complained of."""
+  errors.seek(0)
+  return errors.read()[-4000:]
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, object]:
@@ -57,32 +81,35 @@ def newest(workdir: pathlib.Path) -> list[str]:
   return sorted(str(path) for path in (*workdir.glob("gen_*/steps/[0-9]*"), *workdir.glob("gen_*/manifest.json")))
 
 
-def run_whole(workdir: pathlib.Path) -> tuple[float, float]:
-  """Runs without a kill; returns the seconds until the first checkpoint and those until the end."""
+def run_whole(workdir: pathlib.Path, limit: float) -> tuple[float, float]:
+  """Runs without a kill; returns the seconds until the first checkpoint and those until the end.
+
+  Raises a TrainingError where the run fails, or has not ended after `limit` seconds.
+  """
   begin, first = time.monotonic(), None
-  process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-  while process.poll() is None:
-    if first is None and any(path.name.isdigit() for path in workdir.glob("gen_0/steps/*")):
-      first = time.monotonic() - begin
-    time.sleep(0.01)
-  if process.returncode:
-    raise TrainingError(f"the run fails without any kill:\n{process.stderr.read()}")
+  with started(workdir) as (process, errors):
+    while process.poll() is None:
+      passed = time.monotonic() - begin
+      if first is None and any(path.name.isdigit() for path in workdir.glob("gen_0/steps/*")):
+        first = passed
+      if passed > limit:
+        raise TrainingError(f"a run left alone did not end within {limit:g} seconds (--seconds):\n{told(errors)}")
+      time.sleep(0.01)
+    if process.returncode:
+      raise TrainingError(f"the run fails without any kill:\n{told(errors)}")
   total = time.monotonic() - begin
   return first or total, total
 
 
 def run_killed(workdir: pathlib.Path, moment: float) -> bool:
   """Starts or resumes the run and kills it after `moment` seconds; returns whether it was finished before."""
-  process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-  try:
-    _, errors = process.communicate(timeout=moment)
-  except subprocess.TimeoutExpired:
-    return False
-  finally:
-    process.kill()
-    process.communicate()
-  if process.returncode:
-    raise TrainingError(f"a resumption failed with status {process.returncode}:\n{errors}")
+  with started(workdir) as (process, errors):
+    try:
+      process.wait(moment)
+    except subprocess.TimeoutExpired:
+      return False
+    if process.returncode:
+      raise TrainingError(f"a resumption failed with status {process.returncode}:\n{told(errors)}")
   return True
 
 
@@ -95,9 +122,9 @@ def main() -> None:
   draw, begin = random.Random(SEED.value), time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     whole = pathlib.Path(folder) / "whole"
-    run_whole(whole)  # fills the compilation cache
+    run_whole(whole, SECONDS.value)  # fills the compilation cache
     again = pathlib.Path(folder) / "again"
-    first, total = run_whole(again)
+    first, total = run_whole(again, SECONDS.value)
     expected = outcome(whole)
     _compare(outcome(again), expected, "a second run without a kill")
     print(f"left alone, it takes {total:.1f} s, {first:.1f} s of them until the first checkpoint", flush=True)
@@ -119,7 +146,7 @@ def main() -> None:
           if not sys.stderr.isatty() and kills % 10 == 0:
             print(f"{kills} kills", flush=True)
     workdir = pathlib.Path(folder) / f"killed_{lives}"
-    run_whole(workdir)
+    run_whole(workdir, SECONDS.value)
     _compare(outcome(workdir), expected, f"run {lives}, killed {kills - left} times,")
     seconds = time.monotonic() - begin
     print(f"{reached} of the kills came behind a new checkpoint, the others while a run was starting")

@@ -44,6 +44,47 @@ soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run
   )
 
 
+def soaked(code, *arguments):
+  """Runs code behind an import of soak, in a process of its own, since each script defines its flags anew."""
+  begin = "import pathlib, sys\nfrom absl import flags\nfrom ban_jax.errors import TrainingError\n"
+  begin += "from experiments import soak\nflags.FLAGS(sys.argv)\n"
+  command = [sys.executable, "-c", begin + code, *arguments]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+
+
+WHOLE = """
+soak.command = lambda workdir: [sys.executable, "-c", CODE]
+try:
+  soak.run_whole(pathlib.Path(WORKDIR), 5.0)
+except TrainingError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize(
+  ("code", "message"),
+  [
+    ("import time; time.sleep(999)", "a run left alone did not end within 5 seconds (--seconds):\n\n"),
+    ("raise SystemExit('x' * 10**6 + ' the end')", f"the run fails without any kill:\n{'x' * 3991} the end\n\n"),
+  ],
+  ids=["hangs", "complains"],
+)
+def test_a_run_that_hangs_or_complains_much_ends_the_soak(code, message, tmp_path):
+  done = soaked(WHOLE.replace("CODE", repr(code)).replace("WORKDIR", repr(str(tmp_path))))
+  assert done.stdout == message, done.stderr
+
+
+def test_changes_of_the_configuration_are_handed_on_however_they_are_written():
+  changes = ["-config.train.epochs", "3", "--noconfig.data.flip", "--config.seed=2", "--config.model.dropout", ".5"]
+  done = soaked("print(soak.command('there')[2:])", *changes, "--devices=2")
+  handed_on = [
+    "--config=configs/digits.py:digits,wrn_10_1,smoke",
+    *("--config.train.epochs=3", "--config.data.flip=False", "--config.seed=2", "--config.model.dropout=0.5"),
+    *("--devices=2", "--workdir=there", "--noprogress"),
+  ]
+  assert done.stdout == f"{handed_on}\n", done.stderr
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [("--kills=0", "--kills must be at least 1, not 0"), ("--seconds=0", "--seconds must be above 0, not 0.0")],
