@@ -46,8 +46,8 @@ def evaluate_run(
 
   The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
   """
-  rows, results, fresh = members(cfg.generations), {}, {}
   check_run(cfg, devices)
+  rows, results, fresh = members(cfg.generations), {}, {}
   with checkpoint.open_workdir(workdir, cfg) as workdir:  # held until the evaluations of what is trained are written
     generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
     record = workdir / "evaluations.json"
