@@ -34,9 +34,9 @@ COMMAND = [
 PLAIN = {"train__evaluate_every": 0}
 
 
-def start(workdir, *flags):
+def start(workdir, *flags, command=COMMAND):
   return subprocess.Popen(
-    [*COMMAND, f"--workdir={workdir}", *flags], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [*command, f"--workdir={workdir}", *flags], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
 
 
@@ -111,7 +111,12 @@ def remove_metadata(step):
 
 def flip_a_byte(step):
   # In the middle of the largest file: among the arrays, where Orbax itself notices nothing.
-  path = max(data_files(step), key=lambda file: file.stat().st_size)
+  flip_a_byte_below(step / "state")
+
+
+def flip_a_byte_below(folder):
+  files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]
+  path = max(files, key=lambda file: file.stat().st_size)
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
@@ -603,3 +608,94 @@ def test_the_command_line_tells_divergence_by_its_status(tmp_path):
   assert "Traceback" not in err
   assert not out
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
+
+
+# --- what the command line says, and leaves ------------------------------------------------------------------------
+
+
+def contents(folder):
+  """Returns the bytes of every file but the lock, which every start writes anew."""
+  return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def one_generation(folder):
+  """Leaves a finished generation 0 of one epoch; returns its directory and its command."""
+  cfg = config(train__epochs=1, generations=0, **PLAIN)
+  ban_jax.train_generation(None, cfg, workdir=folder / "run", **QUIET)
+  return folder / "run" / "gen_0", [*COMMAND, "--config.train.epochs=1"]
+
+
+def with_damaged_params(folder):
+  directory, command = one_generation(folder)
+  flip_a_byte_below(directory / "params")
+  return command, "run/gen_0/params is damaged: its digest is not the manifest's; remove "
+
+
+def with_altered_metrics(folder):
+  directory, command = one_generation(folder)
+  metrics = directory / "metrics.json"
+  metrics.write_text(metrics.read_text().replace('"test_error": ', '"test_error": 1'))
+  return command, "run/gen_0/metrics.json or history.jsonl was changed: their digest is not the manifest's; remove "
+
+
+def with_a_swapped_teacher(folder):
+  # The same configuration on another number of devices: other bytes, and nothing else is different.
+  cfg = config(train__epochs=1, generations=1, **PLAIN)
+  ban_jax.run(cfg, folder / "run", devices=jax.devices()[:2], **QUIET)
+  ban_jax.train_generation(None, cfg, workdir=folder / "other", devices=jax.devices()[:1], **QUIET)
+  own, other = digest_of(folder / "run"), digest_of(folder / "other")
+  assert own != other
+  shutil.rmtree(folder / "run" / "gen_0")
+  (folder / "other" / "gen_0").rename(folder / "run" / "gen_0")
+  told = f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
+  return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], told
+
+
+def with_another_word(folder):
+  generator, words = np.random.default_rng(0), np.array(["the", "cat", "sat", "on", "a", "mat"])
+  for split, lines in (("train", 200), ("valid", 40), ("test", 40)):
+    text = "\n".join(" ".join(generator.choice(words, 9)) for _ in range(lines))
+    (folder / f"ptb.{split}.txt").write_text(f"the cat sat on a mat\n{text}\n")
+  command = [*COMMAND[:2], f"--config={ROOT}/configs/ptb.py:ptb,lstm_32,smoke", f"--config.data.dir={folder}"]
+  command += ["--config.data.train_examples=0", "--config.train.epochs=1", "--config.generations=0"]
+  assert finish(start(folder / "run", command=command))[0] == 0
+  train_text = folder / "ptb.train.txt"
+  train_text.write_text(train_text.read_text().replace("the cat", "the mat", 1))
+  return command, "run/gen_0 holds a generation of another origin (dataset: "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "prepare", [with_damaged_params, with_altered_metrics, with_a_swapped_teacher, with_another_word]
+)
+def test_what_the_command_line_refuses_it_leaves_as_it_is(prepare, tmp_path):
+  command, message = prepare(tmp_path)
+  before = contents(tmp_path)
+  status, out, err = finish(start(tmp_path / "run", command=command))
+  assert status == 2
+  assert err.splitlines()[-1].startswith(f"error: {tmp_path}/{message}")
+  assert "Traceback" not in err
+  assert not out
+  assert contents(tmp_path) == before
+
+
+def test_the_command_line_refuses_a_workdir_that_cannot_be_written():
+  status, out, err = finish(start("/proc/ban_jax"))
+  assert status == 2
+  assert err.startswith("error: workdir /proc/ban_jax cannot be written: ")
+  assert err.count("\n") == 1
+  assert not out
+
+
+@pytest.mark.slow
+def test_the_command_line_goes_on_from_the_checkpoint_before_a_damaged_one(unfinished, whole, tmp_path):
+  workdir = shutil.copytree(unfinished, tmp_path / "run")
+  flip_a_byte(workdir / "gen_0" / "steps" / "9")
+  status, out, err = finish(start(workdir, "--devices=4"))
+  assert status == 0, err
+  assert f"checkpoint {workdir}/gen_0/steps/9 is damaged (the digest of its arrays is not the one it was saved" in err
+  assert "going on from the one before it" in err
+  assert "Traceback" not in err
+  assert "| teacher |" in out
+  assert digest_of(workdir) == whole
+  assert sorted(path.name for path in (workdir / "gen_0").iterdir() if path.is_dir()) == ["params"]
