@@ -429,34 +429,65 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
   assert not (tmp_path / "gen_1").exists()
 
 
-# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another.
+# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another; or right behind a second
+# save, which goes on in the background; or where a generation is finished, its checkpoints are there still, and no other
+# is begun.
 DIE_AT = """
 import os, signal, sys
-from etils import epath
-from ban_jax import report
-write, name = report.write_json, sys.argv[1]
-def die(path, value):
+from ban_jax import checkpoint, report
+write, save, name, saves = report.write_json, checkpoint.save_step, sys.argv[1], []
+def die(*_):
+  os.kill(os.getpid(), signal.SIGKILL)
+def write_or_die(path, value):
   if path.name == name:
     (path.parent / f".{path.name}.partial").write_text('{"half":')
-    os.kill(os.getpid(), signal.SIGKILL)
+    die()
   write(path, value)
-report.write_json = die
+def save_and_die(*given):
+  save(*given)
+  saves.append(1)
+  if len(saves) == 2:
+    die()
+report.write_json = write_or_die
+if name == "save":
+  checkpoint.save_step = save_and_die
+if name == "between":
+  checkpoint._remove_leftovers = die
 sys.argv = [SCRIPT, *sys.argv[2:]]
 exec(open(SCRIPT).read())
 """
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "manifest.json"])
-def test_a_kill_while_a_record_is_written_is_survived(name, tmp_path):
+def kill_at(name, workdir, *flags):
   code = DIE_AT.replace("SCRIPT", repr(COMMAND[1]))
-  command = [sys.executable, "-c", code, name, *COMMAND[2:], f"--workdir={tmp_path}/run"]
+  command = [sys.executable, "-c", code, name, *COMMAND[2:], f"--workdir={workdir}", *flags]
   killed = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=300)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "manifest.json", "save"])
+def test_a_kill_while_something_is_written_is_survived(name, tmp_path):
+  kill_at(name, tmp_path / "run")
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
+  assert name != "save" or steps_of(tmp_path / "run") in ([3], [3, 6])
   status, _, err = finish(start(tmp_path / "run"))
   assert status == 0, err
   assert finish(start(tmp_path / "undisturbed"))[0] == 0
   assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_kill_between_generations_is_survived(tmp_path):
+  kill_at("between", tmp_path / "run", "--config.generations=1")
+  assert (tmp_path / "run" / "gen_0" / "manifest.json").exists()
+  assert steps_of(tmp_path / "run")  # what only the next start removes
+  assert not (tmp_path / "run" / "gen_1").exists()
+  status, _, err = finish(start(tmp_path / "run", "--config.generations=1"))
+  assert status == 0, err
+  assert not (tmp_path / "run" / "gen_0" / "steps").exists()
+  assert finish(start(tmp_path / "undisturbed", "--config.generations=1"))[0] == 0
+  for generation in (0, 1):
+    assert digest_of(tmp_path / "run", generation) == digest_of(tmp_path / "undisturbed", generation)
 
 
 def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):
