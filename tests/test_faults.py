@@ -430,8 +430,8 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 
 
 # Dies by SIGKILL where a file would get its name, its bytes being on the disk under another; or right behind a second
-# save, which goes on in the background; or where a generation is finished, its checkpoints are there still, and no other
-# is begun.
+# save, which goes on in the background; or where a generation is finished, but its checkpoints are there still, and no
+# other is begun.
 DIE_AT = """
 import os, signal, sys
 from ban_jax import checkpoint, report
