@@ -75,6 +75,8 @@ def _part(words: str, loss: str, changes: Mapping[str, object], seed: int, taugh
   cfg = presets.compose(",".join([words, *more]))
   cfg.update_from_flattened_dict(dict(changes))
   cfg.seed = seed
+  # Next to nothing beside a convolution, and figures.py draws it; beside 10,000 words it would be felt.
+  cfg.train.gradient_split = taught_by is not None and not cfg.data.window
   # What a run directory records of a sequence's length; no byte depends on it.
   cfg.generations = 1 if taught_by else 0
   origin = f"{checkpoint.config_digest(cfg)} {taught_by.path if taught_by else ''}"
@@ -166,7 +168,7 @@ def train(
         continue
       if not devices_lib.on_any_process(find(part, workdir) is None):
         continue
-      say(f"[{parts.index(part) + 1}/{len(parts)}] {describe(part)}: {part.path}")
+      say(f"[{parts.index(part) + 1}/{len(parts)}] {describe(part)}, in {part.path}")
       try:
         taught_by = part.teacher and checkpoint.load(workdir / part.teacher.path)[0]
         ban_jax.train_generation(
@@ -193,7 +195,7 @@ def describe(part: Part) -> str:
   """Returns in a few words what a part is."""
   by = f" from {part.teacher.network}" if part.teacher is not None else ""
   name = f"generation {part.generation}" if part.generation else "teacher"
-  return f"{name}, {part.network} by {part.loss}{by}, seed {part.cfg.seed}"
+  return f"{name}: {part.network} by {part.loss}{by}, seed {part.cfg.seed}"
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -231,12 +233,17 @@ def cost_table(parts: Sequence[Part], workdir: epath.Path) -> list[str]:
     counts[state] += 1
     if state != "finished":
       left = Cost(left.steps + own.steps, left.flops + own.flops)
-    lines.append(f"| {describe(part)} | {state} | {own.steps:,} | {own.flops / 1e15:,.3g} | {part.path} |")
+    lines.append(f"| {describe(part)} | {state} | {own.steps:,} | {_number(own.flops / 1e15)} | {part.path} |")
   told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-  hours = ", ".join(f"{left.hours(peak):,.2g} h on one {name}" for name, peak in PEAKS.items())
+  hours = ", ".join(f"{_number(left.hours(peak))} h on one {name}" for name, peak in PEAKS.items())
   return [
     *lines,
     "",
-    f"{len(parts)} generations: {told}. Left: {left.steps:,} steps, {left.flops / 1e15:,.3g} PFLOP; expected {hours} "
-    f"({UTILIZATION:.0%} of the peak and {1e3 * STEP_SECONDS:g} ms a step: assumed, not measured).",
+    f"{len(parts)} generations: {told}. Left: {left.steps:,} steps, {_number(left.flops / 1e15)} PFLOP; expected "
+    f"{hours} ({UTILIZATION:.0%} of the peak and {1e3 * STEP_SECONDS:g} ms a step: assumed, not measured).",
   ]
+
+
+def _number(value: float) -> str:
+  """Returns a number with two or three digits that tell something, and all that stand before the point."""
+  return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -1,0 +1,568 @@
+"""The six tables: what is trained once, what is skipped and resumed, what the cells say and where they come from."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT
+from etils import epath
+
+import ban_jax
+from ban_jax import checkpoint, lock
+from ban_jax.data import load
+from ban_jax.errors import CheckpointError, ConfigError
+from experiments import plan, programs, table_report, tables
+from experiments.table_report import Cell, Value
+
+TABLES = {number: importlib.import_module(f"experiments.table{number}").TABLE for number in range(1, 7)}
+# The columns of each table's first row, as the paper has them.
+COLUMNS = {
+  1: ["teacher", "BAN"],
+  2: ["teacher", "BAN", "BAN+L", "CWTM", "DKPP", "BAN-1", "BAN-2", "BAN-3", "Ens*2", "Ens*3"],
+  3: ["teacher", "BAN", "DenseNet-90-60"],
+  4: ["teacher", "2x depth", "0.75x compr."],
+  5: ["baseline", "BAN"],
+  6: ["teacher val", "BAN+L val", "teacher test", "BAN+L test"],
+}
+
+
+def command(number, *flags):
+  return [sys.executable, str(ROOT / "experiments" / f"table{number}.py"), "--devices=2", *flags]
+
+
+def make(number, workdir, *flags):
+  return subprocess.run(
+    command(number, f"--workdir={workdir}", *flags), cwd="/", capture_output=True, text=True, timeout=300, check=False
+  )
+
+
+def numbers_of(workdir, number):
+  """Returns the lines of a table's file of numbers, by row and column."""
+  lines = csv.DictReader((pathlib.Path(workdir) / f"table{number}.csv").read_text().splitlines())
+  return {(line["row"], line["column"]): line for line in lines}
+
+
+def written(workdir):
+  """Returns when each generation's manifest was written."""
+  return {path: path.stat().st_mtime_ns for path in pathlib.Path(workdir).glob("runs/*/gen_*/manifest.json")}
+
+
+def cells(number, scale="paper", seeds=1, **options):
+  return tables.cells_of(TABLES[number], scale, seeds, "", controls=options.get("controls", False))
+
+
+def parts(number, *args, **options):
+  """Returns all generations behind a table."""
+  return plan.ancestry(part for cell in cells(number, *args, **options) for members in cell.members for part in members)
+
+
+def members(number, row, column, **options):
+  """Returns the networks behind a cell at its first seed."""
+  (cell,) = [cell for cell in cells(number, **options) if (cell.row, cell.column) == (row, column)]
+  return cell.members[0]
+
+
+# --- made through the command line -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A workdir for all tables, which share what they can."""
+  return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture(scope="module")
+def made(workdir):
+  """Makes each table at most once; returns a function that gives the finished process."""
+  done = {}
+
+  def get(number):
+    if number not in done:
+      done[number] = make(number, workdir)
+    assert done[number].returncode == 0, done[number].stderr
+    return done[number]
+
+  return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", TABLES)
+def test_every_table_is_made_and_every_number_can_be_traced(number, made, workdir):
+  done = made(number)
+  text = (workdir / f"table{number}.md").read_text()
+  assert text in done.stdout
+  assert matplotlib.image.imread(workdir / f"table{number}.png").std() > 0.05, "the plot is blank"
+  found = numbers_of(workdir, number)
+  rows = [row for row in TABLES[number].rows if row.network]
+  trained = {name: line for name, line in found.items() if line["sources"]}
+  first = next(iter(trained))[0]
+  assert [column for row, column in trained if row == first] == COLUMNS[number]
+  assert len({row for row, _ in trained}) == (2 if number == 5 else 1)
+  for (row, column), line in trained.items():
+    paper = next(r.paper[column] for r in rows if r.name == row)
+    assert float(line["paper"]) == paper
+    assert (line["scale"], line["seeds"]) == ("smoke", "2")
+    assert f"{paper:g}" in text
+    values = [float(value) for value in line["values"].split(";")]
+    rounded = 1e-5 * max(values)
+    assert float(line["mean"]) == pytest.approx(np.mean(values), rel=1e-5)
+    assert float(line["standard_error"]) == pytest.approx(abs(values[0] - values[1]) / 2, abs=rounded)
+    assert float(line["difference_from_paper"]) == pytest.approx(np.mean(values) - paper, abs=rounded)
+    assert f"{np.mean(values):.2f} ± {abs(values[0] - values[1]) / 2:.2f}" in text
+    for value, sources in zip(values, line["sources"].split(";"), strict=True):
+      assert f"{value:.2f} from {sources.replace('+', ', ')}" in text
+      for source in sources.split("+"):
+        trace(workdir / source)
+      if "+" not in sources:
+        metrics = json.loads((workdir / sources / "metrics.json").read_text())
+        assert value == pytest.approx(metrics[METRICS[number](column)], rel=1e-5)
+
+
+METRICS = dict.fromkeys(range(1, 6), lambda column: "test_error") | {
+  6: lambda column: "validation_perplexity" if column.endswith("val") else "test_perplexity"
+}
+
+
+def trace(directory):
+  """Asserts that a generation's manifest says where it comes from, and that its teacher lies in the same workdir."""
+  manifest = json.loads((directory / "manifest.json").read_text())
+  config = json.loads((directory.parent / "config.json").read_text())
+  assert manifest["seed"] == config["seed"]
+  assert manifest["scale"] == config["scale"] == "smoke"
+  assert manifest.keys() >= {"config", "dataset", "digest", "git_commit", "packages", "teachers"}
+  digests = [json.loads(path.read_text())["digest"] for path in directory.parent.parent.glob("*/gen_*/manifest.json")]
+  assert set(manifest["teachers"]) <= set(digests)
+  # A student of the labels has a teacher where it copies that one's first and last layer.
+  taught = manifest["loss"] != "label" or manifest["model"].startswith("matched")
+  assert bool(manifest["teachers"]) == (manifest["generation"] > 0 and taught)
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_evaluated_as_the_library_does(made, workdir):
+  made(2)
+  line = numbers_of(workdir, 2)["DenseNet-112-33", "Ens*3"]
+  for value, sources in zip(line["values"].split(";"), line["sources"].split(";"), strict=True):
+    loaded = [checkpoint.load(epath.Path(workdir) / source)[0] for source in sources.split("+")]
+    assert [generation.index for generation in loaded] == [1, 2, 3]
+    cfg = parts(2, "smoke")[0].cfg
+    assert float(value) == pytest.approx(ban_jax.evaluate(loaded, cfg)["error"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_finished_table_is_shown_again_and_tables_share_their_teachers(made, workdir):
+  made(1)
+  made(3)
+  before = written(workdir)
+  again = make(3, workdir)
+  assert again.returncode == 0, again.stderr
+  assert "0 of 6 generations were trained" in again.stdout
+  assert "step" not in again.stderr
+  assert written(workdir) == before
+  # On the embedded digits tables 1 and 3 ask for the same networks, but for the DenseNet.
+  first, third = numbers_of(workdir, 1), numbers_of(workdir, 3)
+  for column in ("teacher", "BAN"):
+    assert first["Wide-ResNet-28-1", column]["sources"] == third["Wide-ResNet-28-1", column]["sources"]
+  planned = make(3, workdir, "--dry_run")
+  assert "6 generations: 6 finished. Left: 0 steps" in planned.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_table_goes_on_and_repeats_nothing(made, workdir, tmp_path):
+  made(1)
+  die = f"""
+import os, signal, sys
+from ban_jax import checkpoint
+save = checkpoint.save_step
+def save_and_die(manager, step, tree, record):
+  save(manager, step, tree, record)
+  if "gen_1" in str(manager.directory) and step == 6:
+    manager.wait_until_finished()
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_step = save_and_die
+sys.argv = ["table1.py", "--workdir={tmp_path}", "--devices=2"]
+from experiments import table1, tables
+tables.run(table1.TABLE)
+"""
+  killed = subprocess.run([sys.executable, "-c", die], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  before = written(tmp_path)
+  (steps,) = tmp_path.glob("runs/*/gen_1/steps")
+  (record,) = [json.loads(path.read_text()) for path in steps.glob("6/meta/*") if path.name == "metadata"]
+  assert len(before) == 1
+  assert (
+    f"{float(numbers_of(workdir, 1)['Wide-ResNet-28-1', 'teacher']['values'].split(';')[0]):.2f} (1 of 2 seeds)"
+    in (tmp_path / "table1.md").read_text()
+  )
+
+  done = make(1, tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "3 of 4 generations were trained" in done.stdout
+  for path, time in before.items():
+    assert written(tmp_path)[path] == time, f"{path} was trained again"
+  # The seconds that the first epoch took are those of the killed process: the epoch was not repeated.
+  history = (steps.parent / "history.jsonl").read_text().splitlines()
+  assert json.loads(history[0]) == record["record"]["history"][0]
+  for name, line in numbers_of(workdir, 1).items():
+    assert numbers_of(tmp_path, 1)[name]["values"] == line["values"]
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_workdir_divide_a_table(made, workdir, tmp_path):
+  made(5)
+  shards = [
+    subprocess.Popen(
+      command(5, f"--workdir={tmp_path}", f"--shard={number}/2"),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for number in (1, 2)
+  ]
+  outputs = [shard.communicate(timeout=300) for shard in shards]
+  for shard, (_, errors) in zip(shards, outputs, strict=True):
+    assert shard.returncode == 0, errors
+  trained = [int(out.split(" generations were trained")[0].split("\n")[-1].split(" of ")[0]) for out, _ in outputs]
+  assert sum(trained) == len(parts(5, "smoke", 2)) == 10
+  done = make(5, tmp_path)
+  assert "0 of 10 generations were trained" in done.stdout
+  for name, line in numbers_of(workdir, 5).items():
+    assert numbers_of(tmp_path, 5)[name]["values"] == line["values"]
+
+
+@pytest.mark.slow
+def test_controls_are_columns_of_their_own(made, workdir, tmp_path):
+  made(1)
+  done = make(1, workdir, "--controls", "--seeds=1")
+  assert done.returncode == 0, done.stderr
+  found = numbers_of(workdir, 1)
+  names = ["label smoothing", "entropy-matched smoothing", "labels, twice as long"]
+  assert [column for _, column in found] == [*COLUMNS[1], *names]
+  sources = [found["Wide-ResNet-28-1", name]["sources"] for name in names]
+  manifests = [json.loads((workdir / source / "manifest.json").read_text()) for source in sources]
+  assert [manifest["loss"] for manifest in manifests] == ["label_smoothing", "entropy_matched_smoothing", "label"]
+  assert [len(manifest["teachers"]) for manifest in manifests] == [0, 1, 0]
+  own = numbers_of(workdir, 1)["Wide-ResNet-28-1", "teacher"]["sources"]
+  lengths = [len((workdir / source / "history.jsonl").read_text().splitlines()) for source in (own, sources[2])]
+  assert lengths == [2, 4]
+  assert all(line["interval_low"] == "" for line in found.values())  # of one seed
+
+
+@pytest.mark.slow
+def test_several_processes_make_a_table_together(tmp_path):
+  run = [sys.executable, "-m", "experiments.launch", "--processes=2", "--", str(ROOT / "experiments" / "table1.py")]
+  done = subprocess.run(
+    [*run, f"--workdir={tmp_path}", "--seeds=1"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("2 of 2 generations were trained") == 1
+  assert all(line["values"] for line in numbers_of(tmp_path, 1).values())
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_serves_all_that_learn_from_it():
+  made = parts(2, seeds=1)
+  assert len(made) == 3 * (1 + 4 + 3) + (1 + 4 + 2)  # of DenseNet-80-120 the paper has no BAN-3
+  row = "DenseNet-90-60"
+  (teacher,) = members(2, row, "teacher")
+  for column in ("BAN", "BAN+L", "CWTM", "DKPP", "BAN-1"):
+    (part,) = members(2, row, column)
+    assert part.teacher.path == teacher.path, column
+  (ban,), (first,), (second,) = (members(2, row, column) for column in ("BAN", "BAN-1", "BAN-2"))
+  assert second.teacher.path == first.path
+  assert (second.generation, second.run) == (2, first.run)
+  # BAN and BAN-1 differ in nothing but their seed.
+  assert ban.cfg.seed != first.cfg.seed
+  assert {**ban.cfg.to_dict(), "seed": 0} == {**first.cfg.to_dict(), "seed": 0}
+
+
+def test_what_an_ensemble_is():
+  def paths(row, column):
+    return [part.path for part in members(2, row, column)]
+
+  row = "DenseNet-90-60"
+  assert paths(row, "Ens*2") == paths(row, "BAN-1") + paths(row, "BAN-2")
+  assert paths(row, "Ens*3") == paths(row, "BAN-1") + paths(row, "BAN-2") + paths(row, "BAN-3")
+  row = "DenseNet-80-120"
+  assert paths(row, "Ens*3") == paths(row, "teacher") + paths(row, "BAN-1") + paths(row, "BAN-2")
+  alone = members(2, row, "independent*3", controls=True)
+  assert [part.generation for part in alone] == [0, 0, 0]
+  assert len({part.cfg.seed for part in alone}) == 3
+
+
+def test_tables_ask_for_the_same_teacher():
+  (teacher,) = members(2, "DenseNet-90-60", "teacher")
+  assert members(4, "DenseNet-90-60", "teacher")[0].path == teacher.path
+  assert members(5, "BAN-Wide-ResNet-1-1", "BAN")[0].teacher.path == teacher.path
+  assert members(1, "DenseNet-90-60", "teacher")[0].path != teacher.path  # on CIFAR-10
+
+
+def test_a_students_directory_depends_on_its_teacher_s():
+  lab = tables.lab_of(TABLES[3], "paper", 0, "")
+  teachers = [lab.teacher("wrn_28_1"), lab.teacher("wrn_28_1", variant=1)]
+  students = [lab.student(teacher, "densenet_90_60", "ban") for teacher in teachers]
+  assert students[0].cfg.to_dict() == students[1].cfg.to_dict()
+  assert students[0].path != students[1].path
+
+
+def test_every_row_of_the_paper_is_there_at_full_length():
+  assert {number: len(tables.rows_of(table, "paper")) for number, table in TABLES.items()} == {
+    1: 8,
+    2: 4,
+    3: 4,
+    4: 1,
+    5: 7,
+    6: 2,
+  }
+  for number, table in TABLES.items():
+    for cell in cells(number):
+      for part in cell.members[0] if cell.members else ():
+        assert part.cfg.scale == "paper"
+        assert part.cfg.train.epochs == (40 if number == 6 else 200)
+        assert part.cfg.data.name == table.dataset
+    assert {cell.column for cell in cells(number)} == {column for row in table.rows for column in row.paper}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_divide_rows_and_seeds(count):
+  made = cells(1, "paper", 2)
+  rows = [row.name for row in TABLES[1].rows]
+  shards = [tables.shard_of(made, rows, 2, (number, count)) for number in range(1, count + 1)]
+  paths = [[part.path for members in shard for part in members] for shard in shards]
+  together = [path for shard in paths for path in shard]
+  assert sorted(together) == sorted(part.path for part in parts(1, "paper", 2))
+  assert max(map(len, paths)) - min(map(len, paths)) <= 2
+
+
+def test_a_teacher_comes_before_its_students():
+  seen = set()
+  for part in parts(2, "paper", 2):
+    assert part.teacher is None or part.teacher.path in seen
+    assert part.path not in seen
+    seen.add(part.path)
+
+
+# --- training and waiting --------------------------------------------------------------------------------------------
+
+
+def train(made, workdir):
+  said = []
+  count = plan.train(made, workdir, devices=jax.devices()[:2], progress=False, say=said.append)
+  return count, said
+
+
+@pytest.fixture
+def pair():
+  """A teacher and its student, of seconds."""
+  lab = tables.lab_of(TABLES[1], "smoke", 0, "")
+  teacher = lab.teacher("wrn_28_1")
+  return [teacher, lab.student(teacher, "wrn_28_1", "ban")]
+
+
+def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
+  monkeypatch.setattr(plan, "PATIENCE", 0.05)
+  workdir = epath.Path(tmp_path)
+  (workdir / pair[0].run).mkdir(parents=True)
+  held, release = threading.Event(), threading.Event()
+
+  def hold():
+    with lock.hold(workdir / pair[0].run):
+      held.set()
+      release.wait(60)
+
+  other = threading.Thread(target=hold)
+  other.start()
+  held.wait(60)
+  said = []
+
+  def say(message):
+    said.append(message)
+    if "waiting" in message:
+      release.set()
+      other.join()
+
+  assert plan.train(pair, workdir, devices=jax.devices()[:2], progress=False, say=say) == 2
+  assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in said)
+  assert all(plan.state_of(part, workdir) == "finished" for part in pair)
+
+
+def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
+  workdir = epath.Path(tmp_path)
+  assert train(pair, workdir)[0] == 2
+  assert train(pair, workdir) == (0, [])
+  path = tmp_path / pair[0].path / "manifest.json"
+  manifest = json.loads(path.read_text())
+  path.write_text(json.dumps({**manifest, "digest": "0" * 64}))
+  with pytest.raises(
+    CheckpointError, match=f"{pair[1].path} was taught by a teacher with the digest {manifest['digest']}"
+  ):
+    plan.find(pair[1], workdir)
+  path.write_text(json.dumps({**manifest, "config": "0" * 64}))
+  with pytest.raises(CheckpointError, match=f"{pair[0].path} holds a generation of another configuration"):
+    plan.find(pair[0], workdir)
+  path.write_text(json.dumps(manifest))
+  (tmp_path / pair[0].path / "metrics.json").write_text("{}")
+  with pytest.raises(CheckpointError, match=r"metrics\.json or history\.jsonl was changed"):
+    plan.find(pair[0], workdir)
+
+
+def test_an_ensemble_of_other_networks_is_evaluated_anew(pair, tmp_path):
+  workdir = epath.Path(tmp_path)
+  train(pair, workdir)
+  assert table_report.ensemble_metrics(pair, workdir) is None
+  table_report.evaluate_ensemble(pair, workdir, tuple(jax.devices()[:2]))
+  assert table_report.ensemble_metrics(pair, workdir)["count"] == 1397
+  (kept,) = (workdir / "ensembles").iterdir()
+  record = json.loads(kept.read_text())
+  kept.write_text(json.dumps({**record, "members": dict.fromkeys(record["members"], "0" * 64)}))
+  assert table_report.ensemble_metrics(pair, workdir) is None
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def values(*numbers):
+  return [Value(seed, number, ()) for seed, number in enumerate(numbers)]
+
+
+def test_differences_are_paired_by_seed_with_student_s_interval():
+  students, teachers = (21.0, 19.5, 20.25, 20.5), (20.5, 20.0, 21.0, 20.5)
+  found = table_report.paired(values(*students), values(*teachers))
+  interval = scipy.stats.ttest_rel(students, teachers).confidence_interval(0.95)
+  assert found.mean == pytest.approx(-0.1875)
+  assert (found.low, found.high) == pytest.approx(tuple(interval))
+  assert found.seeds == 4
+
+
+def test_only_seeds_that_both_have_are_compared():
+  found = table_report.paired([Value(0, 5.0, ()), Value(2, 7.0, ())], [Value(1, 1.0, ()), Value(2, 4.0, ())])
+  assert (found.mean, found.seeds) == (3.0, 1)
+  assert math.isnan(found.low)
+  assert table_report.paired(values(1.0), [Value(1, 1.0, ())]) is None
+
+
+def test_mean_and_standard_error():
+  mean, error = table_report.mean_of(values(1.0, 2.0, 4.0))
+  assert mean == pytest.approx(7 / 3)
+  assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
+  assert math.isnan(table_report.mean_of(values(1.0))[1])
+
+
+def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
+  output = table_report.Output(TABLES[4], "smoke", 2, epath.Path(tmp_path))
+  text = output.write(cells(4, "smoke", 2), plot=True)
+  assert "| ours, smoke | …       | …        | …            |" in text
+  assert "nan" not in text
+  assert "nan" not in (tmp_path / "table4.csv").read_text()
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_priced_before_it_is_trained(pair, tmp_path):
+  lines = plan.cost_table(pair, epath.Path(tmp_path))
+  assert lines[-1].startswith("2 generations: 2 to do. Left: 20 steps, ")
+  one, two = (plan.cost(part, {}) for part in pair)
+  # A student's step is a teacher's forward pass longer, which is less than half of what a step is.
+  assert one.steps == two.steps == 10
+  assert one.flops < two.flops < 1.5 * one.flops
+  assert one.hours(1e12) == pytest.approx((one.flops / (1e12 * plan.UTILIZATION) + 10 * plan.STEP_SECONDS) / 3600)
+
+
+def test_work_does_not_depend_on_the_devices_that_share_it(pair):
+  works = [programs.work(pair[1].cfg, jax.devices()[:count]) for count in (1, 4)]
+  assert works[0] == works[1]
+  dataset = load(pair[1].cfg.data)
+  assert works[0].steps_per_epoch == len(dataset.train_order(jax.random.key(0), 20)) == 5
+
+
+SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared")) / "data" / "ptb"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"no Penn Treebank in {SHARED}")
+def test_the_penn_treebank_s_shapes_are_known_without_it():
+  (part,) = members(6, "LSTM", "teacher val")
+  described = programs.describe(part.cfg)
+  cfg = part.cfg.copy_and_resolve_references()
+  cfg.data.dir = str(SHARED)
+  dataset = load(cfg.data)
+  assert described.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
+  assert described.steps_per_epoch == len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
+  assert (described.spec.shape, described.spec.num_classes) == (dataset.spec.shape, dataset.spec.num_classes)
+
+
+# --- what cannot be done ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--scale=big",), "unknown scale 'big'; choose one of: cpu, paper, quick, smoke"),
+    (
+      ("--rows=Wide-ResNet-28-2",),
+      "--rows: table 1 has no row 'Wide-ResNet-28-2' at the scale smoke; choose from: Wide-ResNet-28-1",
+    ),
+    (("--seeds=-1",), "--seeds must be from 1 to 1000, not -1"),
+    (("--shard=3/2",), "--shard=3/2: K/N is expected, with K from 1 to N, as 2/4"),
+    (("--shard=half",), "--shard=half: K/N is expected"),
+    (("--workdir=",), "the workdir is empty"),
+    (("--devices=3",), "train.batch_size=20 cannot be shared equally by 3 devices"),
+    (("extra",), "unexpected arguments: extra"),
+  ],
+)
+def test_what_a_table_has_not_is_refused_in_words(flags, message, tmp_path):
+  workdir = tmp_path / "tables"
+  done = subprocess.run(
+    [sys.executable, str(ROOT / "experiments" / "table1.py"), f"--workdir={workdir}", *flags],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+  assert done.stderr.startswith(f"error: {message}")
+  assert not workdir.exists()
+
+
+def test_missing_data_are_named_before_anything_is_trained(tmp_path):
+  done = make(6, tmp_path / "tables", "--scale=cpu", f"--data_dir={tmp_path}/none")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ptb: ")
+  assert str(tmp_path / "none") in done.stderr
+  assert not (tmp_path / "tables").exists()
+
+
+def test_a_table_never_mixes_scales(tmp_path):
+  workdir = epath.Path(tmp_path)
+  table_report.Output(TABLES[1], "smoke", 2, workdir).write(cells(1, "smoke", 2), plot=False)
+  table_report.Output(TABLES[1], "smoke", 3, workdir).check()
+  with pytest.raises(ConfigError, match="table1.csv is of the scale smoke, not cpu; give another --workdir"):
+    table_report.Output(TABLES[1], "cpu", 2, workdir).check()
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_the_rows_are_listed_with_the_paper_s_numbers(number):
+  text = tables.overview(TABLES[number], "paper")
+  for row in TABLES[number].rows:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row.name} ")]
+    assert all(f"{value:g}" in line for value in row.paper.values())
+    assert (row.network or "not trained") in line
+
+
+def test_a_cell_that_is_only_quoted_is_not_trained():
+  quoted = [cell for cell in cells(5) if not cell.members]
+  assert quoted == [Cell("Pre-activation ResNet-1001", "baseline", "", (), 22.71, False)]
