@@ -2,9 +2,9 @@
 
   python experiments/scaling.py --config=configs/cifar.py:cifar100,wrn_28_10,paper
 
-It needs no accelerator and, for CIFAR, no data. The step is compiled for a few virtual CPU devices: its collectives are
-read from the compiled program, its floating-point operations counted on the traced one. docs/scaling.md says how to
-read the tables. The TPU v4's defaults are those of https://docs.cloud.google.com/tpu/docs/v4 (peak) and of
+It needs no accelerator and, for CIFAR and PTB, no data. The step is compiled for a few virtual CPU devices: its
+collectives are read from the compiled program, its floating-point operations counted on the traced one. docs/scaling.md
+says how to read the tables. The TPU v4's defaults are those of https://docs.cloud.google.com/tpu/docs/v4 (peak) and of
 https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-book/sharding (interconnect); the share
 of the peak is PaLM's on TPU v4 (arXiv:2204.02311).
 """
