@@ -2,7 +2,7 @@
 
 python experiments/table1.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 48 generations, 19,796e15 floating-point operations; expected
+The whole table at the paper's scale, three seeds: 48 generations, 19,796 PFLOP (10^15 operations); expected
 181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """

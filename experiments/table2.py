@@ -2,7 +2,7 @@
 
 python experiments/table2.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 93 generations, 69,160e15 floating-point operations; expected
+The whole table at the paper's scale, three seeds: 93 generations, 69,160 PFLOP (10^15 operations); expected
 626 h on one A100, 204 h on one H100, 97 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """

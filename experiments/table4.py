@@ -4,7 +4,7 @@
 
 What the compression is of is a reading (configs/presets.py); the paper's counts of it are not reproduced.
 
-The whole table at the paper's scale, three seeds: 24 generations, 14,797e15 floating-point operations; expected
+The whole table at the paper's scale, three seeds: 24 generations, 14,797 PFLOP (10^15 operations); expected
 134 h on one A100, 44 h on one H100, 21 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """

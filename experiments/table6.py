@@ -4,7 +4,7 @@
 
 PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which the user has to supply.
 
-The whole table at the paper's scale, three seeds: 12 generations, 110e15 floating-point operations; expected
+The whole table at the paper's scale, three seeds: 12 generations, 110 PFLOP (10^15 operations); expected
 1.7 h on one A100, 1 h on one H100, 0.86 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
