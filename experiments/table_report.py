@@ -205,29 +205,30 @@ class Output:
 
   def _text(self, cells: Sequence[Cell], values: Values) -> str:
     table = self._table
-    columns = in_order(cell.column for cell in cells)
     by_place = {(cell.row, cell.column): cell for cell in cells}
-    measured, compared = [["", "", *columns]], [["", "", *columns]]
-    for row in in_order(cell.row for cell in cells):
-      own = [by_place.get((row, column)) for column in columns]
-      measured.append([row, "paper", *("-" if c is None or c.paper is None else f"{c.paper:g}" for c in own)])
-      if not any(cell and cell.members for cell in own):
-        continue
-      measured.append(["", f"ours, {self._scale}", *(self._mean(cell, values) for cell in own)])
-      measured.append(["", "difference", *(_from_paper(cell, values) for cell in own)])
-      references = [cell and by_place.get((row, _reference_of(self._table, cell.column))) for cell in own]
-      pairs = list(zip(own, references, strict=True))
-      compared.append([row, "paper", *(_paper_difference(cell, other) for cell, other in pairs)])
-      compared.append(["", f"ours, {self._scale}", *(_paired_difference(cell, other, values) for cell, other in pairs)])
+    lines = [["", "", "paper", f"ours, {self._scale}", "difference", f"paper minus {table.reference}",
+              f"ours minus {table.reference}"]]  # fmt: skip
+    shown = None
+    for cell in cells:
+      reference = by_place.get((cell.row, _reference_of(table, cell.column)))
+      compared = (None, None) if reference is None or reference is cell else (cell.paper, reference.paper)
+      lines.append([
+        cell.row if cell.row != shown else "",
+        cell.column,
+        "" if cell.paper is None else f"{cell.paper:g}",
+        self._mean(cell, values) if cell.members else "quoted only",
+        _from_paper(cell, values),
+        "" if None in compared else f"{compared[0] - compared[1]:+.2f}",
+        _paired_difference(cell, reference, values),
+      ])  # fmt: skip
+      shown = cell.row
     parts = [
       f"# Table {table.number}: {table.title}",
       f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {self._seeds} "
-      f"seed{'s' * (self._seeds > 1)}. The paper's: {table.dataset}. The difference is ours minus the paper's number.",
-      markdown(measured),
-      f"## Minus {table.reference}",
-      f"Paired by seed: mean [{CONFIDENCE:.0%} confidence interval, Student's t]. The paper has one number a cell and "
-      "no error bars.",
-      markdown(compared),
+      f"seed{'s' * (self._seeds > 1)}. The paper's: {table.dataset}, one number a cell, no error bars. The difference "
+      f"is ours minus the paper's. Ours minus {table.reference} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
+      "interval, Student's t].",
+      markdown(lines),
       f"![Table {table.number}](table{table.number}.png)",
       "## Networks",
       markdown(_networks(cells)),
@@ -242,10 +243,10 @@ class Output:
     ]
     return "\n\n".join(parts) + "\n"
 
-  def _mean(self, cell: Cell | None, values: Values) -> str:
-    found = values[cell.row, cell.column] if cell and cell.members else ()
+  def _mean(self, cell: Cell, values: Values) -> str:
+    found = values[cell.row, cell.column]
     if not found:
-      return "" if cell is None else "…"
+      return "…"
     mean, error = mean_of(found)
     seeds = f" ({len(found)} of {self._seeds} seeds)" if len(found) < self._seeds else ""
     return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + seeds
@@ -271,19 +272,13 @@ class Output:
     return file.getvalue()
 
 
-def _from_paper(cell: Cell | None, values: Values) -> str:
-  found = values[cell.row, cell.column] if cell else ()
+def _from_paper(cell: Cell, values: Values) -> str:
+  found = values[cell.row, cell.column]
   return f"{mean_of(found)[0] - cell.paper:+.2f}" if found and cell.paper is not None else ""
 
 
-def _paper_difference(cell: Cell | None, reference: Cell | None) -> str:
-  if cell is None or reference is None or cell is reference or None in (cell.paper, reference.paper):
-    return ""
-  return f"{cell.paper - reference.paper:+.2f}"
-
-
-def _paired_difference(cell: Cell | None, reference: Cell | None, values: Values) -> str:
-  if cell is None or reference is None or cell is reference:
+def _paired_difference(cell: Cell, reference: Cell | None, values: Values) -> str:
+  if reference is None or cell is reference:
     return ""
   found = paired(values[cell.row, cell.column], values[reference.row, reference.column])
   if found is None:
@@ -362,7 +357,7 @@ def draw(table: "Table", scale: str, cells: Sequence[Cell], values: Values) -> "
   more = [pair for pair in zip(*grid[1, 0].get_legend_handles_labels(), strict=True) if pair[1] not in labels]
   handles, labels = [*handles, *(h for h, _ in more)], [*labels, *(text for _, text in more)]
   if handles:
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
   return figure
 
 
@@ -381,17 +376,19 @@ def _draw_rows(above: "Axes", below: "Axes", table: "Table", scale: str, cells, 
 
 
 def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cells, values: Values) -> None:
-  """Draws the columns side by side; those of a sequence of generations are joined by a line."""
-  columns = [cell.column for cell in cells]
-  for place, cell in enumerate(cells):
-    color = "tab:green" if cell.control else "tab:orange" if "*" in cell.column else "tab:blue"
+  """Draws the columns side by side: generations, joined by a line, their ensembles, then all else."""
+  sequence = [cell for cell in cells if cell.column == table.reference or cell.column.startswith("BAN-")]
+  ensembles = [cell for cell in cells if "*" in cell.column and not cell.control]
+  others = [cell for cell in cells if cell not in sequence and cell not in ensembles]
+  shown = [*sequence, *ensembles, *others]
+  for place, cell in enumerate(shown):
+    color = "tab:green" if cell.control else "tab:orange" if cell in ensembles else "tab:blue"
     _draw_cell(above, below, table, scale, cell, cells, values, place, color, label="")
-  line = [(place, mean_of(values[cell.row, cell.column])[0]) for place, cell in enumerate(cells)
-          if cell.column.startswith("BAN-") and values[cell.row, cell.column]]  # fmt: skip
+  line = [(place, mean_of(found)[0]) for place, cell in enumerate(sequence) if (found := values[cell.row, cell.column])]
   if len(line) > 1:
     above.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1)
-  below.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-  below.set_xlim(-0.6, len(columns) - 0.4)
+  below.set_xticks(range(len(shown)), [cell.column for cell in shown], rotation=35, ha="right")
+  below.set_xlim(-0.6, len(shown) - 0.4)
 
 
 def _draw_cell(above, below, table, scale, cell: Cell, cells, values: Values, place, color, label: str) -> None:
