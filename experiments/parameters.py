@@ -19,7 +19,7 @@ from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
 from configs import presets
 from experiments import cli
-from experiments.programs import WORDS, made_up_words
+from experiments.programs import WORDS, made_up_words, subprograms
 
 _MEMORY = flags.DEFINE_bool("memory", False, "also count the memory of a training step of --network")
 _DENSENETS = sorted(name for name in presets.MODELS if name.startswith("densenet"))
@@ -251,7 +251,7 @@ def _peak(jaxpr: core.Jaxpr, results: Sequence[Any]) -> int:
   alive, peak, sizes = 0, 0, {}
   for equation, dead in zip(jaxpr.eqns, reversed(dying), strict=True):
     made = {variable: 0 if _is_broadcast(equation) else _bytes(variable.aval) for variable in equation.outvars}
-    inside = max((_peak(sub, sub.outvars) for sub in _subprograms(equation.params)), default=0)
+    inside = max((_peak(sub, sub.outvars) for sub in subprograms(equation.params)), default=0)
     peak = max(peak, alive + max(inside, sum(made.values())))
     sizes |= made
     alive += sum(made.values()) - sum(sizes.get(variable, 0) for variable in dead)
@@ -261,11 +261,6 @@ def _peak(jaxpr: core.Jaxpr, results: Sequence[Any]) -> int:
 def _is_broadcast(equation: core.JaxprEqn) -> bool:
   """Tells whether an equation only repeats a smaller array, which compilers do not store."""
   return equation.primitive.name == "broadcast_in_dim"
-
-
-def _subprograms(parameters: dict[str, Any]) -> list[core.Jaxpr]:
-  programs = [getattr(value, "jaxpr", value) for value in parameters.values()]
-  return [program for program in programs if hasattr(program, "eqns")]
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ def _flops(jaxpr: core.Jaxpr) -> int:
   total = 0
   for equation in jaxpr.eqns:
     name, options = equation.primitive.name, equation.params
-    inside = [_flops(sub) for sub in _subprograms(options)]
+    inside = [_flops(sub) for sub in subprograms(options)]
     if name == "dot_general":
       (contracted, _), _ = options["dimension_numbers"]
       shape = equation.invars[0].aval.shape
@@ -174,7 +174,8 @@ def _flops(jaxpr: core.Jaxpr) -> int:
   return total
 
 
-def _subprograms(options: dict[str, Any]) -> list[core.Jaxpr]:
+def subprograms(options: dict[str, Any]) -> list[core.Jaxpr]:
+  """Returns the traced functions among an equation's options."""
   values = [entry for value in options.values() for entry in (value if isinstance(value, tuple) else (value,))]
   programs = [getattr(value, "jaxpr", value) for value in values]
   return [program for program in programs if hasattr(program, "eqns")]

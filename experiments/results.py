@@ -114,10 +114,13 @@ def table(per_seed: Sequence[Results]) -> str:
       mean, error = mean_and_error([results[name][key] for results in per_seed])
       row.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(per_seed) > 1 else ""))
     cells.append(row)
-  widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-  lines = [
-    "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-  ]
+  return markdown(cells)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """Returns a Markdown table whose first row is the header."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
   return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 

@@ -152,13 +152,6 @@ def in_order(names: Iterable[str]) -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """Returns a Markdown table whose first row is the header."""
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
-  return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def setting(cells: Sequence[Cell]) -> str:
   """Returns what a table's networks are trained on, and for how long."""
   cfg = next(cell.members[0][0].cfg for cell in cells if cell.members)
@@ -228,10 +221,10 @@ class Output:
       f"seed{'s' * (self._seeds > 1)}. The paper's: {table.dataset}, one number a cell, no error bars. The difference "
       f"is ours minus the paper's. Ours minus {table.reference} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
       "interval, Student's t].",
-      markdown(lines),
+      results.markdown(lines),
       f"![Table {table.number}](table{table.number}.png)",
       "## Networks",
-      markdown(_networks(cells)),
+      results.markdown(_networks(cells)),
       "## Where the numbers come from",
       "By row, column and seed, the generations whose mean probabilities were tested; the `manifest.json` of each has "
       "its teacher's digest, configuration, data, seed, software and commit.",

@@ -14,7 +14,7 @@ from ban_jax import checkpoint
 from ban_jax.devices import is_primary
 from ban_jax.errors import ConfigError, choices
 from configs import presets
-from experiments import cli, plan, table_report
+from experiments import cli, plan, results, table_report
 from experiments.plan import Part
 from experiments.table_report import Cell
 
@@ -248,7 +248,7 @@ def overview(table: Table, scale: str) -> str:
     rows.append([row.name, network, *(f"{row.paper[name]:g}" if name in row.paper else "-" for name in columns)])
   header = ["row", f"network at the scale {scale}", *columns]
   told = f"Table {table.number}: {table.title}. The paper's {table.unit}, on {table.dataset}"
-  return f"{told}:\n\n" + table_report.markdown([header, *rows])
+  return f"{told}:\n\n" + results.markdown([header, *rows])
 
 
 def main(table: Table) -> None:
