@@ -230,7 +230,7 @@ def train_generation(
   with checkpoint.open_workdir(workdir, cfg) as workdir:
     _check_processes(_lineage(job))
     directory = workdir / f"gen_{job.generation}"
-    finished = _load(directory)
+    finished = load_finished(directory)
     if finished is None:
       with preemption.watch() as requested, checkpoint.storage_errors(directory):
         return _train(job, directory, progress, requested)
@@ -270,7 +270,7 @@ def check_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> N
     _check_inherits(student, (jax.eval_shape(job.student.init, jax.random.key(0)),))
 
 
-def _load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
+def load_finished(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   """Returns what `checkpoint.load` does, alike on all processes: one that trained alone would wait for ever."""
   finished = error = None
   try:

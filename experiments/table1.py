@@ -2,8 +2,8 @@
 
 python experiments/table1.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 48 generations, 19,796 PFLOP (10^15 operations); expected
-181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8. That is arithmetic, by the assumptions that
+The whole table at the paper's scale, three seeds: 48 generations, 19,796 PFLOP (10^15 operations) of training;
+expected 181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
 
@@ -33,6 +33,16 @@ TABLE = Table(
   ),
   columns=columns,
   controls=tables.label_controls,
+  parameters={
+    "wrn_28_1": "0.38M",
+    "wrn_28_2": "1.48M",
+    "wrn_28_5": "9.16M",
+    "wrn_28_10": "36M",
+    "densenet_112_33": "6.3M",
+    "densenet_90_60": "16.1M",
+    "densenet_80_80": "22.4M",
+    "densenet_80_120": "50.4M",
+  },
   stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1"}},
 )
 

@@ -2,8 +2,8 @@
 
 python experiments/table2.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 93 generations, 69,160 PFLOP (10^15 operations); expected
-626 h on one A100, 204 h on one H100, 97 h on one TPU v4-8. That is arithmetic, by the assumptions that
+The whole table at the paper's scale, three seeds: 93 generations, 69,160 PFLOP (10^15 operations) of training;
+expected 626 h on one A100, 204 h on one H100, 97 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
 
@@ -28,7 +28,7 @@ def columns(lab: Lab, row: Row) -> Columns:
 
 def controls(lab: Lab, row: Row) -> Columns:
   """Returns what labels alone can do, and ensembles of as many networks that no other has taught."""
-  return tables.label_controls(lab, row) | tables.independent_ensembles(lab, row, (2, 3))
+  return tables.label_controls(lab, row, variant=1) | tables.independent_ensembles(lab, row, (2, 3))
 
 
 def numbers(*values: float | None) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 python experiments/table3.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 36 generations, 8,195 PFLOP (10^15 operations); expected
-77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8. That is arithmetic, by the assumptions that
+The whole table at the paper's scale, three seeds: 36 generations, 8,195 PFLOP (10^15 operations) of training;
+expected 77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
 

@@ -6,8 +6,8 @@ First and last layer are copied from the teacher and frozen, for the baseline, w
 name's numbers are units a stage and the ratio of the stages' widths. The bottleneck students are a reading
 (ban_jax/models/matched_resnet.py). The Pre-activation ResNet-1001 is quoted there from He et al. 2016.
 
-The whole table at the paper's scale, three seeds: 39 generations, 24,720 PFLOP (10^15 operations); expected
-224 h on one A100, 74 h on one H100, 35 h on one TPU v4-8. That is arithmetic, by the assumptions that
+The whole table at the paper's scale, three seeds: 39 generations, 24,720 PFLOP (10^15 operations) of training;
+expected 224 h on one A100, 74 h on one H100, 35 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
 
@@ -46,6 +46,14 @@ TABLE = Table(
   ),
   columns=columns,
   controls=controls,
+  parameters={
+    "pre_resnet_14_0_5": "7.3M",
+    "pre_resnet_14_1": "17.7M",
+    "wide_match_1_1": "20.9M",
+    "wide_match_2_1": "43.1M",
+    "wide_match_4_0_5": "24.3M",
+    "wide_match_4_1": "87.3M",
+  },
   stand_ins={
     "cpu": {
       TEACHER: "densenet_16_8",

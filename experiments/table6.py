@@ -4,8 +4,8 @@
 
 PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which the user has to supply.
 
-The whole table at the paper's scale, three seeds: 12 generations, 110 PFLOP (10^15 operations); expected
-1.7 h on one A100, 1 h on one H100, 0.86 h on one TPU v4-8. That is arithmetic, by the assumptions that
+The whole table at the paper's scale, three seeds: 12 generations, 110 PFLOP (10^15 operations) of training;
+expected 1.7 h on one A100, 1 h on one H100, 0.86 h on one TPU v4-8. That is arithmetic, by the assumptions that
 --dry_run names, and no measurement; --rows, --seeds and --shard divide it.
 """
 
@@ -29,6 +29,10 @@ TABLE = Table(
   ),
   columns=columns,
   controls=tables.label_controls,
+  parameters={
+    "cnn_lstm": "19M",
+    "lstm": "52M",
+  },
   stand_ins={
     "cpu": {"cnn_lstm": "cnn_lstm_32", "lstm": "lstm_200"},
     "smoke": {"cnn_lstm": "cnn_lstm_32"},

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import math
-import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from ban_jax import checkpoint
+from ban_jax import devices as devices_lib
 from ban_jax.devices import is_primary
 from ban_jax.errors import ConfigError
 from ban_jax.evaluate import make_models
+from ban_jax.train import load_finished
 from ban_jax.types import Devices
 from experiments import plan, programs, results
 from experiments.plan import Part
@@ -69,9 +70,9 @@ def _record(members: Sequence[Part], workdir: epath.Path) -> epath.Path:
 
 def evaluate_ensemble(members: Sequence[Part], workdir: epath.Path, devices: Devices) -> None:
   """Evaluates an ensemble of finished generations (Eq. 4) and keeps its metrics, unless they are kept already."""
-  if ensemble_metrics(members, workdir) is not None:
+  if not devices_lib.on_any_process(ensemble_metrics(members, workdir) is None):
     return
-  loaded = [checkpoint.load(workdir / part.path) for part in members]
+  loaded = [load_finished(workdir / part.path) for part in members]
   metrics = results.evaluate([generation for generation, _ in loaded], members[-1].cfg, devices)
   if is_primary():
     path = _record(members, workdir)
@@ -80,12 +81,14 @@ def evaluate_ensemble(members: Sequence[Part], workdir: epath.Path, devices: Dev
     _write(path, json.dumps({"members": digests, "metrics": metrics}, indent=2).encode())
 
 
-def ensemble_metrics(members: Sequence[Part], workdir: epath.Path) -> Mapping[str, float] | None:
+def ensemble_metrics(
+  members: Sequence[Part], workdir: epath.Path, known: dict[str, plan.Found] | None = None
+) -> Mapping[str, float] | None:
   """Returns an ensemble's metrics, or None where they are not there, or are those of other networks than now lie there.
 
   Raises a CheckpointError for a damaged generation.
   """
-  found = [plan.find(part, workdir) for part in members]
+  found = [plan.find(part, workdir, known) for part in members]
   try:
     kept = json.loads(_record(members, workdir).read_text())
     now = {part.path: here and here[1]["digest"] for part, here in zip(members, found, strict=True)}
@@ -96,14 +99,14 @@ def ensemble_metrics(members: Sequence[Part], workdir: epath.Path) -> Mapping[st
 
 def values_of(cells: Iterable[Cell], workdir: epath.Path) -> Values:
   """Returns every cell's values as far as they are finished."""
-  values = {}
+  values, known = {}, {}
   for cell in cells:
     found = []
     for seed, members in enumerate(cell.members):
       if len(members) > 1:
-        metrics = ensemble_metrics(members, workdir)
+        metrics = ensemble_metrics(members, workdir, known)
       else:
-        here = plan.find(members[0], workdir)
+        here = plan.find(members[0], workdir, known)
         metrics = here and results.reported(here[0])
       if metrics is not None:
         found.append(Value(seed, float(metrics[cell.metric]), tuple(part.path for part in members)))
@@ -154,39 +157,50 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def setting(cells: Sequence[Cell]) -> str:
   """Returns what a table's networks are trained on, and for how long."""
-  cfg = next(cell.members[0][0].cfg for cell in cells if cell.members)
+  configs = [part.cfg for cell in cells for members in cell.members for part in members]
+  cfg = configs[0]
   examples = "tokens" if cfg.data.window else "examples"
+  batches = " or ".join(str(size) for size in sorted({each.train.batch_size for each in configs}))
   return (
     f"scale {cfg.scale}, {cfg.data.name}, {f'{cfg.data.train_examples:,}' if cfg.data.train_examples else 'all'} "
-    f"training {examples}, {cfg.train.epochs} epochs, batch {cfg.train.batch_size}"
+    f"training {examples}, {min(each.train.epochs for each in configs)} epochs, batch {batches}"
   )
 
 
 class Output:
   """The files of one table at one scale in one workdir."""
 
-  def __init__(self, table: "Table", scale: str, seeds: int, workdir: epath.Path):
-    self._table, self._scale, self._seeds, self._workdir = table, scale, seeds, workdir
+  def __init__(self, table: "Table", scale: str, workdir: epath.Path):
+    self._table, self._scale, self._workdir = table, scale, workdir
 
   def paths(self) -> list[epath.Path]:
     """Returns the paths of table, numbers and plot."""
     return [self._workdir / f"table{self._table.number}.{ending}" for ending in ("md", "csv", "png")]
 
-  def check(self) -> None:
-    """Raises a ConfigError where the workdir has this table at another scale: no table mixes two."""
+  def check(self) -> int:
+    """Returns of how many seeds the workdir has this table, 0 where it has none.
+
+    Raises a ConfigError where it is of another scale: no table mixes two.
+    """
     path = self.paths()[1]
     if not path.exists():
-      return
-    scales = {row.get("scale") for row in csv.DictReader(io.StringIO(path.read_text()))}
+      return 0
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    scales = {row.get("scale") for row in rows}
     if scales - {self._scale}:
       other = ", ".join(sorted(map(str, scales)))
       raise ConfigError(f"{path} is of the scale {other}, not {self._scale}; give another --workdir")
+    return max((int(seed) + 1 for row in rows for seed in (row.get("seeds") or "").split(";") if seed), default=0)
 
-  def write(self, cells: Sequence[Cell], *, plot: bool) -> str:
-    """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table."""
+  def write(self, cells: Sequence[Cell], seeds: int, *, controls: bool, plot: bool) -> str:
+    """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table.
+
+    Controls are shown where `controls` asks for them, or where there are any.
+    """
     self._workdir.mkdir(parents=True, exist_ok=True)
     values = values_of(cells, self._workdir)
-    text = self._text(cells, values)
+    cells = [cell for cell in cells if controls or not cell.control or values[cell.row, cell.column]]
+    text = self._text(cells, seeds, values)
     table, numbers, picture = self.paths()
     _write(table, text.encode())
     _write(numbers, self._csv(cells, values).encode())
@@ -196,7 +210,7 @@ class Output:
       _write(picture, file.getvalue())
     return text
 
-  def _text(self, cells: Sequence[Cell], values: Values) -> str:
+  def _text(self, cells: Sequence[Cell], seeds: int, values: Values) -> str:
     table = self._table
     by_place = {(cell.row, cell.column): cell for cell in cells}
     lines = [["", "", "paper", f"ours, {self._scale}", "difference", f"paper minus {table.reference}",
@@ -209,22 +223,22 @@ class Output:
         cell.row if cell.row != shown else "",
         cell.column,
         "" if cell.paper is None else f"{cell.paper:g}",
-        self._mean(cell, values) if cell.members else "quoted only",
+        _mean(values[cell.row, cell.column], seeds) if cell.members else "quoted only",
         _from_paper(cell, values),
         "" if None in compared else f"{compared[0] - compared[1]:+.2f}",
-        _paired_difference(cell, reference, values),
+        _paired_difference(cell, reference, seeds, values),
       ])  # fmt: skip
       shown = cell.row
     parts = [
       f"# Table {table.number}: {table.title}",
-      f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {self._seeds} "
-      f"seed{'s' * (self._seeds > 1)}. The paper's: {table.dataset}, one number a cell, no error bars. The difference "
+      f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {seeds} "
+      f"seed{'s' * (seeds > 1)}. The paper's: {table.dataset}, one number a cell, no error bars. The difference "
       f"is ours minus the paper's. Ours minus {table.reference} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
       "interval, Student's t].",
       results.markdown(lines),
       f"![Table {table.number}](table{table.number}.png)",
       "## Networks",
-      results.markdown(_networks(cells)),
+      results.markdown(self._networks(cells)),
       "## Where the numbers come from",
       "By row, column and seed, the generations whose mean probabilities were tested; the `manifest.json` of each has "
       "its teacher's digest, configuration, data, seed, software and commit.",
@@ -236,13 +250,17 @@ class Output:
     ]
     return "\n\n".join(parts) + "\n"
 
-  def _mean(self, cell: Cell, values: Values) -> str:
-    found = values[cell.row, cell.column]
-    if not found:
-      return "…"
-    mean, error = mean_of(found)
-    seeds = f" ({len(found)} of {self._seeds} seeds)" if len(found) < self._seeds else ""
-    return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + seeds
+  def _networks(self, cells: Iterable[Cell]) -> list[list[str]]:
+    """Returns which network is behind which columns, with its trained parameters and those that the paper prints."""
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+      if cell.members:
+        part = cell.members[0][-1]
+        printed = self._table.parameters.get(part.stands_for)
+        paper = part.stands_for + (f", {printed}" if printed else "")
+        columns.setdefault((cell.row, part.network, f"{parameters(part):,}", paper), []).append(cell.column)
+    lines = [["row", "network", "trained parameters", "the paper's network, parameters", "columns"]]
+    return lines + [[*key, "; ".join(in_order(names)).replace("*", r"\*")] for key, names in columns.items()]
 
   def _csv(self, cells: Sequence[Cell], values: Values) -> str:
     file = io.StringIO()
@@ -256,7 +274,8 @@ class Output:
       pair = other and other is not cell and paired(found, values[other.row, other.column])
       numbers = [mean, error, math.nan if cell.paper is None else mean - cell.paper, *(pair or (math.nan,) * 3)[:3]]
       writer.writerow([
-        *(self._table.number, cell.row, cell.column, cell.metric, self._scale, len(found)),
+        *(self._table.number, cell.row, cell.column, cell.metric, self._scale),
+        ";".join(str(value.seed) for value in found),
         "" if cell.paper is None else cell.paper,
         *("" if math.isnan(number) else f"{number:.6g}" for number in numbers),
         ";".join(f"{value.value:.6g}" for value in found),
@@ -265,32 +284,30 @@ class Output:
     return file.getvalue()
 
 
+def _mean(found: Sequence[Value], seeds: int) -> str:
+  if not found:
+    return "…"
+  mean, error = mean_of(found)
+  return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + _of_seeds(len(found), seeds)
+
+
+def _of_seeds(count: int, seeds: int) -> str:
+  return f" ({count} of {seeds} seeds)" if count < seeds else ""
+
+
 def _from_paper(cell: Cell, values: Values) -> str:
   found = values[cell.row, cell.column]
   return f"{mean_of(found)[0] - cell.paper:+.2f}" if found and cell.paper is not None else ""
 
 
-def _paired_difference(cell: Cell, reference: Cell | None, values: Values) -> str:
+def _paired_difference(cell: Cell, reference: Cell | None, seeds: int, values: Values) -> str:
   if reference is None or cell is reference:
     return ""
   found = paired(values[cell.row, cell.column], values[reference.row, reference.column])
   if found is None:
     return "…"
   interval = "" if math.isnan(found.low) else f" [{found.low:+.2f}, {found.high:+.2f}]"
-  return f"{found.mean:+.2f}{interval}"
-
-
-def _networks(cells: Iterable[Cell]) -> list[list[str]]:
-  """Returns which network, with how many trained parameters, is behind which columns."""
-  columns: dict[tuple[str, str, str], list[str]] = {}
-  for cell in cells:
-    if cell.members:
-      part = cell.members[0][-1]
-      key = (cell.row, part.network, f"{parameters(part):,}")
-      columns.setdefault(key, []).append(cell.column)
-  return [["row", "network", "trained parameters", "columns"]] + [
-    [*key, ", ".join(in_order(names))] for key, names in columns.items()
-  ]
+  return f"{found.mean:+.2f}{interval}{_of_seeds(found.seeds, seeds)}"
 
 
 def parameters(part: Part) -> int:
@@ -309,7 +326,7 @@ def _count(model) -> int:
 
 def _write(path: epath.Path, content: bytes) -> None:
   """Writes a file whole or not at all; several processes may write the same one, and the last one's stays."""
-  partial = path.parent / f".{path.name}.{os.getpid()}"
+  partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
   partial.write_bytes(content)
   partial.replace(path)
 

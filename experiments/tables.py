@@ -25,7 +25,7 @@ SCALE = flags.DEFINE_string(
   "networks on embedded data, which show that everything runs and nothing else).",
 )
 ROWS = flags.DEFINE_list("rows", None, "The rows to train, by their names, separated by commas; all by default.")
-SEEDS = flags.DEFINE_integer("seeds", 0, "How many seeds, from 0; by default what the scale asks for.")
+SEEDS = flags.DEFINE_integer("seeds", None, "How many seeds, from 0; by default what the scale asks for.")
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where runs and tables are kept, for all tables alike; by default runs/tables/SCALE."
 )
@@ -43,6 +43,8 @@ CONTROLS = flags.DEFINE_bool(
 LIST = flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and end.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what would be trained and what it would cost, and end.")
 
+# Different draws of one seed: a table's seed s gives its variant v the configuration's seed s + v * VARIANT.
+VARIANT = 1000
 # Beyond the presets, what a scale is for a table: its number of seeds, and changes by key for images and for text.
 SCALES = {
   "paper": (3, {}, {}),
@@ -92,11 +94,11 @@ class Lab(NamedTuple):
     words = self._words(network)
     epochs = self.changes.get("train.epochs") or presets.compose(words).train.epochs
     changes = {**self.changes, "train.epochs": longer * epochs}
-    return plan.teacher(words, changes, self._seed(variant))
+    return plan.teacher(words, network, changes, self._seed(variant))
 
   def student(self, taught_by: Part, network: str, loss: str, *, variant: int = 0) -> Part:
     """Returns a network that learns from a teacher; another `variant` is another draw of the same."""
-    return plan.student(self._words(network), loss, self.changes, self._seed(variant), taught_by)
+    return plan.student(self._words(network), network, loss, self.changes, self._seed(variant), taught_by)
 
   def sequence(self, taught_by: Part, network: str, loss: str, length: int) -> list[Part]:
     """Returns BAN-1 to BAN-`length`, each taught by the one before and the first by `taught_by` (Eq. 3)."""
@@ -109,7 +111,7 @@ class Lab(NamedTuple):
     return f"{self.dataset},{self.stand_ins[network] if self.stand_ins else network},{self.scale}"
 
   def _seed(self, variant: int) -> int:
-    return self.seed + variant * plan.VARIANT
+    return self.seed + variant * VARIANT
 
 
 # Column -> the networks behind it, whose mean probabilities are what is tested: one, or an ensemble.
@@ -125,7 +127,9 @@ class Table(NamedTuple):
   rows: tuple[Row, ...]
   columns: Callable[[Lab, Row], Columns]
   stand_ins: Mapping[str, Mapping[str, str]]  # scale -> network -> what takes its place; a scale left out: itself
-  controls: Callable[[Lab, Row], Columns] = lambda lab, row: {}
+  controls: Callable[[Lab, Row], Columns]
+  # The trained parameters that the paper's table prints, by network.
+  parameters: Mapping[str, str] = {}
   # What is told of every column: the ending of its name -> a metric, of experiments/results.py.
   metrics: Mapping[str, str] = {"": "error"}
   unit: str = "test error, %"
@@ -133,12 +137,15 @@ class Table(NamedTuple):
   by_row: bool = True  # whether the plot has the rows side by side; otherwise the columns
 
 
-def label_controls(lab: Lab, row: Row) -> dict[str, Sequence[Part]]:
-  """Returns the controls of a network and its born-again student: what labels alone can do, softened or for longer."""
+def label_controls(lab: Lab, row: Row, *, variant: int = 0) -> dict[str, Sequence[Part]]:
+  """Returns the controls of a network and its born-again student: what labels alone can do, softened or for longer.
+
+  `variant` is that of the student that they are compared with: those with smoothed labels begin as it does.
+  """
   teacher = lab.teacher(row.network)
   return {
-    "label smoothing": [lab.student(teacher, row.network, "label_smoothing", variant=1)],
-    "entropy-matched smoothing": [lab.student(teacher, row.network, "entropy_matched_smoothing", variant=1)],
+    "label smoothing": [lab.student(teacher, row.network, "label_smoothing", variant=variant)],
+    "entropy-matched smoothing": [lab.student(teacher, row.network, "entropy_matched_smoothing", variant=variant)],
     "labels, twice as long": [lab.teacher(row.network, variant=1, longer=2)],
   }
 
@@ -186,15 +193,12 @@ def cells_of(table: Table, scale: str, seeds: int, data_dir: str, *, controls: b
 
 
 def shard_of(cells: Sequence[Cell], rows: Sequence[str], seeds: int, shard: tuple[int, int]) -> list[list[Part]]:
-  """Returns the members of those cells that a shard trains: of all rows and seeds, seed by seed, every N-th."""
+  """Returns the members of those cells that a shard trains: of all rows and seeds every N-th, seed by seed."""
   number, count = shard
-  units = [(seed, row) for seed in range(seeds) for row in rows]
-  return [
-    list(cell.members[seed])
-    for seed, row in units[number - 1 :: count]
-    for cell in cells
-    if cell.row == row and cell.members
-  ]
+  # Counted row by row, so that large rows do not all fall to one shard; trained seed by seed, so that each row has a
+  # number early.
+  units = sorted([(seed, row) for row in rows for seed in range(seeds)][number - 1 :: count], key=lambda unit: unit[0])
+  return [list(cell.members[seed]) for seed, row in units for cell in cells if cell.row == row and cell.members]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -216,39 +220,30 @@ def asked_for(table: Table) -> Asked:
   if scale not in SCALES:
     raise ConfigError(f"unknown scale {scale!r}; choose one of: {choices(SCALES)}")
   names = {row.name.lower(): row.name for row in rows_of(table, scale) if row.network is not None}
-  rows = []
-  for given in ROWS.value if ROWS.value is not None else names:
-    if given.strip().lower() not in names:
-      known = choices(names.values())
-      raise ConfigError(f"--rows: table {table.number} has no row {given!r} at the scale {scale}; choose from: {known}")
-    rows.append(names[given.strip().lower()])
-  seeds = SEEDS.value or SCALES[scale][0]
-  if not 0 < seeds <= plan.VARIANT:
-    raise ConfigError(f"--seeds must be from 1 to {plan.VARIANT}, not {SEEDS.value}")
+  given = list(names) if ROWS.value is None else [name.strip() for name in ROWS.value]
+  unknown = [name for name in given if name.lower() not in names]
+  if unknown or not given:
+    known = choices(names.values())
+    name = unknown[0] if unknown else ""
+    raise ConfigError(f"--rows: table {table.number} has no row {name!r} at the scale {scale}; choose from: {known}")
+  seeds = SCALES[scale][0] if SEEDS.value is None else SEEDS.value
+  if not 0 < seeds <= VARIANT:
+    raise ConfigError(f"--seeds must be from 1 to {VARIANT}, not {seeds}")
   number, _, count = SHARD.value.partition("/")
   if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
     raise ConfigError(f"--shard={SHARD.value}: K/N is expected, with K from 1 to N, as 2/4")
-  if CONTROLS.value and not any(table.controls(lab_of(table, scale, 0, ""), row) for row in _trained(table, scale)):
-    raise ConfigError(f"--controls: table {table.number} has none")
   workdir = checkpoint.resolve_workdir(f"runs/tables/{scale}" if WORKDIR.value is None else WORKDIR.value)
-  return Asked(scale, rows, seeds, (int(number), int(count)), workdir)
-
-
-def _trained(table: Table, scale: str) -> list[Row]:
-  return [row for row in rows_of(table, scale) if row.network is not None]
+  return Asked(scale, [names[name.lower()] for name in dict.fromkeys(given)], seeds, (int(number), int(count)), workdir)
 
 
 def overview(table: Table, scale: str) -> str:
-  """Returns the rows of a table with their networks at a scale and the paper's numbers."""
-  columns = table_report.in_order(column for row in rows_of(table, scale) for column in row.paper)
-  lab = lab_of(table, scale, 0, "")
-  rows = []
-  for row in rows_of(table, scale):
-    network = "not trained" if row.network is None else lab.teacher(row.network).network
-    rows.append([row.name, network, *(f"{row.paper[name]:g}" if name in row.paper else "-" for name in columns)])
-  header = ["row", f"network at the scale {scale}", *columns]
+  """Returns a table's cells with their networks at a scale and the paper's numbers."""
+  lines = [["row", "column", f"network at the scale {scale}", "paper"]]
+  for cell in cells_of(table, scale, 1, "", controls=False):
+    network = cell.members[0][-1].network if cell.members else "quoted only"
+    lines.append([cell.row, cell.column, network, "" if cell.paper is None else f"{cell.paper:g}"])
   told = f"Table {table.number}: {table.title}. The paper's {table.unit}, on {table.dataset}"
-  return f"{told}:\n\n" + results.markdown([header, *rows])
+  return f"{told}:\n\n" + results.markdown(lines)
 
 
 def main(table: Table) -> None:
@@ -264,22 +259,26 @@ def main(table: Table) -> None:
   if DRY_RUN.value:
     print("\n".join(plan.cost_table(parts, asked.workdir)))
     return
-  out = table_report.Output(table, asked.scale, asked.seeds, asked.workdir)
-  out.check()
-  plan.check(parts, devices)
+  out = table_report.Output(table, asked.scale, asked.workdir)
+  # Whatever the flags ask to train, the table shows all that the workdir holds of it.
+  seeds = max(asked.seeds, out.check())
+  shown = cells_of(table, asked.scale, seeds, DATA_DIR.value, controls=True)
+  plan.check(plan.ancestry(part for cell in shown for own in cell.members for part in own), asked.workdir, devices)
+
+  def write(*, plot: bool) -> str:
+    return out.write(shown, seeds, controls=CONTROLS.value, plot=plot)
 
   def say(message: str) -> None:
     if is_primary() and cli.PROGRESS.value:
       print(message, flush=True)
-      out.write(cells, plot=False)  # what is finished by now
+      write(plot=False)  # what is finished by now
 
   trained = plan.train(parts, asked.workdir, devices=devices, progress=cli.PROGRESS.value, say=say)
   for members in mine:
     if len(members) > 1:
       table_report.evaluate_ensemble(members, asked.workdir, devices)
   if is_primary():
-    text = out.write(cells, plot=True)
-    print(f"\n{text}\n{trained} of {len(parts)} generations were trained, the others finished already")
+    print(f"\n{write(plot=True)}\n{trained} of {len(parts)} generations were trained, the others finished already")
     print(f"written: {', '.join(str(path) for path in out.paths())}")
 
 

@@ -113,7 +113,7 @@ def test_every_table_is_made_and_every_number_can_be_traced(number, made, workdi
   for (row, column), line in trained.items():
     paper = next(r.paper[column] for r in rows if r.name == row)
     assert float(line["paper"]) == paper
-    assert (line["scale"], line["seeds"]) == ("smoke", "2")
+    assert (line["scale"], line["seeds"]) == ("smoke", "0;1")
     values = [float(value) for value in line["values"].split(";")]
     rounded = 1e-5 * max(values)
     assert float(line["mean"]) == pytest.approx(np.mean(values), rel=1e-5)
@@ -175,7 +175,7 @@ def test_a_finished_table_is_shown_again_and_tables_share_their_teachers(made, w
   for column in ("teacher", "BAN"):
     assert first["Wide-ResNet-28-1", column]["sources"] == third["Wide-ResNet-28-1", column]["sources"]
   planned = make(3, workdir, "--dry_run")
-  assert "6 generations: 6 finished. Left: 0 steps" in planned.stdout
+  assert "6 generations: 6 finished. Left, at most: 0 steps" in planned.stdout
 
 
 @pytest.mark.slow
@@ -243,21 +243,27 @@ def test_two_processes_on_one_workdir_divide_a_table(made, workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_controls_are_columns_of_their_own(made, workdir, tmp_path):
+def test_controls_are_columns_that_stay_with_the_table(made, workdir):
   made(1)
   done = make(1, workdir, "--controls", "--seeds=1")
   assert done.returncode == 0, done.stderr
-  found = numbers_of(workdir, 1)
+  assert "3 of 5 generations were trained" in done.stdout
   names = ["label smoothing", "entropy-matched smoothing", "labels, twice as long"]
-  assert [column for _, column in found] == [*COLUMNS[1], *names]
+  # Neither fewer seeds nor no controls take away what the workdir holds.
+  for again in (done, make(1, workdir, "--seeds=1")):
+    assert again.returncode == 0, again.stderr
+    found = numbers_of(workdir, 1)
+    assert [column for _, column in found] == [*COLUMNS[1], *names]
+    assert [line["seeds"] for line in found.values()] == ["0;1", "0;1", "0", "0", "0"]
+    assert "(1 of 2 seeds)" in (workdir / "table1.md").read_text()
   sources = [found["Wide-ResNet-28-1", name]["sources"] for name in names]
   manifests = [json.loads((workdir / source / "manifest.json").read_text()) for source in sources]
   assert [manifest["loss"] for manifest in manifests] == ["label_smoothing", "entropy_matched_smoothing", "label"]
   assert [len(manifest["teachers"]) for manifest in manifests] == [0, 1, 0]
-  own = numbers_of(workdir, 1)["Wide-ResNet-28-1", "teacher"]["sources"]
+  own = found["Wide-ResNet-28-1", "teacher"]["sources"].split(";")[0]
   lengths = [len((workdir / source / "history.jsonl").read_text().splitlines()) for source in (own, sources[2])]
   assert lengths == [2, 4]
-  assert all(line["interval_low"] == "" for line in found.values())  # of one seed
+  assert [line["interval_low"] == "" for line in found.values()] == [True, False, True, True, True]
 
 
 @pytest.mark.slow
@@ -345,7 +351,9 @@ def test_shards_divide_rows_and_seeds(count):
   paths = [[part.path for members in shard for part in members] for shard in shards]
   together = [path for shard in paths for path in shard]
   assert sorted(together) == sorted(part.path for part in parts(1, "paper", 2))
-  assert max(map(len, paths)) - min(map(len, paths)) <= 2
+  # The largest row's seeds fall to different shards.
+  large = [sum("densenet_80_120" in path for path in shard) for shard in paths]
+  assert max(large) == 2 * math.ceil(2 / count)
 
 
 def test_a_teacher_comes_before_its_students():
@@ -398,6 +406,33 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
   assert plan.train(pair, workdir, devices=jax.devices()[:2], progress=False, say=say) == 2
   assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in said)
   assert all(plan.state_of(part, workdir) == "finished" for part in pair)
+
+
+def test_what_another_process_finished_meanwhile_is_not_counted(pair, tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path)
+  train(pair, workdir)
+  looks, find = [], plan.find
+
+  def late(part, *arguments):
+    looks.append(part.path)
+    return find(part, *arguments) if looks.count(part.path) > 1 else None
+
+  monkeypatch.setattr(plan, "find", late)
+  assert train(pair, workdir) == (0, [])
+
+
+def test_other_data_are_refused_by_name(pair, tmp_path):
+  workdir = epath.Path(tmp_path)
+  train(pair[:1], workdir)
+  plan.check(pair, workdir, tuple(jax.devices()[:2]))
+  path = tmp_path / pair[0].path / "manifest.json"
+  manifest = json.loads(path.read_text())
+  path.write_text(json.dumps({**manifest, "dataset": "0" * 64}))
+  with pytest.raises(CheckpointError, match="gen_0 was trained on other data than the digits found now .digest 0000"):
+    plan.check(pair, workdir, tuple(jax.devices()[:2]))
+  path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "dataset"}))
+  with pytest.raises(CheckpointError, match=r"manifest\.json lacks dataset; remove "):
+    plan.check(pair, workdir, tuple(jax.devices()[:2]))
 
 
 def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
@@ -463,8 +498,9 @@ def test_mean_and_standard_error():
 
 
 def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
-  output = table_report.Output(TABLES[4], "smoke", 2, epath.Path(tmp_path))
-  text = output.write(cells(4, "smoke", 2), plot=True)
+  output = table_report.Output(TABLES[4], "smoke", epath.Path(tmp_path))
+  text = output.write(cells(4, "smoke", 2, controls=True), 2, controls=False, plot=True)
+  assert "labels" not in text
   assert (
     "| DenseNet-90-60 | teacher      | 17.69 | …           |            |                     |                    |"
     in text
@@ -482,7 +518,7 @@ def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
 
 def test_a_plan_is_priced_before_it_is_trained(pair, tmp_path):
   lines = plan.cost_table(pair, epath.Path(tmp_path))
-  assert lines[-1].startswith("2 generations: 2 to do. Left: 20 steps, ")
+  assert lines[-1].startswith("2 generations: 2 to do. Left, at most: 20 steps, ")
   one, two = (plan.cost(part, {}) for part in pair)
   # A student's step is a teacher's forward pass longer, which is less than half of what a step is.
   assert one.steps == two.steps == 10
@@ -523,7 +559,9 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
       ("--rows=Wide-ResNet-28-2",),
       "--rows: table 1 has no row 'Wide-ResNet-28-2' at the scale smoke; choose from: Wide-ResNet-28-1",
     ),
+    (("--rows=",), "--rows: table 1 has no row '' at the scale smoke; choose from: Wide-ResNet-28-1"),
     (("--seeds=-1",), "--seeds must be from 1 to 1000, not -1"),
+    (("--seeds=0",), "--seeds must be from 1 to 1000, not 0"),
     (("--shard=3/2",), "--shard=3/2: K/N is expected, with K from 1 to N, as 2/4"),
     (("--shard=half",), "--shard=half: K/N is expected"),
     (("--workdir=",), "the workdir is empty"),
@@ -555,19 +593,36 @@ def test_missing_data_are_named_before_anything_is_trained(tmp_path):
 
 def test_a_table_never_mixes_scales(tmp_path):
   workdir = epath.Path(tmp_path)
-  table_report.Output(TABLES[1], "smoke", 2, workdir).write(cells(1, "smoke", 2), plot=False)
-  table_report.Output(TABLES[1], "smoke", 3, workdir).check()
+  output = table_report.Output(TABLES[1], "smoke", workdir)
+  assert output.check() == 0
+  output.write(cells(1, "smoke", 2), 2, controls=False, plot=False)
+  assert output.check() == 0
   with pytest.raises(ConfigError, match="table1.csv is of the scale smoke, not cpu; give another --workdir"):
-    table_report.Output(TABLES[1], "cpu", 2, workdir).check()
+    table_report.Output(TABLES[1], "cpu", workdir).check()
 
 
 @pytest.mark.parametrize("number", TABLES)
-def test_the_rows_are_listed_with_the_paper_s_numbers(number):
-  text = tables.overview(TABLES[number], "paper")
+def test_every_cell_is_listed_with_its_network_and_the_paper_s_number(number):
+  lines = [line.strip("|").split("|") for line in tables.overview(TABLES[number], "paper").splitlines()[4:]]
+  listed = {(row.strip(), column.strip()): (network.strip(), paper.strip()) for row, column, network, paper in lines}
+  assert len(listed) == len(lines) == sum(len(row.paper) for row in TABLES[number].rows)
   for row in TABLES[number].rows:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row.name} ")]
-    assert all(f"{value:g}" in line for value in row.paper.values())
-    assert (row.network or "not trained") in line
+    for column, value in row.paper.items():
+      network, paper = listed[row.name, column]
+      assert paper == f"{value:g}"
+      assert network == ("quoted only" if row.network is None else members(number, row.name, column)[-1].network)
+
+
+@pytest.mark.parametrize(("number", "row"), [(1, "Wide-ResNet-28-1"), (2, "DenseNet-90-60"), (3, "Wide-ResNet-28-1")])
+def test_smoothed_labels_begin_as_the_student_that_they_are_compared_with(number, row):
+  (ban,) = members(number, row, "BAN")
+  for column in ("label smoothing", "entropy-matched smoothing"):
+    (control,) = members(number, row, column, controls=True)
+    assert (control.cfg.seed, control.generation) == (ban.cfg.seed, ban.generation), column
+
+
+def test_what_differs_between_rows_is_told():
+  assert table_report.setting(cells(6)) == "scale paper, ptb, all training tokens, 40 epochs, batch 20 or 32"
 
 
 def test_a_cell_that_is_only_quoted_is_not_trained():
