@@ -177,29 +177,26 @@ class Output:
     """Returns the paths of table, numbers and plot."""
     return [self._workdir / f"table{self._table.number}.{ending}" for ending in ("md", "csv", "png")]
 
-  def check(self) -> int:
-    """Returns of how many seeds the workdir has this table, 0 where it has none.
+  def check(self) -> tuple[int, set[str]]:
+    """Returns of how many seeds the workdir has this table, 0 where it has none, and which columns.
 
     Raises a ConfigError where it is of another scale: no table mixes two.
     """
     path = self.paths()[1]
     if not path.exists():
-      return 0
+      return 0, set()
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
     scales = {row.get("scale") for row in rows}
     if scales - {self._scale}:
       other = ", ".join(sorted(map(str, scales)))
       raise ConfigError(f"{path} is of the scale {other}, not {self._scale}; give another --workdir")
-    return max((int(seed) + 1 for row in rows for seed in (row.get("seeds") or "").split(";") if seed), default=0)
+    seeds = max((int(seed) + 1 for row in rows for seed in (row.get("seeds") or "").split(";") if seed), default=0)
+    return seeds, {row.get("column") for row in rows}
 
-  def write(self, cells: Sequence[Cell], seeds: int, *, controls: bool, plot: bool) -> str:
-    """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table.
-
-    Controls are shown where `controls` asks for them, or where there are any.
-    """
+  def write(self, cells: Sequence[Cell], seeds: int, *, plot: bool) -> str:
+    """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table."""
     self._workdir.mkdir(parents=True, exist_ok=True)
     values = values_of(cells, self._workdir)
-    cells = [cell for cell in cells if controls or not cell.control or values[cell.row, cell.column]]
     text = self._text(cells, seeds, values)
     table, numbers, picture = self.paths()
     _write(table, text.encode())

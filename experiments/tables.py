@@ -260,25 +260,25 @@ def main(table: Table) -> None:
     print("\n".join(plan.cost_table(parts, asked.workdir)))
     return
   out = table_report.Output(table, asked.scale, asked.workdir)
-  # Whatever the flags ask to train, the table shows all that the workdir holds of it.
-  seeds = max(asked.seeds, out.check())
+  # The table keeps what it has, whatever the flags ask to train: seeds, and the columns of controls.
+  seeds, columns = out.check()
+  seeds, columns = max(asked.seeds, seeds), columns | {cell.column for cell in cells}
   shown = cells_of(table, asked.scale, seeds, DATA_DIR.value, controls=True)
+  shown = [cell for cell in shown if not cell.control or cell.column in columns]
   plan.check(plan.ancestry(part for cell in shown for own in cell.members for part in own), asked.workdir, devices)
-
-  def write(*, plot: bool) -> str:
-    return out.write(shown, seeds, controls=CONTROLS.value, plot=plot)
 
   def say(message: str) -> None:
     if is_primary() and cli.PROGRESS.value:
       print(message, flush=True)
-      write(plot=False)  # what is finished by now
+      out.write(shown, seeds, plot=False)  # what is finished by now
 
   trained = plan.train(parts, asked.workdir, devices=devices, progress=cli.PROGRESS.value, say=say)
   for members in mine:
     if len(members) > 1:
       table_report.evaluate_ensemble(members, asked.workdir, devices)
   if is_primary():
-    print(f"\n{write(plot=True)}\n{trained} of {len(parts)} generations were trained, the others finished already")
+    text = out.write(shown, seeds, plot=True)
+    print(f"\n{text}\n{trained} of {len(parts)} generations were trained, the others finished already")
     print(f"written: {', '.join(str(path) for path in out.paths())}")
 
 

@@ -255,6 +255,7 @@ def test_controls_are_columns_that_stay_with_the_table(made, workdir):
     found = numbers_of(workdir, 1)
     assert [column for _, column in found] == [*COLUMNS[1], *names]
     assert [line["seeds"] for line in found.values()] == ["0;1", "0;1", "0", "0", "0"]
+    assert len(found) == 5
     assert "(1 of 2 seeds)" in (workdir / "table1.md").read_text()
   sources = [found["Wide-ResNet-28-1", name]["sources"] for name in names]
   manifests = [json.loads((workdir / source / "manifest.json").read_text()) for source in sources]
@@ -499,8 +500,7 @@ def test_mean_and_standard_error():
 
 def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
   output = table_report.Output(TABLES[4], "smoke", epath.Path(tmp_path))
-  text = output.write(cells(4, "smoke", 2, controls=True), 2, controls=False, plot=True)
-  assert "labels" not in text
+  text = output.write(cells(4, "smoke", 2), 2, plot=True)
   assert (
     "| DenseNet-90-60 | teacher      | 17.69 | …           |            |                     |                    |"
     in text
@@ -594,9 +594,9 @@ def test_missing_data_are_named_before_anything_is_trained(tmp_path):
 def test_a_table_never_mixes_scales(tmp_path):
   workdir = epath.Path(tmp_path)
   output = table_report.Output(TABLES[1], "smoke", workdir)
-  assert output.check() == 0
-  output.write(cells(1, "smoke", 2), 2, controls=False, plot=False)
-  assert output.check() == 0
+  assert output.check() == (0, set())
+  output.write(cells(1, "smoke", 2), 2, plot=False)
+  assert output.check() == (0, {"teacher", "BAN"})
   with pytest.raises(ConfigError, match="table1.csv is of the scale smoke, not cpu; give another --workdir"):
     table_report.Output(TABLES[1], "cpu", workdir).check()
 
