@@ -167,6 +167,14 @@ def setting(cells: Sequence[Cell]) -> str:
   )
 
 
+class Before(NamedTuple):
+  """What a workdir has of a table: from how many seeds, and which rows and columns."""
+
+  seeds: int
+  rows: set[str]
+  columns: set[str]
+
+
 class Output:
   """The files of one table at one scale in one workdir."""
 
@@ -177,21 +185,21 @@ class Output:
     """Returns the paths of table, numbers and plot."""
     return [self._workdir / f"table{self._table.number}.{ending}" for ending in ("md", "csv", "png")]
 
-  def check(self) -> tuple[int, set[str]]:
-    """Returns of how many seeds the workdir has this table, 0 where it has none, and which columns.
+  def check(self) -> Before:
+    """Returns what the workdir has of this table.
 
     Raises a ConfigError where it is of another scale: no table mixes two.
     """
     path = self.paths()[1]
     if not path.exists():
-      return 0, set()
+      return Before(0, set(), set())
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
     scales = {row.get("scale") for row in rows}
     if scales - {self._scale}:
       other = ", ".join(sorted(map(str, scales)))
       raise ConfigError(f"{path} is of the scale {other}, not {self._scale}; give another --workdir")
     seeds = max((int(seed) + 1 for row in rows for seed in (row.get("seeds") or "").split(";") if seed), default=0)
-    return seeds, {row.get("column") for row in rows}
+    return Before(seeds, {row.get("row") for row in rows}, {row.get("column") for row in rows})
 
   def write(self, cells: Sequence[Cell], seeds: int, *, plot: bool) -> str:
     """Writes the table, its numbers and, if asked, its plot, as far as the cells are finished; returns the table."""

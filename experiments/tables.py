@@ -260,11 +260,15 @@ def main(table: Table) -> None:
     print("\n".join(plan.cost_table(parts, asked.workdir)))
     return
   out = table_report.Output(table, asked.scale, asked.workdir)
-  # The table keeps what it has, whatever the flags ask to train: seeds, and the columns of controls.
-  seeds, columns = out.check()
-  seeds, columns = max(asked.seeds, seeds), columns | {cell.column for cell in cells}
-  shown = cells_of(table, asked.scale, seeds, DATA_DIR.value, controls=True)
-  shown = [cell for cell in shown if not cell.control or cell.column in columns]
+  # The table keeps what it has, whatever the flags ask to train: seeds, rows, and the columns of controls.
+  before = out.check()
+  seeds = max(asked.seeds, before.seeds)
+  rows, columns = before.rows | {*asked.rows}, before.columns | {cell.column for cell in cells}
+  shown = [
+    cell
+    for cell in cells_of(table, asked.scale, seeds, DATA_DIR.value, controls=True)
+    if (cell.row in rows or not cell.members) and cell.column in columns
+  ]
   plan.check(plan.ancestry(part for cell in shown for own in cell.members for part in own), asked.workdir, devices)
 
   def say(message: str) -> None:

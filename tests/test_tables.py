@@ -583,6 +583,20 @@ def test_what_a_table_has_not_is_refused_in_words(flags, message, tmp_path):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
+def test_a_table_shows_the_rows_that_were_asked_for_and_keeps_them(tmp_path):
+  one = ("--seeds=1", "--rows=ban-wide-resnet-1-1")
+  done = make(5, tmp_path, *one)
+  assert done.returncode == 0, done.stderr
+  assert {row for row, _ in numbers_of(tmp_path, 5)} == {"Pre-activation ResNet-1001", "BAN-Wide-ResNet-1-1"}
+  assert make(5, tmp_path, "--seeds=1").returncode == 0
+  assert make(5, tmp_path, *one).returncode == 0
+  assert [row for row, column in numbers_of(tmp_path, 5) if column == "BAN"] == [
+    "BAN-Pre-ResNet-14-1",
+    "BAN-Wide-ResNet-1-1",
+  ]
+
+
 def test_missing_data_are_named_before_anything_is_trained(tmp_path):
   done = make(6, tmp_path / "tables", "--scale=cpu", f"--data_dir={tmp_path}/none")
   assert done.returncode == 2
@@ -594,9 +608,9 @@ def test_missing_data_are_named_before_anything_is_trained(tmp_path):
 def test_a_table_never_mixes_scales(tmp_path):
   workdir = epath.Path(tmp_path)
   output = table_report.Output(TABLES[1], "smoke", workdir)
-  assert output.check() == (0, set())
+  assert output.check() == (0, set(), set())
   output.write(cells(1, "smoke", 2), 2, plot=False)
-  assert output.check() == (0, {"teacher", "BAN"})
+  assert output.check() == (0, {"Wide-ResNet-28-1"}, {"teacher", "BAN"})
   with pytest.raises(ConfigError, match="table1.csv is of the scale smoke, not cpu; give another --workdir"):
     table_report.Output(TABLES[1], "cpu", workdir).check()
 
