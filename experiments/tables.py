@@ -57,7 +57,8 @@ SCALES = {
   ),
   "smoke": (2, {}, {}),
 }
-# What takes a network's place at the cpu scale: the same kind, of the same order of size, small enough for two cores.
+# What takes a network's place at the cpu scale: one of its kind, small enough for two cores. Other than in the
+# paper, the DenseNets are smaller than the Wide-ResNets.
 SMALL = {
   "wrn_28_1": "wrn_10_1",
   "wrn_28_2": "wrn_16_1",
