@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -219,9 +220,10 @@ def run(main: Callable[[], None]) -> None:
     except OSError:
       _fail(_missing_config(arguments))
     except Exception as error:  # flags, or whatever the configuration file raises
-      _fail(_cause(error) or _wrong_key(arguments) or _without_traceback(str(error)) or type(error).__name__)
+      told = _cause(error) or _wrong_key(arguments) or _repeated_config(arguments) or _endless(arguments, error)
+      _fail(told or _without_traceback(str(error)) or type(error).__name__)
     if len(rest) > 1:
-      _fail(f"unexpected arguments: {' '.join(rest[1:])}; options begin with --")
+      _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
     return rest
 
   def guarded(_) -> None:
@@ -282,6 +284,10 @@ def _wrong_key(arguments: list[str]) -> str | None:
 
   Or what the configuration file raises, where it cannot be loaded at all.
   """
+  keys = [found.group(1) for found in (re.match(r"--?(?:no)?config\.([^=]*)", given) for given in arguments) if found]
+  for key in keys:
+    if not all(key.split(".")):
+      return f"--config.{key}: a configuration's key is expected, words with dots between them"
   given = _config_argument(arguments)
   if not given or not os.path.exists(given.partition(":")[0]):
     return None
@@ -293,12 +299,11 @@ def _wrong_key(arguments: list[str]) -> str | None:
     lines = [frame.lineno for frame in traceback.extract_tb(raised.__traceback__) if frame.filename in given]
     where = f" (line {lines[-1]})" if lines else ""
     return f"--config={given} cannot be loaded: {type(raised).__name__}: {raised}{where}"
-  for argument in arguments:
-    found = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-    if not found:
-      continue
+  if not isinstance(config, ConfigDict):
+    return _missing_config(arguments)
+  for key in keys:
     value, path = config, []
-    for name in found.group(1).split("."):
+    for name in key.split("."):
       if not isinstance(value, ConfigDict) or name not in value:
         known = choices(value) if isinstance(value, ConfigDict) else "none, it is a value"
         where = f"under {'.'.join(path)}" if path else "there"
@@ -311,6 +316,19 @@ def _wrong_key(arguments: list[str]) -> str | None:
         '("data set,network,scale,teacher=network")'
       )
   return None
+
+
+def _repeated_config(arguments: list[str]) -> str | None:
+  """Returns that there are several configurations: the library checks the keys by the first and changes the last."""
+  count = sum(argument.partition("=")[0] in ("--config", "-config") for argument in arguments)
+  return f"--config is given {count} times; give it once" if count > 1 else None
+
+
+def _endless(arguments: list[str], error: Exception) -> str | None:
+  """Returns which argument is so long that the flag library, which looks for names like it, goes too deep."""
+  longest = max(arguments, key=len)
+  is_it = isinstance(error, RecursionError)
+  return f"an argument of {len(longest):,} characters is no option: {longest[:40]}..." if is_it else None
 
 
 def _told(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 
@@ -328,6 +329,23 @@ def command_lines(draw):
 DIGITS = "--config=configs/digits.py:digits,wrn_10_1,smoke"
 
 
+def names_an_argument(arguments, message):
+  """Returns whether an error names what was given (of a configuration's key, the last word), or a flag that is missing.
+
+  That the message has the word "config" in it says nothing.
+  """
+  names = {"--config", "--workdir"}
+  for argument in arguments:
+    option = argument.partition("=")[0]
+    bare = option.lstrip("-")
+    words = argument.partition(":")[2].split(",")  # behind a configuration file
+    names |= {argument, option, bare.rpartition(".")[2], bare.removeprefix("no")} if bare else set()
+    names |= {repr(part) for word in words for part in (word.strip(), *word.split("=", 1))}
+    printed = shlex.quote(argument).encode("utf-8", "backslashreplace").decode()
+    names |= {f"unexpected arguments: {printed}", f"line flag {option[2:]!r}", argument[:40] + "..."}
+  return any(name in message for name in names - {"", "config"})
+
+
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(arguments=command_lines())
 @example(arguments=["--config=README.md", "--workdir=w"])  # no Python
@@ -340,6 +358,7 @@ def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
   assert "Traceback" not in text
   assert status in (0, 2), text
   assert text.startswith("main: " if status == 0 else "error: ")
+  assert status == 0 or names_an_argument(arguments, text), text
 
 
 @pytest.mark.parametrize(
@@ -348,6 +367,10 @@ def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
     ([], "error: flag --config=None: "),
     ([DIGITS], "error: flag --workdir=None: "),
     ([DIGITS, "--workdir=w", "--devices=abc"], "error: flag --devices=abc: "),
+    ([DIGITS, "--workdir=w", "", "a b"], "error: unexpected arguments: '' 'a b'; options begin with --"),
+    (["--config=README.md", "--workdir=w", "--config=x.py"], "error: --config is given 2 times; give it once"),
+    (["--config=configs", "--config.seed=1", "--workdir=w"], "error: --config=configs cannot be read"),
+    ([DIGITS, "--workdir=w", "-" * 3000 + "1"], f"error: an argument of 3,001 characters is no option: {'-' * 40}..."),
     ([DIGITS, "--workdir=w", "--bogus"], "error: Unknown command line flag 'bogus'"),
     (
       [DIGITS, "--workdir=w", "--config.model.nope=3"],
@@ -357,6 +380,8 @@ def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
       [DIGITS, "--workdir=w", "--noconfig.model.compression=x"],
       "error: unknown configuration key 'model.compression'; under model are",
     ),
+    ([DIGITS, "--workdir=w", "--config..=3"], "error: --config..: a configuration's key is expected, words with dots"),
+    (["--workdir=w", "--config.", "3", "--config"], "error: --config.: a configuration's key is expected, words with"),
     ([DIGITS, "--workdir=w", "-config.nope", "3"], "error: unknown configuration key 'nope'; there are: "),
     ([DIGITS, "--workdir=w", "--config.train.epochs=1.5"], "error: flag --config.train.epochs=1.5: "),
     ([DIGITS, "--workdir=w", "--config.seed"], "error: Missing value for flag --config.seed"),
