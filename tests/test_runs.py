@@ -160,7 +160,10 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     ),
     (["--config.sead=1"], "unknown configuration key 'sead'; there are: compute_dtype, data, evaluate, generations"),
     (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
-    (["--config.loss=ban"], "--config.loss is a group with the keys: label_weight, name, teacher_weight, temperature"),
+    (
+      ["--config.loss=ban"],
+      "--config.loss is a group with the keys: label_weight, name, smoothing, teacher_weight, temperature",
+    ),
     (["--config.teacher.model=wrn_16_1"], "--config.teacher.model is a group; networks are chosen by the words"),
     (["--workdir="], "the workdir is empty"),
     (["--workdir=foo://bar"], "workdir 'foo://bar': unknown storage 'foo://'; give a local directory, or gs://..."),
