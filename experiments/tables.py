@@ -4,6 +4,7 @@ A table declares its rows and, for each, the generations behind its cells; every
 need is trained once, what is finished is skipped, what was killed goes on, and several processes may share a workdir.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,31 +18,6 @@ from configs import presets
 from experiments import cli, plan, results, table_report
 from experiments.plan import Part
 from experiments.table_report import Cell
-
-SCALE = flags.DEFINE_string(
-  "scale",
-  "smoke",
-  "paper (exact), quick (one accelerator), cpu (two cores, small networks on real data) or smoke (seconds: small "
-  "networks on embedded data, which show that everything runs and nothing else).",
-)
-ROWS = flags.DEFINE_list("rows", None, "The rows to train, by their names, separated by commas; all by default.")
-SEEDS = flags.DEFINE_integer("seeds", None, "How many seeds, from 0; by default what the scale asks for.")
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where runs and tables are kept, for all tables alike; by default runs/tables/SCALE."
-)
-DATA_DIR = flags.DEFINE_string(
-  "data_dir", "", "Where the data are: TFDS's data directory for CIFAR, that of the three text files for PTB."
-)
-SHARD = flags.DEFINE_string(
-  "shard", "1/1", "K/N: of N processes on one workdir, this is the K-th; it trains every N-th row and seed."
-)
-CONTROLS = flags.DEFINE_bool(
-  "controls",
-  False,
-  "Also train what tells a born-again gain from a cheaper cause (smoothed labels, longer training...).",
-)
-LIST = flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and end.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what would be trained and what it would cost, and end.")
 
 # Different draws of one seed: a table's seed s gives its variant v the configuration's seed s + v * VARIANT.
 VARIANT = 1000
@@ -205,6 +181,37 @@ def shard_of(cells: Sequence[Cell], rows: Sequence[str], seeds: int, shard: tupl
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+def define_flags() -> None:
+  """Defines what all six scripts take; the scripts can be imported side by side."""
+  flags.DEFINE_string(
+    "scale",
+    "smoke",
+    "paper (exact), quick (one accelerator), cpu (two cores, small networks on real data) or smoke (seconds: small "
+    "networks on embedded data, which show that everything runs and nothing else).",
+  )
+  flags.DEFINE_list("rows", None, "The rows to train, by their names, separated by commas; all by default.")
+  flags.DEFINE_integer("seeds", None, "How many seeds, from 0; by default what the scale asks for.")
+  flags.DEFINE_string(
+    "workdir", None, "Where runs and tables are kept, for all tables alike; by default runs/tables/SCALE."
+  )
+  flags.DEFINE_string(
+    "data_dir", "", "Where the data are: TFDS's data directory for CIFAR, that of the three text files for PTB."
+  )
+  flags.DEFINE_string(
+    "shard", "1/1", "K/N: of N processes on one workdir, this is the K-th; it trains every N-th row and seed."
+  )
+  flags.DEFINE_bool(
+    "controls",
+    False,
+    "Also train what tells a born-again gain from a cheaper cause (smoothed labels, longer training...).",
+  )
+  flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and end.")
+  flags.DEFINE_bool("dry_run", False, "Show what would be trained and what it would cost, and end.")
+  for module in (__name__, cli.__name__):  # so that a script's --help shows them
+    for flag in flags.FLAGS.get_flags_for_module(module):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 class Asked(NamedTuple):
   """What the flags ask for."""
 
@@ -217,23 +224,23 @@ class Asked(NamedTuple):
 
 def asked_for(table: Table) -> Asked:
   """Returns what the flags ask for; raises a ConfigError for what the table has not."""
-  scale = SCALE.value
+  scale = flags.FLAGS.scale
   if scale not in SCALES:
     raise ConfigError(f"unknown scale {scale!r}; choose one of: {choices(SCALES)}")
   names = {row.name.lower(): row.name for row in rows_of(table, scale) if row.network is not None}
-  given = list(names) if ROWS.value is None else [name.strip() for name in ROWS.value]
+  given = list(names) if flags.FLAGS.rows is None else [name.strip() for name in flags.FLAGS.rows]
   unknown = [name for name in given if name.lower() not in names]
   if unknown or not given:
     known = choices(names.values())
     name = unknown[0] if unknown else ""
     raise ConfigError(f"--rows: table {table.number} has no row {name!r} at the scale {scale}; choose from: {known}")
-  seeds = SCALES[scale][0] if SEEDS.value is None else SEEDS.value
+  seeds = SCALES[scale][0] if flags.FLAGS.seeds is None else flags.FLAGS.seeds
   if not 0 < seeds <= VARIANT:
     raise ConfigError(f"--seeds must be from 1 to {VARIANT}, not {seeds}")
-  number, _, count = SHARD.value.partition("/")
+  number, _, count = flags.FLAGS.shard.partition("/")
   if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-    raise ConfigError(f"--shard={SHARD.value}: K/N is expected, with K from 1 to N, as 2/4")
-  workdir = checkpoint.resolve_workdir(f"runs/tables/{scale}" if WORKDIR.value is None else WORKDIR.value)
+    raise ConfigError(f"--shard={flags.FLAGS.shard}: K/N is expected, with K from 1 to N, as 2/4")
+  workdir = checkpoint.resolve_workdir(f"runs/tables/{scale}" if flags.FLAGS.workdir is None else flags.FLAGS.workdir)
   return Asked(scale, [names[name.lower()] for name in dict.fromkeys(given)], seeds, (int(number), int(count)), workdir)
 
 
@@ -250,14 +257,14 @@ def overview(table: Table, scale: str) -> str:
 def main(table: Table) -> None:
   """Does what the flags ask for: lists, plans, or trains what is missing and writes the table."""
   asked = asked_for(table)
-  if LIST.value:
+  if flags.FLAGS.list:
     print(overview(table, asked.scale))
     return
   devices = cli.start_jax()
-  cells = cells_of(table, asked.scale, asked.seeds, DATA_DIR.value, controls=CONTROLS.value)
+  cells = cells_of(table, asked.scale, asked.seeds, flags.FLAGS.data_dir, controls=flags.FLAGS.controls)
   mine = shard_of(cells, asked.rows, asked.seeds, asked.shard)
   parts = plan.ancestry(part for members in mine for part in members)
-  if DRY_RUN.value:
+  if flags.FLAGS.dry_run:
     print("\n".join(plan.cost_table(parts, asked.workdir)))
     return
   out = table_report.Output(table, asked.scale, asked.workdir)
@@ -267,7 +274,7 @@ def main(table: Table) -> None:
   rows, columns = before.rows | {*asked.rows}, before.columns | {cell.column for cell in cells}
   shown = [
     cell
-    for cell in cells_of(table, asked.scale, seeds, DATA_DIR.value, controls=True)
+    for cell in cells_of(table, asked.scale, seeds, flags.FLAGS.data_dir, controls=True)
     if (cell.row in rows or not cell.members) and cell.column in columns
   ]
   plan.check(plan.ancestry(part for cell in shown for own in cell.members for part in own), asked.workdir, devices)
@@ -289,4 +296,5 @@ def main(table: Table) -> None:
 
 def run(table: Table) -> None:
   """Runs a table's script."""
+  define_flags()
   cli.run(lambda: main(table))

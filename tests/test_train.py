@@ -154,7 +154,7 @@ def test_another_network_can_teach(tmp_path):
   [
     ({"data__name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
     ({"model__name": "resnet"}, "unknown model 'resnet'; choose one of: .*wide_resnet"),
-    ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, label"),
+    ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing"),
     ({"model__depth": 12}, r"model.depth=12: a Wide-ResNet has depth 6n \+ 4"),
     ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
     ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),
