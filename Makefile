@@ -16,7 +16,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """Four virtual CPU devices and the compilation cache, set before the first computation; small configurations."""
 
+import gc
 import pathlib
 
 import jax
+import pytest
 from ml_collections import ConfigDict
 
 from configs import digits
@@ -19,3 +21,11 @@ def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:
   cfg = digits.get_config(words)
   cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   return cfg
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Drops a file's compiled programs behind it: each is dozens of memory mappings, of which a process has 65,530."""
+  yield
+  jax.clear_caches()
+  gc.collect()

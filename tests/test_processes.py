@@ -200,17 +200,16 @@ def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(tw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs_ends_the_others_in_time_and_the_run_goes_on(victim, two, tmp_path):
+def test_a_process_that_hangs_ends_the_others_in_time_and_the_run_goes_on(two, tmp_path):
   # Stopped, it keeps its connections and gives no sign of life: as a machine that hangs, or has lost its network.
   workdir = tmp_path / "run"
   arguments = several(workdir, 2, *TEACHER, peer_timeout=10)
-  status, messages, seconds = interrupt(arguments, workdir, signal.SIGSTOP, victim=victim)
+  status, messages, seconds = interrupt(arguments, workdir, signal.SIGSTOP, victim=1)
   assert status == 128 + signal.SIGABRT
-  assert f"launch: process {1 - victim} was aborted (SIGABRT): another process of the run had gone, or gave" in messages
+  assert "launch: process 0 was aborted (SIGABRT): another process of the run had gone, or gave" in messages
   # The ten seconds and as long again for the other to end; then the launcher waits before it kills the one that hangs.
   assert seconds < 2 * 10 + 10 + launch.MARGIN
-  assert f"launch: process {victim} did not end within 25 seconds: killed" in messages
+  assert "launch: process 1 did not end within 25 seconds: killed" in messages
   assert not (workdir / "gen_0" / "manifest.json").exists()
   finish(arguments)
   assert manifest(workdir, 0)["digest"] == manifest(two[0], 0)["digest"]
