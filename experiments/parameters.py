@@ -19,7 +19,7 @@ from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
 from configs import presets
 from experiments import cli
-from experiments.programs import WORDS, made_up_words, subprograms
+from experiments.programs import WORDS, made_up_words, subprograms, trained_sizes
 
 _MEMORY = flags.DEFINE_bool("memory", False, "also count the memory of a training step of --network")
 _DENSENETS = sorted(name for name in presets.MODELS if name.startswith("densenet"))
@@ -102,7 +102,7 @@ def describe(network: str) -> Network:
   """Returns the preset's units, stage widths and trained parameters."""
   model = build(network, 100)
   params = parameter_shapes(model)
-  trained = {name: _size(tree) for name, tree in params.items() if name not in model.inherits}
+  trained = trained_sizes(model)
   # Nothing but the classifier depends on the number of classes, and all of it in proportion.
   ten = sum(size // 10 if name == "classifier" else size for name, size in trained.items())
   units = sum(name.startswith("stage1_unit") for name in params)

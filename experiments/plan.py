@@ -146,9 +146,9 @@ def _find(part: Part, workdir: epath.Path, known: dict[str, Found]) -> Found:
   return metrics, manifest
 
 
-def state_of(part: Part, workdir: epath.Path) -> str:
-  """Returns how far a generation is: "finished", "begun", or "to do"."""
-  if find(part, workdir) is not None:
+def state_of(part: Part, workdir: epath.Path, known: dict[str, Found] | None = None) -> str:
+  """Returns how far a generation is: "finished", "begun", or "to do"; `known` as `find` takes it."""
+  if find(part, workdir, known) is not None:
     return "finished"
   return "begun" if (workdir / part.path / "steps").exists() else "to do"
 
@@ -273,14 +273,15 @@ def cost(part: Part, known: dict[str, programs.Work]) -> Cost:
 
 def cost_table(parts: Sequence[Part], workdir: epath.Path) -> list[str]:
   """Returns the lines of a plan: every part with its state and cost, and what is left to do in all."""
-  known: dict[str, programs.Work] = {}
+  counted: dict[str, programs.Work] = {}
+  known: dict[str, Found] = {}
   lines = ["| generation | state | steps | PFLOP | directory |", "|---|---|---|---|---|"]
   if not parts:
     return ["0 generations: there is nothing to do for this shard"]
   counts = {"finished": 0, "begun": 0, "to do": 0}
   left = Cost(0, 0.0)
   for part in parts:
-    state, own = state_of(part, workdir), cost(part, known)
+    state, own = state_of(part, workdir, known), cost(part, counted)
     counts[state] += 1
     if state != "finished":
       left = Cost(left.steps + own.steps, left.flops + own.flops)

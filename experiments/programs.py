@@ -19,7 +19,7 @@ from ban_jax import devices as devices_lib
 from ban_jax.data import images, text
 from ban_jax.evaluate import make_models
 from ban_jax.step import make_eval_step, make_train_step
-from ban_jax.types import Batch, Devices, InputSpec, TrainState
+from ban_jax.types import Batch, Devices, InputSpec, Model, TrainState
 
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 _CIFAR_EXAMPLES = 50_000
@@ -134,6 +134,14 @@ def made_up_words() -> tuple[str, ...]:
   characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
   words = ("<eos>", "<unk>", *characters)
   return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
+
+
+@functools.cache
+def trained_sizes(model: Model) -> dict[str, int]:
+  """Returns the parameters of each top-level layer that is trained, not copied from the teacher."""
+  params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+  trained = {name: tree for name, tree in params.items() if name not in model.inherits}
+  return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
 
 
 def _on_each(devices: Devices, tree: Any) -> Any:

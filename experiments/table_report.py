@@ -1,7 +1,6 @@
 """A table as it is written: every cell beside the paper's number, what is certain about it, and where it comes from."""
 
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -10,7 +9,6 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -155,6 +153,17 @@ def in_order(names: Iterable[str]) -> list[str]:
   return list(dict.fromkeys(names))
 
 
+def references_of(table: "Table", cells: Sequence[Cell]) -> dict[tuple[str, str], Cell | None]:
+  """Returns, by row and column, the cell that each is compared with; a reference itself is compared with none."""
+  by_place = {(cell.row, cell.column): cell for cell in cells}
+  references = {}
+  for cell in cells:
+    ending = next((end for end in table.metrics if end and cell.column.endswith(f" {end}")), "")
+    reference = by_place.get((cell.row, f"{table.reference} {ending}".strip()))
+    references[cell.row, cell.column] = None if reference is cell else reference
+  return references
+
+
 def setting(cells: Sequence[Cell]) -> str:
   """Returns what a table's networks are trained on, and for how long."""
   configs = [part.cfg for cell in cells for members in cell.members for part in members]
@@ -217,20 +226,19 @@ class Output:
 
   def _text(self, cells: Sequence[Cell], seeds: int, values: Values) -> str:
     table = self._table
-    by_place = {(cell.row, cell.column): cell for cell in cells}
+    references = references_of(table, cells)
     lines = [["", "", "paper", f"ours, {self._scale}", "difference", f"paper minus {table.reference}",
               f"ours minus {table.reference}"]]  # fmt: skip
     shown = None
     for cell in cells:
-      reference = by_place.get((cell.row, _reference_of(table, cell.column)))
-      compared = (None, None) if reference is None or reference is cell else (cell.paper, reference.paper)
+      reference = references[cell.row, cell.column]
       lines.append([
         cell.row if cell.row != shown else "",
         cell.column,
         "" if cell.paper is None else f"{cell.paper:g}",
         _mean(values[cell.row, cell.column], seeds) if cell.members else "quoted only",
         _from_paper(cell, values),
-        "" if None in compared else f"{compared[0] - compared[1]:+.2f}",
+        _paper_difference(cell, reference),
         _paired_difference(cell, reference, seeds, values),
       ])  # fmt: skip
       shown = cell.row
@@ -271,12 +279,12 @@ class Output:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(HEADER)
-    by_place = {(cell.row, cell.column): cell for cell in cells}
+    references = references_of(self._table, cells)
     for cell in cells:
       found = values[cell.row, cell.column]
       mean, error = mean_of(found) if found else (math.nan, math.nan)
-      other = by_place.get((cell.row, _reference_of(self._table, cell.column)))
-      pair = other and other is not cell and paired(found, values[other.row, other.column])
+      other = references[cell.row, cell.column]
+      pair = other and paired(found, values[other.row, other.column])
       numbers = [mean, error, math.nan if cell.paper is None else mean - cell.paper, *(pair or (math.nan,) * 3)[:3]]
       writer.writerow([
         *(self._table.number, cell.row, cell.column, cell.metric, self._scale),
@@ -305,8 +313,14 @@ def _from_paper(cell: Cell, values: Values) -> str:
   return f"{mean_of(found)[0] - cell.paper:+.2f}" if found and cell.paper is not None else ""
 
 
+def _paper_difference(cell: Cell, reference: Cell | None) -> str:
+  if reference is None or None in (cell.paper, reference.paper):
+    return ""
+  return f"{cell.paper - reference.paper:+.2f}"
+
+
 def _paired_difference(cell: Cell, reference: Cell | None, seeds: int, values: Values) -> str:
-  if reference is None or cell is reference:
+  if reference is None:
     return ""
   found = paired(values[cell.row, cell.column], values[reference.row, reference.column])
   if found is None:
@@ -319,14 +333,7 @@ def parameters(part: Part) -> int:
   """Returns the trained parameters of a part's network: those that it copies from its teacher are left out."""
   spec = programs.describe(part.cfg).spec
   model = make_models(part.cfg, spec)[min(part.generation, 1)]
-  return _count(model)
-
-
-@functools.cache
-def _count(model) -> int:
-  params = jax.eval_shape(model.init, jax.random.key(0))["params"]
-  own = {name: tree for name, tree in params.items() if name not in model.inherits}
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(own))
+  return sum(programs.trained_sizes(model).values())
 
 
 def _write(path: epath.Path, content: bytes) -> None:
@@ -356,10 +363,11 @@ def draw(table: "Table", scale: str, cells: Sequence[Cell], values: Values) -> "
   figure.suptitle(f"Table {table.number}: {table.title}\n{setting(cells)}", fontsize="medium")
   for (above, below), shown in zip(grid.T, panels, strict=True):
     own = [cell for cell in trained if cell.row in shown]
+    references = references_of(table, own)
     if table.by_row:
-      _draw_rows(above, below, table, scale, own, values)
+      _draw_rows(above, below, table, scale, own, references, values)
     else:
-      _draw_columns(above, below, table, scale, own, values)
+      _draw_columns(above, below, table, scale, own, references, values)
       above.set_title(shown[0], fontsize="medium")
     for axes in (above, below):
       axes.grid(axis="y", alpha=0.3)
@@ -376,7 +384,7 @@ def draw(table: "Table", scale: str, cells: Sequence[Cell], values: Values) -> "
   return figure
 
 
-def _draw_rows(above: "Axes", below: "Axes", table: "Table", scale: str, cells, values: Values) -> None:
+def _draw_rows(above: "Axes", below: "Axes", table: "Table", scale: str, cells, references, values: Values) -> None:
   """Draws the rows side by side, a color a column."""
   import matplotlib
 
@@ -385,12 +393,13 @@ def _draw_rows(above: "Axes", below: "Axes", table: "Table", scale: str, cells, 
   for cell in cells:
     order = columns.index(cell.column)
     place = rows.index(cell.row) + 0.7 * ((order + 0.5) / len(columns) - 0.5)
-    _draw_cell(above, below, table, scale, cell, cells, values, place, colors[order % 10], label=cell.column)
+    reference = references[cell.row, cell.column]
+    _draw_cell(above, below, table, scale, cell, reference, values, place, colors[order % 10], label=cell.column)
   below.set_xticks(range(len(rows)), rows, **({"rotation": 20, "ha": "right"} if len(rows) > 4 else {}))
   below.set_xlim(-0.6, len(rows) - 0.4)
 
 
-def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cells, values: Values) -> None:
+def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cells, references, values: Values) -> None:
   """Draws the columns side by side: generations, joined by a line, their ensembles, then all else."""
   sequence = [cell for cell in cells if cell.column == table.reference or cell.column.startswith("BAN-")]
   ensembles = [cell for cell in cells if "*" in cell.column and not cell.control]
@@ -398,7 +407,8 @@ def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cell
   shown = [*sequence, *ensembles, *others]
   for place, cell in enumerate(shown):
     color = "tab:green" if cell.control else "tab:orange" if cell in ensembles else "tab:blue"
-    _draw_cell(above, below, table, scale, cell, cells, values, place, color, label="")
+    reference = references[cell.row, cell.column]
+    _draw_cell(above, below, table, scale, cell, reference, values, place, color, label="")
   line = [(place, mean_of(found)[0]) for place, cell in enumerate(sequence) if (found := values[cell.row, cell.column])]
   if len(line) > 1:
     above.plot(*zip(*line, strict=True), color="tab:blue", linewidth=1)
@@ -406,9 +416,19 @@ def _draw_columns(above: "Axes", below: "Axes", table: "Table", scale: str, cell
   below.set_xlim(-0.6, len(shown) - 0.4)
 
 
-def _draw_cell(above, below, table, scale, cell: Cell, cells, values: Values, place, color, label: str) -> None:
+def _draw_cell(
+  above: "Axes",
+  below: "Axes",
+  table: "Table",
+  scale: str,
+  cell: Cell,
+  reference: Cell | None,
+  values,
+  place,
+  color,
+  label,
+) -> None:
   found = values[cell.row, cell.column]
-  reference = next((c for c in cells if c.row == cell.row and c.column == _reference_of(table, cell.column)), None)
   drawn = {entry for axes in (above, below) for entry in axes.get_legend_handles_labels()[1]}
   if found:
     mean, error = mean_of(found)
@@ -416,7 +436,7 @@ def _draw_cell(above, below, table, scale, cell: Cell, cells, values: Values, pl
     above.plot(place + np.asarray(spread), [value.value for value in found], ".", color=color, alpha=0.4)
     named = label if label and label not in drawn else None
     above.errorbar(place, mean, 0 if math.isnan(error) else error, fmt="o", color=color, capsize=4, label=named)
-    pair = reference and reference is not cell and paired(found, values[reference.row, reference.column])
+    pair = reference and paired(found, values[reference.row, reference.column])
     if pair:
       half = 0 if math.isnan(pair.low) else pair.high - pair.mean
       below.errorbar(place, pair.mean, half, fmt="o", color=color, capsize=4)
@@ -425,11 +445,5 @@ def _draw_cell(above, below, table, scale, cell: Cell, cells, values: Values, pl
     named = "the paper's" if "the paper's" not in drawn else None
     if scale == "paper":
       above.plot(place, cell.paper, **hollow, label=named)
-    if reference is not None and reference is not cell and reference.paper is not None:
+    if reference is not None and reference.paper is not None:
       below.plot(place, cell.paper - reference.paper, **hollow, label=named)
-
-
-def _reference_of(table: "Table", column: str) -> str:
-  """Returns the name of the column that a column is compared with."""
-  ending = next((end for end in table.metrics if end and column.endswith(f" {end}")), "")
-  return f"{table.reference} {ending}".strip()

@@ -280,8 +280,9 @@ def main(table: Table) -> None:
   plan.check(plan.ancestry(part for cell in shown for own in cell.members for part in own), asked.workdir, devices)
 
   def say(message: str) -> None:
-    if is_primary() and cli.PROGRESS.value:
-      print(message, flush=True)
+    if is_primary():
+      if cli.PROGRESS.value:
+        print(message, flush=True)
       out.write(shown, seeds, plot=False)  # what is finished by now
 
   trained = plan.train(parts, asked.workdir, devices=devices, progress=cli.PROGRESS.value, say=say)
