@@ -1,6 +1,16 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
-from ban_jax.errors import BanError, CheckpointError, ConfigError, DataError, TrainingError
+from ban_jax.errors import (
+  BanError,
+  CheckpointError,
+  ConfigError,
+  DataError,
+  InUseError,
+  PeerError,
+  Preempted,
+  StorageError,
+  TrainingError,
+)
 from ban_jax.evaluate import compare, evaluate, reliability
 from ban_jax.train import run, train_generation
 from ban_jax.types import Generation
@@ -12,6 +22,10 @@ __all__ = [
   "ConfigError",
   "DataError",
   "Generation",
+  "InUseError",
+  "PeerError",
+  "Preempted",
+  "StorageError",
   "TrainingError",
   "__version__",
   "compare",

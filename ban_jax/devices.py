@@ -1,10 +1,9 @@
 """Where arrays lie and how devices talk: the axis that every step is mapped over, placement, and the one reduction.
 
 State and carry have a leading device axis; a teacher's variables and the data set are placed once and broadcast.
-`jax.pmap` is used here and in step.py only.
+`jax.pmap` is used in this file alone.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from ban_jax.errors import BanError, ConfigError, PeerError
 from ban_jax.types import Devices
 
 AXIS = "devices"
@@ -39,7 +37,7 @@ def pmap(function, *, devices: Devices, in_axes, donate_argnums: tuple[int, ...]
   return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate_argnums, devices=named)
 
 
-def all_sum(tree: PyTree) -> PyTree:
+def psum(tree: PyTree) -> PyTree:
   """Sums every leaf over the devices, inside a mapped function: the only cross-device sum outside batch norm.
 
   The leaves of one dtype travel as one vector, so that a step has one all-reduce for all its gradients and floating
@@ -55,9 +53,9 @@ def all_sum(tree: PyTree) -> PyTree:
   return jax.tree.unflatten(structure, leaves)
 
 
-def all_mean(tree: PyTree) -> PyTree:
-  """Averages every leaf over the devices, inside a mapped function, in one all-reduce a dtype as `all_sum`."""
-  return jax.tree.map(lambda leaf: leaf / jax.lax.axis_size(AXIS), all_sum(tree))
+def pmean(tree: PyTree) -> PyTree:
+  """Averages every leaf over the devices, inside a mapped function, in one all-reduce a dtype as `psum`."""
+  return jax.tree.map(lambda leaf: leaf / jax.lax.axis_size(AXIS), psum(tree))
 
 
 def example_positions(rows: int) -> Int[jax.Array, " B"]:
@@ -96,6 +94,11 @@ def split_rows(tree: PyTree, devices: Devices) -> PyTree:
   return jax.tree.map(rows, tree)
 
 
+def split_batches(batches: Int[np.ndarray, "n B"], devices: Devices) -> Int[np.ndarray, "local n rows"]:
+  """Cuts n mini-batches of B rows into this process's share of each, B / devices rows a device."""
+  return split_rows(batches.T, devices).swapaxes(1, 2)
+
+
 def join_rows(tree: PyTree, devices: Devices) -> PyTree:
   """Joins all processes' rows [local devices, B / devices, ...] to NumPy arrays [B, ...]: what `split_rows` cut.
 
@@ -114,63 +117,15 @@ def local_index(device: jax.Device, devices: Devices) -> int:
   return [other for other in devices if other.process_index == device.process_index].index(device)
 
 
-def first(tree: PyTree) -> PyTree:
-  """Returns the first local device's copy of every leaf as a NumPy array: what `replicate` put there, brought back."""
+def unreplicate(tree: PyTree) -> PyTree:
+  """Returns the first local device's copy of every leaf as a NumPy array: what `replicate` placed there."""
   shards = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
   return jax.tree.map(lambda leaf: leaf[0], jax.device_get(shards))
-
-
-def check_batch_size(batch_size: int, devices: Devices) -> None:
-  """Raises a ConfigError where the devices cannot share the mini-batch equally; it names the counts that work."""
-  if batch_size < 1:
-    raise ConfigError(f"train.batch_size must be at least 1, not {batch_size}")
-  count = len(devices)
-  if batch_size % count:
-    works = ", ".join(str(n) for n in range(1, count + 1) if batch_size % n == 0)
-    below = batch_size // count * count
-    sizes = " or ".join(str(size) for size in (below, below + count) if size)
-    raise ConfigError(
-      f"train.batch_size={batch_size} cannot be shared equally by {count} devices; use {works} devices "
-      f"(--devices), or a batch size of {sizes}"
-    )
 
 
 def cores() -> int:
   """Returns how many processor cores this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def is_primary() -> bool:
-  """Returns whether this process is the one that reports: the first of several, or the only one."""
-  return jax.process_index() == 0
-
-
-def on_any_process(flag: bool) -> bool:
-  """Returns whether the flag is set on any of the processes, all of which must ask."""
-  return bool(np.any(multihost_utils.process_allgather(np.bool_(flag)))) if jax.process_count() > 1 else flag
-
-
-def is_same(value: str) -> bool:
-  """Returns whether all processes, all of which must ask, ask with the same text."""
-  if jax.process_count() == 1:
-    return True
-  every = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8))
-  return bool((every == every[0]).all())
-
-
-def raise_together(error: BanError | None) -> None:
-  """Raises the error that this process met, or a PeerError where only another met one; all of them must ask."""
-  failed = on_any_process(error is not None)
-  if error is not None:
-    raise error
-  if failed:
-    raise PeerError("another process of the run was refused; its own message says why")
-
-
-def wait_for_all(what: str) -> None:
-  """Waits until every process has come this far; nothing to wait for where there is one."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
 
 
 def layout(devices: Devices) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The distillation gradient under the light: its correct-class and its dark-knowledge term (Eq. 7-9).
+"""Decomposition of the distillation gradient into its correct-class and its dark-knowledge term (Eq. 7-9).
 
-It is the plain BAN gradient between a student and its teacher, whatever loss trains the student.
+The gradient is that of the plain BAN loss between a student and its teacher, whatever loss trains the student.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Float
 
 from ban_jax.losses import Labels, Logits, PerExample
 
+SUMS = ("correct", "correct_squared", "dark_squared", "teacher_confidence", "teacher_entropy")
+
 
 class GradientSplit(NamedTuple):
-  """The gradient softmax(z) - softmax(t) of the BAN loss at the logits, cut in two; the terms add up to it."""
+  """The two terms of the gradient softmax(z) - softmax(t) of the BAN loss at the logits; they add up to it."""
 
   correct: PerExample  # q_* - p_* of the label's class
   dark: Logits  # q_i - p_i of the other classes, zero at the label's
@@ -31,7 +33,7 @@ def split_gradient(logits: Logits, labels: Labels, teacher_logits: Logits) -> Gr
 def split_sums(
   logits: Logits, labels: Labels, teacher_logits: Logits, mask: Bool[Array, " B *T"]
 ) -> dict[str, Float[Array, ""]]:
-  """Returns what `summarise` needs, summed over one device's examples."""
+  """Returns SUMS, summed over one device's examples; `summarise` divides them."""
   correct, dark = split_gradient(logits, labels, teacher_logits)
   log_teacher = jax.nn.log_softmax(teacher_logits)
   teacher = jnp.exp(log_teacher)

@@ -8,19 +8,15 @@ all devices. So the batch-wide weights of CWTM are right on any number of device
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ban_jax.errors import ConfigError, look_up
-
-# Losses are computed in float32: its smallest number above 0 with all its digits, and its largest.
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+from ban_jax.errors import look_up
 
 Logits = Float[Array, "B *T n"]
 Labels = Int[Array, "B *T"]
@@ -29,25 +25,34 @@ ValuesAndWeights = tuple[PerExample, PerExample]
 
 
 class Loss(NamedTuple):
-  """A loss as a pure function.
+  """A loss as a pure function, an entry of LOSSES.
 
-  `apply(logits, labels, teacher_logits, *, key, positions)` returns `(values, weights)`, shaped as the labels. Where
-  `needs_teacher` is false, `teacher_logits` may be None. `positions` [B] are the examples' places in the global
-  mini-batch, by which random losses draw.
+  `apply(logits, labels, teacher_logits, *, key, positions, **options)` returns `(values, weights)`, float32 [B] or
+  [B, T] as the labels, in nats. Its arguments: the student's logits, float32 [B, n] or [B, T, n]; the labels, int32;
+  the teacher's logits, of the student's shape (None where `needs_teacher` is false and there is no teacher); and, for
+  random losses, a key and the examples' places in the global mini-batch, int32 [B]. Further keyword arguments are
+  options of the configuration's `loss` group.
   """
 
-  name: str
-  needs_teacher: bool
   apply: Callable[..., ValuesAndWeights]
+  needs_teacher: bool = True
+  name: str = ""  # its key in LOSSES, filled in by `make_loss`
+
+  @property
+  def options(self) -> tuple[str, ...]:
+    """The options of the configuration's `loss` group that it takes."""
+    parameters = inspect.signature(self.apply).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "positions"))
 
 
 def cross_entropy(logits: Logits, targets: Logits) -> PerExample:
   """Returns the cross-entropy, in nats, of softmax(logits) with the probabilities `targets`."""
-  return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+  return optax.softmax_cross_entropy(logits, targets)
 
 
 def label_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
-  """Returns the cross-entropy, in nats, of softmax(logits) with the one-hot labels (Eq. 1)."""
+  """Returns the cross-entropy, in nats, of softmax(logits) with the labels (Eq. 1)."""
+  # optax.softmax_cross_entropy_with_integer_labels differs from this in the last bit, and so would every earlier run.
   return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
 
 
@@ -147,41 +152,25 @@ def smoothing_of_entropy(entropy: PerExample, num_classes: int) -> PerExample:
 
 
 LOSSES = {
-  "label": label,
-  "ban": ban,
-  "ban_label": ban_label,
-  "cwtm": cwtm,
-  "dkpp": dkpp,
-  "label_smoothing": label_smoothing,
-  "entropy_matched_smoothing": entropy_matched_smoothing,
+  "label": Loss(label, needs_teacher=False),
+  "ban": Loss(ban),
+  "ban_label": Loss(ban_label),
+  "cwtm": Loss(cwtm),
+  "dkpp": Loss(dkpp),
+  "label_smoothing": Loss(label_smoothing, needs_teacher=False),
+  "entropy_matched_smoothing": Loss(entropy_matched_smoothing),
 }
-# Those that hear no teacher.
-_FROM_LABELS = (label, label_smoothing)
 
 
-def make_loss(loss: Mapping[str, Any]) -> Loss:
-  """Returns the Loss that a `loss` group of a configuration names; equal arguments give the same object.
+def make_loss(group: Mapping[str, Any]) -> Loss:
+  """Returns the Loss that a checked `loss` group names, its options filled in; equal arguments give the same object.
 
-  Of the group's options (temperature, label_weight, teacher_weight, smoothing) a loss takes those that it knows. Raises
-  a ConfigError for an unknown name and for values out of range.
+  Raises a ConfigError for an unknown name.
   """
-  options = dict(loss.items())
-  function = look_up(LOSSES, options.pop("name"), "loss")
-  if not 0 < options["temperature"] < math.inf:
-    raise ConfigError(f"loss.temperature must be above 0 and finite, not {options['temperature']}")
-  if not SMALLEST <= options["temperature"] * options["temperature"] <= LARGEST:
-    raise ConfigError(f"loss.temperature={options['temperature']}: its square must be a number above 0 in float32")
-  for name in ("label_weight", "teacher_weight"):
-    if not 0 <= options[name] <= LARGEST:
-      raise ConfigError(f"loss.{name} must be at least 0 and finite, not {options[name]} (in float32)")
-  if not options["label_weight"] + options["teacher_weight"] >= SMALLEST:
-    raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
-  if not 0 <= options["smoothing"] <= 1:
-    raise ConfigError(f"loss.smoothing must be from 0 to 1, not {options['smoothing']}")
-  accepted = inspect.signature(function).parameters
-  return _make(function, tuple((name, value) for name, value in sorted(options.items()) if name in accepted))
+  loss = look_up(LOSSES, group["name"], "loss")
+  return _make(loss, group["name"], tuple((name, group[name]) for name in loss.options))
 
 
 @functools.lru_cache
-def _make(function, options: tuple) -> Loss:
-  return Loss(function.__name__, function not in _FROM_LABELS, functools.partial(function, **dict(options)))
+def _make(loss: Loss, name: str, options: tuple[tuple[str, Any], ...]) -> Loss:
+  return loss._replace(name=name, apply=functools.partial(loss.apply, **dict(options)))

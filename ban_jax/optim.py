@@ -2,9 +2,9 @@
 
 import collections
 import functools
+import inspect
 import math
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,38 +12,42 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ban_jax.errors import ConfigError, look_up
-
-# Parameters are float32: its smallest number above 0 with all its digits, and its largest.
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+from ban_jax.errors import look_up
 
 
-def steps(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
-  """Returns `peak`, multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
+def piecewise(learning_rate: float, total: int, *, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
+  """Returns the rate multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
   scales = collections.defaultdict(lambda: 1.0)
   for share in boundaries:
     scales[round(share * total)] *= factor  # in a very short run two of them are one step
-  return optax.piecewise_constant_schedule(peak, dict(scales))
+  return optax.piecewise_constant_schedule(learning_rate, dict(scales))
 
 
-def cosine(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
-  """Returns half a cosine from `peak` at the first step to zero after the last of `total`."""
-  return optax.cosine_decay_schedule(peak, total)
+def cosine(learning_rate: float, total: int) -> optax.Schedule:
+  """Returns half a cosine from the rate at the first step to zero after the last of `total`."""
+  return optax.cosine_decay_schedule(learning_rate, total)
 
 
-def plateau(peak: float, total: int, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
-  """Returns the constant `peak`, from which `plateau_rate` departs by epoch."""
-  return optax.constant_schedule(peak)
+def plateau(learning_rate: float, total: int, *, factor: float, threshold: float) -> optax.Schedule:
+  """Returns the constant rate that `plateau_rate` changes between epochs, by `factor` and `threshold`."""
+  return optax.constant_schedule(learning_rate)
 
 
-SCHEDULES = {"steps": steps, "cosine": cosine, "plateau": plateau}
+# A schedule's keyword-only arguments are the options of the `optim` group that it takes.
+SCHEDULES = {"steps": piecewise, "cosine": cosine, "plateau": plateau}
+
+
+def options(schedule: Callable[..., optax.Schedule]) -> tuple[str, ...]:
+  """Returns the options of the `optim` group that a schedule takes."""
+  parameters = inspect.signature(schedule).parameters.values()
+  return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
   """Returns the learning rate after epochs whose validation metric, the lower the better, was `metrics`.
 
-  It is multiplied by `optim.factor` after each epoch that is not better, by `optim.threshold` at least, than the best
-  one before it.
+  The rate is multiplied by `optim.factor` after each epoch that does not improve on the best one before it by at least
+  `optim.threshold`.
   """
   rate, best = optim["learning_rate"], math.inf
   for metric in metrics:
@@ -56,44 +60,30 @@ def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
 def set_rate(opt_state: PyTree, rate: float) -> PyTree:
   """Returns a plateau optimizer's state with another learning rate, placed where the old one is."""
   old = optax.tree.get(opt_state, "learning_rate")
-  # Of the same sharding, or the step would be compiled for another.
+  # With the same sharding, because the step is compiled for it.
   return optax.tree.set(opt_state, learning_rate=jax.device_put(np.full(old.shape, rate, old.dtype), old.sharding))
 
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step, for a run of `total` steps; may raise a ConfigError."""
+  """Returns the learning rate as a function of the step, for a run of `total` steps; `optim` is a checked group."""
   schedule = look_up(SCHEDULES, optim["schedule"], "optim.schedule")
-  boundaries = tuple(optim["boundaries"])
-  if not all(isinstance(share, numbers.Real) and 0 < share < 1 for share in boundaries) or list(boundaries) != sorted(
-    set(boundaries)
-  ):
-    raise ConfigError(f"optim.boundaries must be rising shares of the run between 0 and 1, not {boundaries}")
-  for name in ("learning_rate", "factor"):
-    if not SMALLEST <= optim[name] <= LARGEST:
-      raise ConfigError(f"optim.{name} must be above 0 and finite, not {optim[name]} (in float32)")
-  return schedule(optim["learning_rate"], total, boundaries, optim["factor"])
+  own = {name: optim[name] for name in options(schedule)}
+  return schedule(optim["learning_rate"], total, **own)
 
 
 def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
   """Returns SGD with coupled weight decay on all parameters; equal arguments give the same object.
 
-  Under a plateau schedule the learning rate is a number in the optimizer's state, changed by `set_rate`.
-  `total` is the number of steps that the schedule spans. Weight decay is added before the Nesterov trace, as in
-  the reference Wide-ResNet; `clip_norm` 0 leaves the gradient as it is. Raises a ConfigError for values out of range.
+  `optim` is a checked group and `total` the number of steps that the schedule spans. Weight decay is added before the
+  Nesterov trace, as in the reference Wide-ResNet; `clip_norm` 0 does not clip. Under a plateau schedule the learning
+  rate is a number in the optimizer's state, changed by `set_rate`.
   """
-  for name, below in (("momentum", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf), ("threshold", math.inf)):
-    if not 0 <= optim[name] < below:
-      raise ConfigError(f"optim.{name} must be at least 0 and below {below}, not {optim[name]}")
-  for name in ("weight_decay", "clip_norm"):
-    if optim[name] and not SMALLEST <= optim[name] <= LARGEST:
-      raise ConfigError(f"optim.{name} must be 0, or above 0 and finite, not {optim[name]} (in float32)")
-  make_schedule(optim, total)
   return _make(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(optim.items())), total)
 
 
 @functools.lru_cache
-def _make(options: tuple, total: int) -> optax.GradientTransformation:
-  optim = dict(options)
+def _make(group: tuple, total: int) -> optax.GradientTransformation:
+  optim = dict(group)
   clip = [optax.clip_by_global_norm(optim["clip_norm"])] if optim["clip_norm"] else []
   decay = [optax.add_decayed_weights(optim["weight_decay"])] if optim["weight_decay"] else []
   sgd, rate = optax.sgd, make_schedule(optim, total)

@@ -1,7 +1,6 @@
-"""What a run shows and writes while it goes on: a progress bar or plain lines, TensorBoard events, JSON lines."""
+"""What a run shows while it trains: a progress bar on a terminal or plain lines, and TensorBoard events."""
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -11,26 +10,12 @@ from typing import Any
 import tqdm
 from etils import epath
 
-# Where there is no terminal, a line at the most every so many seconds.
+# Minimum seconds between lines where there is no terminal.
 PLAIN_INTERVAL = 30.0
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-  """Writes `value` as JSON such that a reader finds the old file or the whole new one, never a part."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  partial.replace(path)
-
-
-def write_lines(path: epath.Path, rows: list[Mapping[str, Any]]) -> None:
-  """Writes one JSON object a line, all at once or not at all."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  partial.replace(path)
-
-
 class Progress:
-  """A progress bar on a terminal; elsewhere a line now and then; nothing at all where it is switched off."""
+  """A progress bar on a terminal, a line now and then elsewhere, nothing where it is switched off."""
 
   def __init__(self, title: str, total: int, initial: int, enabled: bool):
     self._title, self._total, self._done, self._initial = title, total, initial, initial
@@ -42,9 +27,9 @@ class Progress:
       total=total, initial=initial, desc=title, unit="step", disable=not self._terminal, dynamic_ncols=True
     )
 
-  def advance(self) -> None:
-    self._done += 1
-    self._bar.update()
+  def advance(self, steps: int) -> None:
+    self._done += steps
+    self._bar.update(steps)
     if self._enabled and not self._terminal and time.monotonic() - self._shown > PLAIN_INTERVAL:
       self._print()
 

@@ -1,203 +1,42 @@
-"""Generations: a plain Python loop over training steps, and a plain Python loop over immutable variables trees."""
+"""Generations: one loop over training steps, and a plain Python loop over immutable variables trees."""
 
 import collections
 import contextlib
 import logging
-import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from etils import epath
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from ban_jax import checkpoint, data, gradient, losses, optim, preemption, report
+from ban_jax import config, metrics, optim, preemption, processes, report, storage, trees
 from ban_jax import devices as devices_lib
-from ban_jax.errors import BanError, CheckpointError, ConfigError, Preempted, StorageError, TrainingError, choices
-from ban_jax.evaluate import (
-  EVALUATION_LEAST,
-  Member,
-  check_evaluation,
-  check_given,
-  check_least,
-  evaluate_trees,
-  fit_models,
-  make_models,
-  members_of,
-)
-from ban_jax.losses import Loss
-from ban_jax.models import check_options
-from ban_jax.step import make_train_step
-from ban_jax.types import Dataset, Devices, Generation, Model, TrainState, Variables
+from ban_jax import job as job_lib
+from ban_jax.errors import ConfigError, Preempted, TrainingError
+from ban_jax.evaluate import Subject, measure
+from ban_jax.job import Job, Setup
+from ban_jax.step import TrainStep, initial_state, make_train_step
+from ban_jax.trees import Member
+from ban_jax.types import Carry, Generation, TrainState
 
 logger = logging.getLogger(__name__)
 
 # Steps dispatched ahead of the one whose sums are read. Unbounded dispatch to several CPU devices deadlocks; this many
-# keep an accelerator busy.
+# keep an accelerator busy. A dispatch of more steps is read before the next but one.
 IN_FLIGHT = 8
 # The metric, the lower the better, by which a plateau schedule decides.
 PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
-# The metrics that the progress bar shows behind an epoch.
+# The metrics that the progress bar shows after an epoch.
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
-# The smallest value of what is counted.
-LEAST = {
-  "seed": 0,
-  "generations": 0,
-  "train.epochs": 1,
-  "train.checkpoint_every": 1,
-  "train.evaluate_every": 0,
-  **EVALUATION_LEAST,
-}
 
 
-class _Job(NamedTuple):
-  """Everything that a generation is trained from, checked and resolved before any work."""
-
-  cfg: ConfigDict
-  dataset: Dataset
-  student: Model
-  parents: tuple[Variables, ...]  # whom the generation depends on
-  teachers: tuple[Model, ...]  # those of them whose outputs teach it
-  frozen: tuple[str, ...]  # top-level parameters that it copies from its parent
-  loss: Loss
-  schedule: optax.Schedule
-  optimizer: optax.GradientTransformation
-  devices: Devices
-  generation: int
-  steps_per_epoch: int
-
-  @property
-  def total_steps(self) -> int:
-    return self.steps_per_epoch * self.cfg.train.epochs
-
-  @property
-  def key(self) -> jax.Array:
-    """The generation's key."""
-    return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
-
-
-def _prepare(
-  params_prev: Member | Sequence[Member] | None,
-  cfg: ConfigDict,
-  generation: int | None,
-  devices: Sequence[jax.Device] | None,
-) -> _Job:
-  """Checks and resolves what a generation needs; raises a BanError where it cannot be trained."""
-  check_given(cfg)
-  _check_counts(cfg)
-  for key, group in (("model", cfg.model), ("teacher.model", cfg.teacher.model)):
-    if group is not None:
-      check_options(group, key)
-  loss = losses.make_loss(cfg.loss)
-  optim.make_optimizer(cfg.optim, 1)
-  devices = devices_lib.resolve(devices)
-  devices_lib.check_batch_size(cfg.train.batch_size, devices)
-
-  dataset = data.load(cfg.data)
-  if cfg.optim.schedule == "plateau" and "validation" not in dataset.splits:
-    raise ConfigError(
-      "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share by data.validation, "
-      f"or choose another of: {choices(optim.SCHEDULES)}"
-    )
-  check_evaluation(cfg, dataset)
-  models = make_models(cfg, dataset.spec)
-  for key, group, model in (("teacher.model", cfg.teacher.model, models[0]), ("model", cfg.model, models[1])):
-    if group is not None:
-      _check_memory(key, group, model)
-  parents = tuple(members_of(params_prev))
-  if params_prev is not None and not parents:
-    raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
-  fitting = fit_models(parents, models, "teacher")
-  for number, tree in enumerate(parents):
-    if not _is_finite(checkpoint.thaw(tree)):
-      raise CheckpointError(f"teacher {number + 1} has parameters that are not finite; it cannot teach")
-  if generation is None:
-    generation = 1 + max(map(checkpoint.lineage, parents)) if parents else 0
-  if generation < 0:
-    raise ConfigError(f"generation must be at least 0, not {generation}")
-  student = models[min(generation, 1)]
-  frozen = student.inherits if parents else ()
-  if frozen:
-    _check_inherits(student, parents)
-  if not parents:
-    loss = losses.make_loss({**cfg.loss, "name": "label"})
-  if not loss.needs_teacher:
-    fitting = ()
-    parents = parents if frozen else ()
-
-  steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
-  total = steps_per_epoch * cfg.train.epochs
-  if total >= 2**31:
-    raise ConfigError(
-      f"train.epochs={cfg.train.epochs}: a run has fewer than 2**31 steps; expected at most "
-      f"{(2**31 - 1) // steps_per_epoch} epochs of {steps_per_epoch} steps"
-    )
-  return _Job(
-    cfg=cfg,
-    dataset=dataset,
-    student=student,
-    parents=parents,
-    teachers=fitting,
-    frozen=frozen,
-    loss=loss,
-    schedule=optim.make_schedule(cfg.optim, total),
-    optimizer=optim.make_optimizer(cfg.optim, total),
-    devices=devices,
-    generation=generation,
-    steps_per_epoch=steps_per_epoch,
-  )
-
-
-def _check_counts(cfg: ConfigDict) -> None:
-  """Raises a ConfigError where one of the configuration's whole numbers is out of range, or its label no label."""
-  check_least(cfg, LEAST)
-  if not cfg.scale.isprintable():
-    raise ConfigError(f"scale={cfg.scale!r}: a word that can be printed is expected, since it labels the results")
-  for key, bits in (("seed", 32), ("generations", 31)):
-    if cfg[key] >= 2**bits:
-      raise ConfigError(f"{key} must be below 2**{bits}, not {cfg[key]}")
-
-
-def _check_memory(key: str, group: ConfigDict, model: Model) -> None:
-  """Raises a ConfigError where the parameters of a `model` group's network do not fit into the host's memory."""
-  shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
-  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  if size > memory:
-    options = ", ".join(f"{name}={value}" for name, value in group.items())
-    raise ConfigError(
-      f"{key} ({options}): its parameters take {size / 2**30:,.0f} GiB, and this machine has a memory of "
-      f"{memory / 2**30:,.0f} GiB; choose smaller numbers"
-    )
-
-
-def _is_finite(variables: Variables) -> bool:
-  return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
-
-
-def _check_inherits(student: Model, parents: tuple[Variables, ...]) -> None:
-  """Raises a ConfigError where the layers that a student copies from its teacher are not there in the right shapes."""
-  names = " and ".join(student.inherits)
-  if len(parents) != 1:
-    raise ConfigError(f"model {student.name} copies {names} from one teacher; {len(parents)} were given")
-  expected = jax.eval_shape(student.init, jax.random.key(0))["params"]
-  for name in student.inherits:
-    want = checkpoint.leaves(expected[name])
-    have = checkpoint.leaves(parents[0]["params"].get(name, {}))
-    for path in sorted(want.keys() | have.keys()):
-      shapes = [f"{list(tree[path].shape)}" if path in tree else "nothing" for tree in (want, have)]
-      if shapes[0] != shapes[1]:
-        raise ConfigError(
-          f"model {student.name} copies {names} from its teacher, but they do not fit: at {name}/{path} the student "
-          f"has {shapes[0]}, the teacher {shapes[1]} (model.stem and the last of model.stages must be what "
-          "teacher.model makes them)"
-        )
+# --- the public functions ------------------------------------------------------------------------------------------
 
 
 def train_generation(
@@ -215,28 +54,18 @@ def train_generation(
   `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
   random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
 
-  With `workdir`, the generation is checkpointed under `workdir/gen_K`, goes on from there when called again, and is
+  With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
   only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
 
   Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
   configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
-  network or a workdir that holds something else or is in use. While it trains: a TrainingError within `IN_FLIGHT` steps
-  of the first number that is not finite; with `workdir` a StorageError where that cannot be written any more, and
-  Preempted behind a checkpoint after a SIGTERM.
+  network or a workdir that holds something else or is in use (InUseError). While it trains: a TrainingError within
+  `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite; with `workdir` a StorageError where that
+  cannot be written any more, and Preempted, after a checkpoint, on SIGTERM.
   """
-  job = _prepare(params_prev, cfg, generation, devices)
-  if workdir is None:
-    return _train(job, None, progress, lambda: False)
-  with checkpoint.open_workdir(workdir, cfg) as workdir:
-    _check_processes(_lineage(job))
-    directory = workdir / f"gen_{job.generation}"
-    finished = load_finished(directory)
-    if finished is None:
-      with preemption.watch() as requested, checkpoint.storage_errors(directory):
-        return _train(job, directory, progress, requested)
-    done, manifest = finished
-    _check_lineage(_lineage(job), manifest, directory)
-    return done
+  job = job_lib.prepare(job_lib.resolve(cfg, devices), params_prev, generation)
+  with storage.open_workdir(workdir, config.record(cfg)) if workdir is not None else contextlib.nullcontext() as held:
+    return _finished_or_trained(job, held, progress)
 
 
 def run(
@@ -248,229 +77,265 @@ def run(
 ) -> list[Generation]:
   """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
 
-  Goes on where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
+  Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
   what `train_generation` raises.
   """
-  check_run(cfg, devices)
-  generations = []
-  with checkpoint.open_workdir(workdir, cfg):  # held from the first generation to the last
-    for index in range(cfg.generations + 1):
-      teacher = generations[-1] if generations else None
-      generations.append(
-        train_generation(teacher, cfg, generation=index, workdir=workdir, devices=devices, progress=progress)
-      )
+  setup = job_lib.resolve_run(cfg, devices)
+  with storage.open_workdir(workdir, config.record(cfg)) as held:  # from the first generation to the last
+    return run_generations(setup, held, progress)
+
+
+def run_generations(setup: Setup, workdir: epath.Path, progress: bool) -> list[Generation]:
+  """Returns `run`'s generations, in a workdir that the caller holds open."""
+  generations: list[Generation] = []
+  for index in range(setup.cfg.generations + 1):
+    job = job_lib.prepare(setup, generations[-1] if generations else None, index)
+    generations.append(_finished_or_trained(job, workdir, progress))
   return generations
 
 
-def check_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
-  """Raises what `run` would before any training: a workdir should not be given a configuration that cannot be run."""
-  job = _prepare(None, cfg, 0, devices)
-  student = make_models(cfg, job.dataset.spec)[1]
-  if cfg.generations and student.inherits:
-    _check_inherits(student, (jax.eval_shape(job.student.init, jax.random.key(0)),))
+def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -> Generation:
+  """Returns the generation as it lies in the workdir, or trained now."""
+  directory = workdir and workdir / f"gen_{job.generation}"
+  if directory is not None:
+    _check_processes(job.lineage)
+    finished = storage.load_together(directory)
+    if finished is not None:
+      generation, manifest = finished
+      storage.check_lineage(job.lineage, manifest, directory)
+      return generation
+  with preemption.watch() if directory else contextlib.nullcontext(lambda: False) as requested:
+    return train([job], [directory], requested, progress)[0]
 
 
-def load_finished(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
-  """Returns what `checkpoint.load` does, alike on all processes: one that trained alone would wait for ever."""
-  finished = error = None
-  try:
-    finished = checkpoint.load(directory)
-  except BanError as refusal:
-    error = refusal
-  devices_lib.raise_together(error)
-  if devices_lib.on_any_process(finished is None) and finished is not None:
-    error = StorageError(f"another process does not see yet that {directory} is finished; start all of them again")
-  devices_lib.raise_together(error)
-  return finished
-
-
-def _lineage(job: _Job) -> dict[str, Any]:
-  """Returns what ties a generation to where it comes from."""
-  return {
-    "generation": job.generation,
-    "seed": job.cfg.seed,
-    "scale": job.cfg.scale,
-    "model": job.student.name,
-    "loss": job.loss.name,
-    "teachers": [checkpoint.digest(tree) for tree in job.parents],
-    "config": checkpoint.config_digest(job.cfg),
-    "dataset": job.dataset.digest,
-    # What bytes depend on beyond that; recorded, and no reason to refuse a resumption.
-    "layout": devices_lib.layout(job.devices),
-  }
-
-
-def _check_processes(lineage: dict[str, Any]) -> None:
+def _check_processes(lineage: Mapping[str, Any]) -> None:
   """Raises a ConfigError where the processes of a run were not given the same, naming what differs."""
-  differing = [key for key, value in lineage.items() if key != "layout" and not devices_lib.is_same(str(value))]
-  if differing:
+  given = {key: lineage[key] for key in ("generation", "teachers", "dataset")}
+  given |= {key: value for key, value in lineage["config"].items() if key != "data.dir"}  # local copies are welcome
+  if not processes.is_same(str(given)):
+    differing = [key for key, value in given.items() if not processes.is_same(str(value))]
     raise ConfigError(
       f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
     )
 
 
-def _check_lineage(own: dict[str, Any], recorded: dict[str, Any], directory: epath.Path) -> None:
-  """Raises a CheckpointError where a generation on disk has another origin."""
-  differing = [key for key in own if key != "layout" and own[key] != recorded.get(key)]
-  if differing:
-    detail = "; ".join(f"{key}: {recorded.get(key)} there, {own[key]} here" for key in differing)
-    raise CheckpointError(
-      f"{directory} holds a generation of another origin ({detail}); give another workdir, or remove it"
-    )
+# --- the loop ------------------------------------------------------------------------------------------------------
 
 
-def _initial(job: _Job) -> tuple[TrainState, Any]:
-  """Returns a generation's (state, carry) before its first step, as NumPy arrays on the host, rows in global order."""
-  variables = job.student.init(jax.random.fold_in(job.key, INIT))
-  params = variables["params"] | {name: checkpoint.thaw(job.parents[0])["params"][name] for name in job.frozen}
-  trained = {name: tree for name, tree in params.items() if name not in job.frozen}
-  state = TrainState(np.int32(0), params, variables.get("batch_stats", {}), job.optimizer.init(trained))
-  rows = job.cfg.train.batch_size
-  carry = (job.student.init_carry(rows), tuple(teacher.init_carry(rows) for teacher in job.teachers))
-  return jax.tree.map(np.asarray, jax.device_get((state, carry)))
+class Live(NamedTuple):
+  """A generation between two dispatches. State and carry are donated to the next one: only the newest may be used."""
+
+  state: TrainState
+  carry: Carry
+  done: int  # steps
+  sums: Mapping[str, float]  # of the epoch so far, as far as they are read
+  history: tuple[Mapping[str, float], ...]
+  epoch_start: float
+  saved: int  # the step of the newest checkpoint, 0 for none
+  pending: tuple[tuple[int, int, jax.Array], ...] = ()  # first step, number of steps, and their sums on the devices
+  order: Int[np.ndarray, "steps B"] | None = None  # the epoch's mini-batches
 
 
-def _train(job: _Job, directory: epath.Path | None, show: bool, requested: Callable[[], bool]) -> Generation:
-  """Trains a generation from its newest checkpoint, or its beginning, to its end, or until it is `requested` to end."""
-  cfg, devices = job.cfg, job.devices
-  lineage = _lineage(job)
-  provenance = checkpoint.provenance()
-  state, carry = _initial(job)
-  zero_carry = carry
-  history: list[dict[str, float]] = []
-  sums = collections.Counter()  # of the epoch so far
+class Lane(NamedTuple):
+  """A job on its devices: the compiled step, its constant inputs, and where checkpoints and progress go."""
 
-  with checkpoint.open_steps(directory / "steps") if directory else contextlib.nullcontext() as manager:
-    target = {"state": state, "carry": carry}
-    restored = manager and checkpoint.restore_newest(
-      manager, target, lambda record: _check_lineage(lineage, record["lineage"], directory)
+  job: Job
+  directory: epath.Path | None
+  checkpoints: Any  # Orbax's manager; None without a directory
+  step: TrainStep
+  source: Any
+  arrays: Any
+  key_data: Any
+  zero_carry: Carry
+  bar: report.Progress
+  write: Callable[[int, Mapping[str, float]], None]
+
+
+def train(
+  jobs: Sequence[Job],
+  directories: Sequence[epath.Path | None],
+  stop_requested: Callable[[], bool],
+  progress: bool,
+) -> list[Generation]:
+  """Trains generations side by side, each on devices of its own and in its own directory (None keeps nothing).
+
+  Each resumes from its newest checkpoint. Where `stop_requested` says so, all are saved and Preempted is raised.
+  """
+  finished: dict[int, Generation] = {}
+  with contextlib.ExitStack() as stack:
+    opened = [stack.enter_context(_open(job, where, progress)) for job, where in zip(jobs, directories, strict=True)]
+    lanes, lives = map(list, zip(*opened, strict=True))
+    while len(finished) < len(lanes):
+      for place, lane in enumerate(lanes):
+        if place not in finished:
+          with storage.storage_errors(lane.directory):
+            lives[place] = _advance(lane, lives[place])
+      stop = stop_requested()
+      for place, lane in enumerate(lanes):
+        if place not in finished:
+          with storage.storage_errors(lane.directory):
+            if lives[place].done == lane.job.total_steps:
+              finished[place] = _finish(lane, lives[place])
+            else:
+              lives[place] = _checkpoint(lane, lives[place], due=stop)
+      if stop:
+        _end_early(lanes, lives)
+  return [finished[place] for place in range(len(jobs))]
+
+
+@contextlib.contextmanager
+def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tuple[Lane, Live]]:
+  """Yields a job placed on its devices, at its newest checkpoint or its beginning."""
+  primary = processes.is_primary()
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(storage.storage_errors(directory))
+    storage.provenance()  # as the software is before a long training
+    checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
+    state, zero_carry = initial(job)
+    carry, history, sums = zero_carry, (), {}
+    restored = checkpoints and storage.restore_newest(
+      checkpoints, {"state": state, "carry": carry}, lambda record: _check_resumed(job, record["lineage"], directory)
     )
     if restored:
       tree, record = restored
-      if lineage["layout"] != record["lineage"]["layout"] and devices_lib.is_primary():
-        logger.warning(
-          "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
-          directory,
-          record["lineage"]["layout"],
-          lineage["layout"],
-        )
-      state, carry = tree["state"], tree["carry"]
-      history, sums = record["history"], collections.Counter(record["sums"])
-    start = saved = int(state.step)
-
-    step = make_train_step(
-      student=job.student,
-      teachers=job.teachers,
-      frozen=job.frozen,
-      loss=job.loss,
-      optimizer=job.optimizer,
-      fetch=job.dataset.fetch,
-      devices=devices,
-      sync_batch_stats=cfg.train.sync_batch_stats,
-      gradient_split=cfg.train.gradient_split,
-    )
-    state = devices_lib.replicate(state, devices)
-    carry = devices_lib.split_rows(carry, devices)
-    teacher_variables = devices_lib.broadcast(tuple(map(checkpoint.thaw, job.parents[: len(job.teachers)])), devices)
-    arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
-    key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), devices)
-    in_flight = collections.deque()
-
-    def read(limit: int) -> None:
-      """Adds up the sums of all steps but the last `limit`, once they are known to be finite."""
-      while len(in_flight) > limit:
-        number, values = in_flight.popleft()
-        values = {name: float(value) for name, value in devices_lib.first(values).items()}
-        mean = values["loss"] / values["weight"] if values["weight"] else np.nan
-        if not (values.pop("finite") and np.isfinite(mean)):
-          what = "its parameters or their momentum are" if np.isfinite(mean) else f"its training loss, {mean}, is"
-          kept = f"; the checkpoint of step {saved} is kept" if manager and saved else ""
-          epoch = (number - 1) // job.steps_per_epoch + 1
-          raise TrainingError(
-            f"generation {job.generation} diverged in epoch {epoch} at step {number}: {what} not finite; "
-            f"a lower optim.learning_rate or optim.clip_norm may help{kept}"
-          )
-        sums.update(values)
-
+      state, carry, history, sums = tree["state"], tree["carry"], tuple(record["history"]), record["sums"]
+    done = int(state.step)
     title = f"generation {job.generation}"
-    epoch_start = time.monotonic()
-    with (
-      report.progress(title, job.total_steps, start, show and devices_lib.is_primary()) as bar,
-      report.tensorboard(directory if devices_lib.is_primary() else None) as write,
-    ):
-      for done in range(start + 1, job.total_steps + 1):
-        epoch, within = divmod(done - 1, job.steps_per_epoch)
-        if within == 0 or done == start + 1:
-          order_key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
-          order = job.dataset.train_order(order_key, cfg.train.batch_size)
-        if within == 0:
-          carry = devices_lib.split_rows(zero_carry, devices)
-        index = devices_lib.split_rows(order[within], devices)
-        state, carry, step_sums = step(state, teacher_variables, carry, arrays, index, key_data)
-        in_flight.append((done, step_sums))
-        read(IN_FLIGHT)
-        bar.advance()
-
-        if within + 1 == job.steps_per_epoch:
-          read(0)
-          row = _summary(job, epoch + 1, done, sums, history, epoch_start)
-          sums.clear()
-          row |= _evaluate(job, state, epoch + 1)
-          history.append(row)
-          if cfg.optim.schedule == "plateau":
-            state = state._replace(opt_state=optim.set_rate(state.opt_state, _rate(job, done, history)))
-          write(done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
-          bar.note(**{name: row[name] for name in SHOWN if name in row})
-          epoch_start = time.monotonic()
-        end = requested()
-        if manager and done < job.total_steps and (end or done % cfg.train.checkpoint_every == 0):
-          read(0)
-          tree = {"state": devices_lib.first(state), "carry": devices_lib.join_rows(carry, devices)}
-          checkpoint.save_step(manager, done, tree, {"lineage": lineage, "history": history, "sums": dict(sums)})
-          saved = done
-        if end and done < job.total_steps:
-          manager.wait_until_finished()
-          raise Preempted(
-            f"asked to end by SIGTERM: generation {job.generation} is saved at step {done} of {job.total_steps}; "
-            "the same command goes on from there"
-          )
-
-  variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
-  last = {name: value for name, value in history[-1].items() if name not in ("epoch", "step", "seconds")}
-  generation = Generation(job.generation, checkpoint.freeze(variables, job.generation), last, tuple(history))
-  if directory is not None:
-    checkpoint.finish(directory, generation, lineage | provenance)
-  if end:
-    raise Preempted(
-      f"asked to end by SIGTERM: generation {job.generation} is finished; the same command goes on behind it"
+    bar = stack.enter_context(report.progress(title, job.total_steps, done, progress and primary))
+    lane = Lane(
+      job=job,
+      directory=directory,
+      checkpoints=checkpoints,
+      step=step_of(job),
+      source=devices_lib.broadcast(job.teacher.source, job.devices),
+      arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
+      key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
+      zero_carry=devices_lib.split_rows(zero_carry, job.devices),
+      bar=bar,
+      write=stack.enter_context(report.tensorboard(directory if primary else None)),
     )
-  return generation
+    state, carry = devices_lib.replicate(state, job.devices), devices_lib.split_rows(carry, job.devices)
+    yield lane, Live(state, carry, done, sums, history, time.monotonic(), done)
 
 
-def _rate(job: _Job, step: int, history: list[dict[str, float]]) -> float:
-  """Returns the learning rate of a step, behind the epochs in `history`."""
+def initial(job: Job) -> tuple[TrainState, Carry]:
+  """Returns a generation's state and carry before its first step, as NumPy arrays on the host, rows in global order."""
+  state = initial_state(job.student, job.optimizer, jax.random.fold_in(job.key, INIT), job.teacher.copied)
+  rows = job.cfg.train.batch_size
+  carry = (job.student.init_carry(rows), job.teacher.teaching.init_carry(rows))
+  return jax.tree.map(np.asarray, jax.device_get((state, carry)))
+
+
+def step_of(job: Job) -> TrainStep:
+  """Returns the compiled training step of a job."""
+  return make_train_step(
+    student=job.student,
+    teaching=job.teacher.teaching,
+    frozen=tuple(job.teacher.copied),
+    loss=job.loss,
+    optimizer=job.optimizer,
+    fetch=job.dataset.fetch,
+    devices=job.devices,
+    sync_batch_stats=job.cfg.train.sync_batch_stats,
+    gradient_split=job.cfg.train.gradient_split,
+    steps_per_dispatch=job.steps_per_dispatch,
+  )
+
+
+def _check_resumed(job: Job, recorded: Mapping[str, Any], directory: epath.Path) -> None:
+  """Raises where a checkpoint is another generation's, and warns where it comes from another layout."""
+  lineage = job.lineage
+  storage.check_lineage(lineage, recorded, directory)
+  if lineage["layout"] != recorded["layout"] and processes.is_primary():
+    logger.warning(
+      "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
+      directory,
+      recorded["layout"],
+      lineage["layout"],
+    )
+
+
+def _advance(lane: Lane, live: Live) -> Live:
+  """Dispatches the next steps, reads the sums of earlier ones, and closes the epoch where it ends."""
+  live = _dispatch(lane, live)
+  live = _read(lane, live, keep=max(1, IN_FLIGHT // lane.job.steps_per_dispatch))
+  return _end_epoch(lane, live) if live.done % lane.job.steps_per_epoch == 0 else live
+
+
+def _dispatch(lane: Lane, live: Live) -> Live:
+  """Starts the next steps on the devices, at most to the end of the epoch or to the next checkpoint."""
+  job = lane.job
+  epoch, first = divmod(live.done, job.steps_per_epoch)
+  order = live.order
+  if first == 0 or order is None:
+    key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
+    order = job.dataset.train_order(key, job.cfg.train.batch_size)
+  every = job.cfg.train.checkpoint_every
+  count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
+  block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
+  block[:count] = order[first : first + count]
+  carry = lane.zero_carry if first == 0 else live.carry
+  state, carry, sums = lane.step.run(
+    live.state, lane.source, carry, lane.arrays, devices_lib.split_batches(block, job.devices), lane.key_data
+  )
+  lane.bar.advance(count)
+  pending = (*live.pending, (live.done + 1, count, sums))
+  return live._replace(state=state, carry=carry, done=live.done + count, pending=pending, order=order)
+
+
+def _read(lane: Lane, live: Live, keep: int) -> Live:
+  """Adds up the sums of all dispatches but the last `keep`; raises a TrainingError where they are not finite."""
+  sums, pending = collections.Counter(live.sums), collections.deque(live.pending)
+  while len(pending) > keep:
+    first, count, device_sums = pending.popleft()
+    for number, row in enumerate(devices_lib.unreplicate(device_sums)[:count], first):
+      values = dict(zip(lane.step.sums, row.tolist(), strict=True))
+      mean = values["loss"] / values["weight"] if values["weight"] else np.nan
+      if not (values.pop("finite") and np.isfinite(mean)):
+        raise _diverged(lane, live, number, mean)
+      sums.update(values)
+  return live._replace(sums=sums, pending=tuple(pending))
+
+
+def _diverged(lane: Lane, live: Live, number: int, mean: float) -> TrainingError:
+  what = "its parameters or their momentum are" if np.isfinite(mean) else f"its training loss, {mean}, is"
+  kept = f"; the checkpoint of step {live.saved} is kept" if lane.checkpoints and live.saved else ""
+  epoch = (number - 1) // lane.job.steps_per_epoch + 1
+  return TrainingError(
+    f"generation {lane.job.generation} diverged in epoch {epoch} at step {number}: {what} not finite; "
+    f"a lower optim.learning_rate or optim.clip_norm may help{kept}"
+  )
+
+
+def _end_epoch(lane: Lane, live: Live) -> Live:
+  """Adds the epoch's row to the history, evaluates where that is due, and sets a plateau schedule's rate."""
+  job, live = lane.job, _read(lane, live, keep=0)
+  epoch = live.done // job.steps_per_epoch
+  row = {
+    "epoch": epoch,
+    "step": live.done,
+    "learning_rate": learning_rate(job, live.done, live.history),
+    **metrics.training_row(live.sums),
+    "seconds": round(time.monotonic() - live.epoch_start, 3),
+    **_evaluate(job, live.state, epoch),
+  }
+  history, state = (*live.history, row), live.state
+  if job.cfg.optim.schedule == "plateau":
+    state = state._replace(opt_state=optim.set_rate(state.opt_state, learning_rate(job, live.done, history)))
+  lane.write(live.done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
+  lane.bar.note(**{name: row[name] for name in SHOWN if name in row})
+  return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic())
+
+
+def learning_rate(job: Job, step: int, history: Sequence[Mapping[str, float]]) -> float:
+  """Returns the learning rate of a step, given the epochs so far."""
   if job.cfg.optim.schedule != "plateau":
     return float(job.schedule(step - 1))
   return optim.plateau_rate(job.cfg.optim, [row[PLATEAU_METRICS[job.dataset.spec.kind]] for row in history])
 
 
-def _summary(
-  job: _Job, epoch: int, step: int, sums: dict[str, float], history: list[dict[str, float]], start: float
-) -> dict[str, float]:
-  """Returns an epoch's row of the history, from its summed metrics and the rows before it."""
-  row = {
-    "epoch": epoch,
-    "step": step,
-    "learning_rate": _rate(job, step, history),
-    "train_loss": sums["loss"] / sums["weight"],
-    "train_error": 100 * sums["errors"] / sums["count"],
-    "seconds": round(time.monotonic() - start, 3),
-  }
-  return row | (gradient.summarise(sums) if "dark_squared" in sums else {})
-
-
-def _evaluate(job: _Job, state: TrainState, epoch: int) -> dict[str, float]:
-  """Returns the metrics, by split, of a network in training where they are due behind this epoch."""
+def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
+  """Returns the metrics, by split, of a network in training where they are due after this epoch."""
   cfg = job.cfg
   last = epoch == cfg.train.epochs
   due = last or cfg.train.evaluate_every and epoch % cfg.train.evaluate_every == 0
@@ -479,11 +344,49 @@ def _evaluate(job: _Job, state: TrainState, epoch: int) -> dict[str, float]:
     splits = splits or ["validation"]
   if not splits:
     return {}
-  # The finished network's numbers are those that are reported.
+  # What is reported is the finished network's evaluation.
   batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
-  variables = devices_lib.first({"params": state.params, "batch_stats": state.batch_stats})
-  return {
-    f"{split}_{name}": value
-    for split in splits
-    for name, value in evaluate_trees((job.student,), (variables,), job.dataset, split, batch_size, job.devices).items()
-  }
+  subject = Subject((job.student,), (variables_of(state),), job.dataset, job.devices)
+  return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+  """Returns the variables of a state on the devices, on the host."""
+  return devices_lib.unreplicate({"params": state.params, "batch_stats": state.batch_stats})
+
+
+def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
+  """Saves a checkpoint where one is due; the disk is not waited for."""
+  job = lane.job
+  if lane.checkpoints is None or not (due or live.done % job.cfg.train.checkpoint_every == 0):
+    return live
+  live = _read(lane, live, keep=0)
+  tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
+  record = {"lineage": job.lineage, "history": list(live.history), "sums": dict(live.sums)}
+  storage.save_step(lane.checkpoints, live.done, tree, record)
+  return live._replace(saved=live.done)
+
+
+def _finish(lane: Lane, live: Live) -> Generation:
+  """Returns the trained generation, after it is written where there is a directory."""
+  job = lane.job
+  last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
+  params = trees.to_host(variables_of(live.state), job.generation)
+  generation = Generation(job.generation, params, last, live.history)
+  if lane.directory is not None:
+    storage.finish(lane.directory, generation, job.lineage | storage.provenance())
+  return generation
+
+
+def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
+  """Raises Preempted once what is saved lies on the disk."""
+  states = []
+  for lane, live in zip(lanes, lives, strict=True):
+    job = lane.job
+    if live.done < job.total_steps:
+      with storage.storage_errors(lane.directory):
+        lane.checkpoints.wait_until_finished()
+      states.append(f"generation {job.generation} is saved at step {live.done} of {job.total_steps}")
+    else:
+      states.append(f"generation {job.generation} is finished")
+  raise Preempted(f"asked to end by SIGTERM: {'; '.join(states)}. Rerun the command to resume")

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
+from ban_jax import config, losses, models, optim, step
 from ban_jax import devices as devices_lib
-from ban_jax import losses, models, optim, step
 from ban_jax.data.text import make_fetch
 from ban_jax.errors import ConfigError
 from ban_jax.types import Devices, InputSpec, TrainState
@@ -84,7 +84,7 @@ def ours(units: int, devices: Devices) -> Turn:
     nonlocal state, carry
     for index in order:
       state, carry, sums = train_step(state, (), carry, arrays, devices_lib.split_rows(index, devices), key_data)
-      devices_lib.first(sums)
+      devices_lib.unreplicate(sums)
     jax.block_until_ready(state)
 
   return turn
@@ -175,7 +175,7 @@ def main() -> None:
       raise ConfigError(f"--units={units}: at least 1 is expected")
   layouts = [devices[:count] for count in sorted({1, len(devices)})]
   for layout in layouts:
-    devices_lib.check_batch_size(BATCH.value, layout)
+    config.check_batch_size(BATCH.value, layout)
   torch.set_num_threads(devices_lib.cores())
   names = [f"ours, {len(layout)} device{'s' if len(layout) > 1 else ''}" for layout in layouts]
   second = "second of processor time" if PROCESSOR_TIME.value else "second"

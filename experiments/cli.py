@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
+from ban_jax import processes
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
@@ -141,7 +142,7 @@ def _join_processes() -> None:
       shutdown_timeout_seconds=PEER_TIMEOUT.value,
     )
     # gloo connects at the first collective, and waits half a minute: the others must not be preparing data by then.
-    devices_lib.wait_for_all("start")
+    processes.wait_for_all("start")
   except ValueError as error:
     raise ConfigError(
       f"the processes of the run cannot meet ({_told(error)}); --distributed is for TPU pods, Slurm and Open MPI: "
@@ -202,7 +203,7 @@ def _ending_promptly() -> Iterator[None]:
     sys.stderr.flush()
     # Where all end alike they meet in here at once. Otherwise process 0 stays a little, for the others to say what they
     # have to: they are aborted when it goes.
-    if status != PeerError.exit_status or devices_lib.is_primary():
+    if status != PeerError.exit_status or processes.is_primary():
       end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
       end.start()
       end.join(PATIENCE)

@@ -19,10 +19,10 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import checkpoint, data, report
-from ban_jax.devices import is_primary
+from ban_jax import data, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluate import bins, compare_trees, fit_models, make_models, sum_predictions, summarise
+from ban_jax.processes import is_primary
 from ban_jax.types import Dataset, Generation, Model
 from experiments import cli, results
 
@@ -112,19 +112,19 @@ def chosen(
   if (workdir is None) == (generations is None):
     raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which say what is to be shown")
   if workdir is not None:
-    run = checkpoint.resolve_workdir(workdir)
+    run = storage.resolve_workdir(workdir)
     numbers = set(range(read_config(run).generations + 1))
     numbers |= {int(path.name[4:]) for path in run.glob("gen_*") if re.fullmatch(r"gen_\d+", path.name)}
-    return [run / f"gen_{number}" for number in sorted(numbers)], checkpoint.resolve_workdir(out or workdir)
+    return [run / f"gen_{number}" for number in sorted(numbers)], storage.resolve_workdir(out or workdir)
   if not out:
     raise ConfigError("--generations needs --out, the directory to write to")
   if not generations or not all(generations):
     raise ConfigError(f"--generations={','.join(generations)}: expected directories, separated by commas")
-  directories = [checkpoint.resolve_workdir(directory) for directory in generations]
+  directories = [storage.resolve_workdir(directory) for directory in generations]
   twice = {str(directory) for directory in directories if directories.count(directory) > 1}
   if twice:
     raise ConfigError(f"--generations names {', '.join(sorted(twice))} more than once")
-  return directories, checkpoint.resolve_workdir(out)
+  return directories, storage.resolve_workdir(out)
 
 
 def names_of(directories: Sequence[epath.Path], indices: Sequence[int]) -> list[str]:
@@ -153,7 +153,7 @@ def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Datas
   for cfg in configs if data_dir is not None else ():
     cfg.data.dir = data_dir
   dataset = data.load(configs[0].data)
-  loaded = [checkpoint.load(directory) for directory in directories]
+  loaded = [storage.load(directory) for directory in directories]
   for directory, (generation, _) in zip(directories, loaded, strict=True):
     if directory.name != f"gen_{generation.index}":
       raise CheckpointError(f"{directory} holds generation {generation.index}: expected it as gen_{generation.index}")
@@ -174,7 +174,7 @@ def measure(shown: Sequence[Shown], dataset: Dataset, devices: Sequence[jax.Devi
   """Evaluates each generation, and all pairs of them, on every example of the test split."""
   # Of text the most exact batch is the smallest: the fewest stretches begin without a hidden state.
   rows = min(each.cfg.evaluate.batch_size for each in shown)
-  trees = [checkpoint.thaw(each.generation.params) for each in shown]
+  trees = [trees.to_plain(each.generation.params) for each in shown]
   sums = [
     sum_predictions((each.model,), (tree,), dataset, SPLIT, rows, devices)
     for each, tree in zip(shown, trees, strict=True)
@@ -404,7 +404,7 @@ def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: 
     for each, found in zip(shown, measured.reliability, strict=True)
   ]
   pairs = {"agreement": _numbers(measured.pairs["agreement"]), "kl": _numbers(measured.pairs["kl"])}
-  report.write_json(
+  storage.write_json(
     out / "figures.json", {"dataset": dataset.name, "split": SPLIT, "generations": generations, **pairs}
   )
   text = report_of(shown, measured, dataset, recorded)

@@ -9,9 +9,9 @@ from absl import flags
 from ml_collections import config_flags
 
 import ban_jax
-from ban_jax import checkpoint
-from ban_jax.devices import is_primary
+from ban_jax import storage
 from ban_jax.losses import LOSSES
+from ban_jax.processes import is_primary
 from experiments import cli, results
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration; its loss is replaced by each in turn.")
@@ -21,7 +21,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
   """Trains what is missing, prints the table and writes it to workdir/losses.md."""
-  cfg, devices, workdir = CONFIG.value, cli.start_jax(), checkpoint.resolve_workdir(WORKDIR.value)
+  cfg, devices, workdir = CONFIG.value, cli.start_jax(), storage.resolve_workdir(WORKDIR.value)
   options = {"devices": devices, "progress": cli.PROGRESS.value}
   teacher = ban_jax.train_generation(None, cfg, workdir=workdir / "teacher", **options)
   rows = {"teacher": ban_jax.evaluate(teacher, cfg, devices=devices)}

@@ -14,11 +14,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import ban_jax
-from ban_jax import checkpoint, data, losses
-from ban_jax import devices as devices_lib
+from ban_jax import config, data, losses, processes, storage
 from ban_jax.errors import CheckpointError, InUseError, PeerError, StorageError
-from ban_jax.evaluate import make_models
-from ban_jax.train import load_finished
+from ban_jax.job import make_models
+from ban_jax.storage import load_together
 from ban_jax.types import Devices, Generation
 from configs import presets
 from experiments import programs
@@ -81,7 +80,7 @@ def _part(
   cfg.train.gradient_split = taught_by is not None and not cfg.data.window
   # Of no consequence here: the plan says how long a sequence is, and all of it shares one configuration.
   cfg.generations = int(taught_by is not None)
-  origin = f"{checkpoint.config_digest(cfg)} {taught_by.path if taught_by else ''}"
+  origin = f"{storage.config_digest(cfg)} {taught_by.path if taught_by else ''}"
   digest = hashlib.sha256(origin.encode()).hexdigest()[:8]
   by = f"-of-{taught_by.network}" if other else ""
   run = f"runs/{dataset}-{network}-{loss}{by}-{scale}-seed{seed}-{digest}"
@@ -125,7 +124,7 @@ def find(part: Part, workdir: epath.Path, known: dict[str, Found] | None = None)
 
 def _find(part: Part, workdir: epath.Path, known: dict[str, Found]) -> Found:
   directory = workdir / part.path
-  records = checkpoint.read_records(directory)
+  records = storage.read_records(directory)
   if records is None:
     return None
   metrics, _, manifest = records
@@ -133,7 +132,7 @@ def _find(part: Part, workdir: epath.Path, known: dict[str, Found]) -> Found:
   missing = [key for key in ("config", "dataset", "digest", "generation", "teachers") if key not in manifest]
   if missing:
     raise CheckpointError(f"{directory}/manifest.json lacks {', '.join(missing)}; {remedy}")
-  if manifest["config"] != checkpoint.config_digest(part.cfg) or manifest["generation"] != part.generation:
+  if manifest["config"] != storage.config_digest(part.cfg) or manifest["generation"] != part.generation:
     raise CheckpointError(f"{directory} holds a generation of another configuration; {remedy}")
   if manifest["teachers"]:  # a loss without a teacher has none, whatever the plan says
     taught_by = part.teacher and find(part.teacher, workdir, known)
@@ -160,7 +159,7 @@ def check(parts: Iterable[Part], workdir: epath.Path, devices: Devices) -> None:
   """
   known: dict[str, Found] = {}
   for part in parts:
-    devices_lib.check_batch_size(part.cfg.train.batch_size, devices)
+    config.check_batch_size(part.cfg.train.batch_size, devices)
     dataset = data.load(part.cfg.data)
     make_models(part.cfg, dataset.spec)
     found = find(part, workdir, known)
@@ -191,7 +190,7 @@ def train(
   at_hand: dict[str, Generation] = {}  # the last teacher, which often teaches again
 
   def finished(part: Part) -> bool:
-    return not devices_lib.on_any_process(find(part, workdir) is None)
+    return not processes.on_any_process(find(part, workdir) is None)
 
   while pending:
     busy: dict[str, str] = {}
@@ -202,7 +201,7 @@ def train(
       if finished(part):
         continue
       try:
-        with checkpoint.open_workdir(workdir / part.run, part.cfg):
+        with storage.open_workdir(workdir / part.run, part.cfg):
           if finished(part):  # by another process, since we looked
             continue
           say(f"[{parts.index(part) + 1}/{len(parts)}] {describe(part)}, in {part.path}")
@@ -217,7 +216,7 @@ def train(
             progress=progress,
           )
       except (CheckpointError, PeerError) as error:
-        if not devices_lib.on_any_process(isinstance(error, InUseError)):
+        if not processes.on_any_process(isinstance(error, InUseError)):
           raise
         busy[part.path] = str(error)
         continue
@@ -234,7 +233,7 @@ def train(
 
 def _load(directory: epath.Path) -> Generation:
   """Returns a generation that is known to be finished."""
-  loaded = load_finished(directory)
+  loaded = load_together(directory)
   if loaded is None:
     raise StorageError(f"{directory} is finished, but cannot be seen yet; the same command goes on")
   return loaded[0]

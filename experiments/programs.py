@@ -14,12 +14,12 @@ import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from ban_jax import data, losses, optim
-from ban_jax import devices as devices_lib
+from ban_jax import config, data, losses, optim
 from ban_jax.data import images, text
-from ban_jax.evaluate import make_models
-from ban_jax.step import make_eval_step, make_train_step
-from ban_jax.types import Batch, Devices, InputSpec, Model, TrainState
+from ban_jax.job import make_models
+from ban_jax.step import initial_state, make_eval_step, make_train_step
+from ban_jax.teacher import live, none
+from ban_jax.types import Batch, Devices, InputSpec, Model
 
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 _CIFAR_EXAMPLES = 50_000
@@ -55,16 +55,17 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
 
   Of CIFAR and PTB only the shapes are needed; others are loaded. Raises a ConfigError or DataError as a run would.
   """
-  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  config.check_batch_size(cfg.train.batch_size, devices)
   spec, fetch, arrays, _ = describe(cfg)
   teacher, student = make_models(cfg, spec)
-  loss = losses.make_loss(cfg.loss if taught else {**cfg.loss, "name": "label"})
+  loss = losses.make_loss(cfg.loss if taught else {"name": "label"})
   student, teachers = (student if taught else teacher), ((teacher,) if loss.needs_teacher else ())
+  teaching = live(teachers) if teachers else none()
   frozen = student.inherits if taught else ()
   optimizer = optim.make_optimizer(cfg.optim, 1)
   step = make_train_step(
     student=student,
-    teachers=teachers,
+    teaching=teaching,
     frozen=frozen,
     loss=loss,
     optimizer=optimizer,
@@ -76,22 +77,20 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
   rows = cfg.train.batch_size // len(devices)
 
   def initial(key):
-    variables = student.init(key)
-    trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
-    state = TrainState(np.int32(0), variables["params"], variables.get("batch_stats", {}), optimizer.init(trained))
-    carry = (student.init_carry(rows), tuple(model.init_carry(rows) for model in teachers))
-    return state, carry, tuple(model.init(key) for model in teachers)
+    copied = {name: student.init(key)["params"][name] for name in frozen}
+    carry = (student.init_carry(rows), teaching.init_carry(rows))
+    return initial_state(student, optimizer, key, copied), carry, tuple(model.init(key) for model in teachers)
 
-  state, carry, teacher_variables = jax.eval_shape(initial, jax.random.key(0))
-  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  state, carry, source = jax.eval_shape(initial, jax.random.key(0))
+  index = jax.ShapeDtypeStruct((1, rows), np.int32)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   mapped = functools.partial(_on_each, devices)
-  return Program(step, (mapped(state), teacher_variables, mapped(carry), arrays, mapped(index), key_data))
+  return Program(step.run, (mapped(state), source, mapped(carry), arrays, mapped(index), key_data))
 
 
 def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
-  devices_lib.check_batch_size(cfg.train.batch_size, devices)
+  config.check_batch_size(cfg.train.batch_size, devices)
   spec, fetch, arrays, _ = describe(cfg)
   _, model = make_models(cfg, spec)
   rows = cfg.train.batch_size // len(devices)

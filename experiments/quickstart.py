@@ -10,9 +10,9 @@ import time
 
 from absl import flags
 
-from ban_jax import checkpoint
-from ban_jax.devices import is_primary
+from ban_jax import storage
 from ban_jax.errors import ConfigError
+from ban_jax.processes import is_primary
 from configs import digits
 from experiments import cli, results
 
@@ -27,7 +27,7 @@ def main() -> None:
     raise ConfigError(f"--seeds must be at least 1, not {SEEDS.value}")
   start = time.monotonic()
   devices = cli.start_jax()
-  workdir = checkpoint.resolve_workdir(WORKDIR.value)
+  workdir = storage.resolve_workdir(WORKDIR.value)
   per_seed, finished = [], True
   for seed in range(SEEDS.value):
     cfg = digits.get_config(WORDS.value)

@@ -9,9 +9,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import ban_jax
-from ban_jax import checkpoint, report
-from ban_jax.devices import is_primary
-from ban_jax.train import check_run
+from ban_jax import config, job, storage
+from ban_jax.processes import is_primary
+from ban_jax.train import run_generations
 from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
@@ -46,10 +46,12 @@ def evaluate_run(
 
   The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
   """
-  check_run(cfg, devices)
+  setup = job.resolve_run(cfg, devices)
   rows, results, fresh = members(cfg.generations), {}, {}
-  with checkpoint.open_workdir(workdir, cfg) as workdir:  # held until the evaluations of what is trained are written
-    generations = ban_jax.run(cfg, workdir, devices=devices, progress=progress)
+  with storage.open_workdir(
+    workdir, config.record(cfg)
+  ) as workdir:
+    generations = run_generations(setup, workdir, progress)
     record = workdir / "evaluations.json"
     try:
       kept = dict(json.loads(record.read_text()))
@@ -62,7 +64,7 @@ def evaluate_run(
         fresh[name] = {"members": own, "metrics": evaluate([generations[index] for index in indices], cfg, devices)}
       results[name] = (fresh.get(name) or kept[name])["metrics"]
     if fresh and is_primary():
-      report.write_json(record, kept | fresh)
+      storage.write_json(record, kept | fresh)
   return results, not fresh
 
 

@@ -21,7 +21,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from ban_jax import checkpoint
+from ban_jax import storage
 from ban_jax.errors import ConfigError, TrainingError
 from experiments import cli
 
@@ -70,7 +70,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
   """
   found = {"evaluations": (workdir / "evaluations.json").read_text()}
   for index in range(CONFIG.value.generations + 1):
-    generation, manifest = checkpoint.load(checkpoint.resolve_workdir(workdir) / f"gen_{index}")
+    generation, manifest = storage.load(storage.resolve_workdir(workdir) / f"gen_{index}")
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in generation.history]
     found[f"generation {index}"] = (manifest["digest"], json.dumps(rows), json.dumps(dict(generation.metrics)))
   return found

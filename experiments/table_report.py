@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from etils import epath
 
-from ban_jax import devices as devices_lib
-from ban_jax.devices import is_primary
+from ban_jax import processes
 from ban_jax.errors import ConfigError
-from ban_jax.evaluate import make_models
-from ban_jax.train import load_finished
+from ban_jax.job import make_models
+from ban_jax.processes import is_primary
+from ban_jax.storage import load_together
 from ban_jax.types import Devices
 from experiments import plan, programs, results
 from experiments.plan import Part
@@ -68,9 +68,9 @@ def _record(members: Sequence[Part], workdir: epath.Path) -> epath.Path:
 
 def evaluate_ensemble(members: Sequence[Part], workdir: epath.Path, devices: Devices) -> None:
   """Evaluates an ensemble of finished generations (Eq. 4) and keeps its metrics, unless they are kept already."""
-  if not devices_lib.on_any_process(ensemble_metrics(members, workdir) is None):
+  if not processes.on_any_process(ensemble_metrics(members, workdir) is None):
     return
-  loaded = [load_finished(workdir / part.path) for part in members]
+  loaded = [load_together(workdir / part.path) for part in members]
   metrics = results.evaluate([generation for generation, _ in loaded], members[-1].cfg, devices)
   if is_primary():
     path = _record(members, workdir)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import checkpoint
-from ban_jax.devices import is_primary
+from ban_jax import storage
 from ban_jax.errors import ConfigError, choices
+from ban_jax.processes import is_primary
 from configs import presets
 from experiments import cli, plan, results, table_report
 from experiments.plan import Part
@@ -240,7 +240,7 @@ def asked_for(table: Table) -> Asked:
   number, _, count = flags.FLAGS.shard.partition("/")
   if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
     raise ConfigError(f"--shard={flags.FLAGS.shard}: K/N is expected, with K from 1 to N, as 2/4")
-  workdir = checkpoint.resolve_workdir(f"runs/tables/{scale}" if flags.FLAGS.workdir is None else flags.FLAGS.workdir)
+  workdir = storage.resolve_workdir(f"runs/tables/{scale}" if flags.FLAGS.workdir is None else flags.FLAGS.workdir)
   return Asked(scale, [names[name.lower()] for name in dict.fromkeys(given)], seeds, (int(number), int(count)), workdir)
 
 

@@ -6,7 +6,7 @@ python experiments/train.py --config=configs/cifar.py:cifar100,wrn_28_1,paper --
 from absl import flags
 from ml_collections import config_flags
 
-from ban_jax.devices import is_primary
+from ban_jax.processes import is_primary
 from experiments import cli, results
 
 CONFIG = config_flags.DEFINE_config_file(

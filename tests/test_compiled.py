@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from conftest import config
 
-from ban_jax import data, optim
+from ban_jax import data, optim, step
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
-from ban_jax.evaluate import make_models
-from ban_jax.types import TrainState
+from ban_jax.job import make_models
 from configs import cifar, pydoc
 from experiments import programs, scaling
 
@@ -71,7 +70,7 @@ def test_a_step_calls_nothing_on_the_host(name):
 def test_a_callback_would_be_seen():
   def step(x):
     jax.debug.print("{}", x)
-    return devices_lib.all_sum(x)
+    return devices_lib.psum(x)
 
   devices = tuple(jax.devices())
   mapped = devices_lib.pmap(step, devices=devices, in_axes=(0,))
@@ -108,11 +107,11 @@ def test_sums_are_exact_for_whole_numbers_and_keep_types_and_shapes():
     "kernel": np.arange(24, dtype=np.float32).reshape(4, 2, 3),
     "none": (),
   }
-  summed = devices_lib.pmap(devices_lib.all_sum, devices=devices, in_axes=(0,))(tree)
+  summed = devices_lib.pmap(devices_lib.psum, devices=devices, in_axes=(0,))(tree)
   for name in ("count", "loss", "kernel"):
     assert summed[name].dtype == tree[name].dtype
     np.testing.assert_array_equal(summed[name], np.broadcast_to(tree[name].sum(0), tree[name].shape))
-  mean = devices_lib.pmap(devices_lib.all_mean, devices=devices, in_axes=(0,))(tree["kernel"])
+  mean = devices_lib.pmap(devices_lib.pmean, devices=devices, in_axes=(0,))(tree["kernel"])
   np.testing.assert_array_equal(mean, np.broadcast_to(tree["kernel"].mean(0), mean.shape))
 
 
@@ -123,12 +122,12 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   _, model = make_models(cfg, dataset.spec)
   variables = jax.device_get(model.init(jax.random.key(0)))
   optimizer = optim.make_optimizer(cfg.optim, 1)
-  params, batch_stats = variables["params"], variables["batch_stats"]
-  state = devices_lib.replicate(TrainState(np.int32(0), params, batch_stats, optimizer.init(params)), devices)
+  state = jax.device_get(step.initial_state(model, optimizer, jax.random.key(0), {}))
+  state = devices_lib.replicate(state, devices)
   teachers = devices_lib.broadcast((variables,), devices)
   arrays = devices_lib.broadcast(dataset.splits["train"], devices)
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.key(0)), devices)
-  index = devices_lib.split_rows(np.arange(cfg.train.batch_size, dtype=np.int32), devices)  # as a run hands it over
+  index = devices_lib.split_batches(np.arange(cfg.train.batch_size, dtype=np.int32)[None], devices)  # as a run does
   placed = devices_lib.replicate(index[0], devices)
   carry = ((), ((),))
   state, carry, _ = program.step(state, teachers, carry, arrays, index, key_data)  # compiles
@@ -151,7 +150,7 @@ def test_the_steps_are_lowered_for_every_platform(platform, name):
 
   for make, products in ((programs.eval_program, forward), (programs.train_program, training)):
     program = make(cfg, tuple(jax.devices()))
-    traced = jax.jit(lambda *arguments, step=program.step: (step(*arguments), mark())).trace(*program.arguments)
+    traced = jax.jit(lambda *arguments, run=program.step: (run(*arguments), mark())).trace(*program.arguments)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert [key for key, value in marks.items() if f"dense<{value}>" in text] == [platform]
     assert text.count("stablehlo.convolution") + text.count("stablehlo.dot_general") == products

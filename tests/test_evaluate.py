@@ -12,10 +12,10 @@ import sklearn.metrics
 from conftest import config
 
 import ban_jax
-from ban_jax import data, models, step
+from ban_jax import data, metrics, models
 from ban_jax.data import text
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.evaluate import bins, compare_trees, evaluate_trees, summarise
+from ban_jax.evaluate import Subject, measure, measure_pairs
 from ban_jax.types import Batch
 from configs import presets
 
@@ -45,7 +45,7 @@ def by_hand(p, y):
   p = p / p.sum(-1, keepdims=True)
   top = p.argmax(-1)
   confidence, correct = p.max(-1), top == y
-  ece, edges = 0.0, np.linspace(0, 1, step.CALIBRATION_BINS + 1)
+  ece, edges = 0.0, np.linspace(0, 1, metrics.CALIBRATION_BINS + 1)
   for low, high in itertools.pairwise(edges):
     inside = (confidence > low) & (confidence <= high)
     if inside.any():
@@ -83,15 +83,15 @@ def test_an_ensembles_probabilities_are_the_mean_of_its_members():
 
 def test_mean_probabilities_of_logits():
   logits = jnp.asarray([[[0.0, 0.0]], [[np.log(9.0), 0.0]]])  # (1/2, 1/2) and (9/10, 1/10)
-  np.testing.assert_allclose(jnp.exp(step.mean_probabilities(list(logits))), [[0.7, 0.3]], rtol=1e-6)
+  np.testing.assert_allclose(jnp.exp(metrics.mean_log_probabilities(list(logits))), [[0.7, 0.3]], rtol=1e-6)
 
 
 def test_calibration_worked_out_by_hand():
   p = np.array([[0.95, 0.05], [0.95, 0.05], [0.6, 0.4], [0.3, 0.7]])
   y = np.array([0, 1, 0, 1])
   mask = np.array([True, True, True, False])
-  sums = step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray(y), jnp.asarray(mask)))
-  got = summarise(jax.device_get(sums))
+  sums = metrics.prediction_sums(jnp.log(p), Batch(None, jnp.asarray(y), jnp.asarray(mask)))
+  got = metrics.summarise(jax.device_get(sums))
   assert got["count"] == 3
   np.testing.assert_allclose(got["error"], 100 / 3)
   # Two at 0.95, one of them right; one at 0.6, right; the last is padding.
@@ -131,7 +131,7 @@ def watched(model, seen):
 def test_a_batch_larger_than_the_split_costs_no_padding(batch_size, count, rows):
   dataset, seen = data.load(CFG.data), []
   model = watched(models.make_model(CFG.model, dataset.spec), seen)
-  got = evaluate_trees((model,), (network(0),), dataset, "train", batch_size, tuple(jax.devices()[:count]))
+  got = measure(Subject((model,), (network(0),), dataset, tuple(jax.devices()[:count])), "train", batch_size)
   assert set(seen) == {rows}
   assert got["count"] == 100
   np.testing.assert_allclose(got["nll"], by_hand(probabilities(network(0), "train"), labels("train"))["nll"], rtol=2e-5)
@@ -141,13 +141,13 @@ def test_a_batch_larger_than_the_split_costs_no_padding(batch_size, count, rows)
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"evaluate__batch_size": None}, "evaluate.batch_size is None: a value is expected"),
-    ({"evaluate__batch_size": -1}, "evaluate.batch_size must be at least 1, not -1"),
-    ({"evaluate__batch_size": 0}, "evaluate.batch_size must be at least 1, not 0"),
-    ({"evaluate__batch_size": True}, "evaluate.batch_size must be at least 1, not True"),
+    ({"evaluate__batch_size": None}, "evaluate.batch_size is None: expected a whole number of at least 1"),
+    ({"evaluate__batch_size": -1}, "evaluate.batch_size=-1: expected a whole number of at least 1"),
+    ({"evaluate__batch_size": 0}, "evaluate.batch_size=0: expected a whole number of at least 1"),
+    ({"evaluate__batch_size": True}, "evaluate.batch_size=True: expected a whole number of at least 1"),
     ({"evaluate__batch_size": 1398}, "evaluate.batch_size=1398: expected at most 1397, the size of digits's largest"),
-    ({"evaluate__training_batch_size": -1}, "evaluate.training_batch_size must be at least 0, not -1"),
-    ({"model__depth": None}, "model.depth is None: a value is expected"),
+    ({"evaluate__training_batch_size": -1}, "evaluate.training_batch_size=-1: expected a whole number of at least 0"),
+    ({"model__depth": None}, "model.depth is None: expected a value"),
     ({"model__depth": 11}, "model.depth=11: a Wide-ResNet has depth 6n + 4"),
   ],
 )
@@ -173,8 +173,8 @@ def test_an_option_out_of_range_is_named_by_whose_it_is():
 def test_confidences_in_neighbouring_bins_do_not_cancel():
   p = np.full((2, 30), 1 / 30)  # right at a confidence of 1/30, in the lowest bin,
   p[1] = [0.1] + [0.9 / 29] * 29  # and wrong at 0.1, in the next
-  sums = step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1]), jnp.ones(2, bool)))
-  np.testing.assert_allclose(summarise(jax.device_get(sums))["ece"], ((1 - 1 / 30) + 0.1) / 2, rtol=1e-6)
+  sums = metrics.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1]), jnp.ones(2, bool)))
+  np.testing.assert_allclose(metrics.summarise(jax.device_get(sums))["ece"], ((1 - 1 / 30) + 0.1) / 2, rtol=1e-6)
 
 
 # --- reliability diagrams ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_the_bins_are_those_of_an_independent_count(count):
 def test_bins_worked_out_by_hand():
   p = np.array([[0.95, 0.05], [0.97, 0.03], [0.6, 0.4], [0.3, 0.7]])
   mask = jnp.asarray([True, True, True, False])
-  got = bins(jax.device_get(step.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1, 0, 1]), mask))))
+  got = metrics.bins(jax.device_get(metrics.prediction_sums(jnp.log(p), Batch(None, jnp.asarray([0, 1, 0, 1]), mask))))
   expected = np.zeros(15, np.int64)
   expected[[8, 14]] = 1, 2  # 0.6 is in (8/15, 9/15]
   np.testing.assert_array_equal(got["count"], expected)
@@ -243,7 +243,7 @@ def test_pairs_worked_out_by_hand():
   q = np.array([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4], [0.1, 0.9]])
   mask = jnp.asarray([True, True, True, False])
   shifted = jnp.log(q) + 7  # logits need not be normalised
-  sums = jax.device_get(step.comparison_sums([jnp.log(p), shifted], Batch(None, jnp.zeros(4, int), mask)))
+  sums = jax.device_get(metrics.comparison_sums([jnp.log(p), shifted], Batch(None, jnp.zeros(4, int), mask)))
   assert sums["count"] == 3
   np.testing.assert_array_equal(sums["agreement"], [[3, 2], [2, 3]])
   one = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
@@ -257,7 +257,7 @@ def test_networks_of_nearly_the_same_outputs_are_told_apart():
   z = np.random.default_rng(0).normal(size=(64, 100))
   near = z + 1e-3 * np.random.default_rng(1).normal(size=z.shape)
   batch = Batch(None, jnp.zeros(64, int), jnp.ones(64, bool))
-  got = step.comparison_sums([jnp.asarray(z, jnp.float32), jnp.asarray(near, jnp.float32)], batch)["kl"]
+  got = metrics.comparison_sums([jnp.asarray(z, jnp.float32), jnp.asarray(near, jnp.float32)], batch)["kl"]
   softmax = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (z, near)]
   # About 5e-7 a row, where the entropies are about 4: a difference of the two would be noise.
   np.testing.assert_allclose(got[0, 1], scipy.stats.entropy(*softmax, axis=-1).sum(), rtol=0.05)
@@ -282,7 +282,7 @@ def text_and_networks():
   """Returns a text of 103 tokens in windows of 10, two language models of great weights, and their variables."""
   lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
   dataset = text.build(
-    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), train_examples=0, window=10
+    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), options=text.Options(0, 10)
   )
   small = presets.MODELS["lstm_32"].to_dict()
   networks = tuple(models.make_model(small | {"layers": layers, "init_scale": 2.0}, dataset.spec) for layers in (1, 2))
@@ -304,7 +304,7 @@ def stream_probabilities(dataset, networks, trees):
 @pytest.mark.parametrize("count", [1, 4])
 def test_language_models_are_compared_token_by_token_along_the_text(count):
   dataset, networks, trees = text_and_networks()
-  got = compare_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
+  got = measure_pairs(Subject(networks, trees, dataset, tuple(jax.devices()[:count])), "test", 1)
   agreement, kl = pairs_by_hand(stream_probabilities(dataset, networks, trees))
   assert got["count"] == dataset.sizes["test"] == 103
   np.testing.assert_allclose(got["agreement"], agreement, rtol=1e-12)
@@ -315,7 +315,7 @@ def test_language_models_are_compared_token_by_token_along_the_text(count):
 @pytest.mark.parametrize("count", [1, 4])
 def test_an_ensemble_of_language_models_is_the_mean_of_their_probabilities_along_the_text(count):
   dataset, networks, trees = text_and_networks()
-  got = evaluate_trees(networks, trees, dataset, "test", 1, tuple(jax.devices()[:count]))
+  got = measure(Subject(networks, trees, dataset, tuple(jax.devices()[:count])), "test", 1)
   labels = dataset.splits["test"]["tokens"][1:]
   members = [p / p.sum(-1, keepdims=True) for p in stream_probabilities(dataset, networks, trees)]
   mean = np.mean(members, axis=0)
@@ -337,7 +337,7 @@ def test_a_batch_of_more_rows_than_windows_costs_no_padding(batch_size, count, r
   dataset, networks, trees = text_and_networks()  # 11 windows, the last of 3 tokens
   seen = []
   model = watched(networks[1], seen)
-  got = evaluate_trees((model,), trees[1:], dataset, "test", batch_size, tuple(jax.devices()[:count]))
+  got = measure(Subject((model,), trees[1:], dataset, tuple(jax.devices()[:count])), "test", batch_size)
   assert set(seen) == {rows}
   assert got["count"] == 103
   # A row begins without a state: of as many rows as windows each window does.

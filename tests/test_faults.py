@@ -18,8 +18,11 @@ from conftest import ROOT, config
 from etils import epath
 
 import ban_jax
-from ban_jax import checkpoint, data, lock, preemption, train
+from ban_jax import data, preemption, storage, train, trees
+from ban_jax import job as job_lib
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
+from ban_jax.storage import lock
+from ban_jax.storage.steps import TRASH
 from experiments import results
 
 QUIET = {"progress": False}
@@ -68,7 +71,7 @@ def interrupted(*_):
 def leave_unfinished(workdir, cfg):
   """Trains generation 0 up to its end, but not its last files; returns its directory."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(None, cfg, workdir=workdir, **QUIET)
   return workdir / "gen_0"
@@ -77,7 +80,7 @@ def leave_unfinished(workdir, cfg):
 @pytest.fixture(scope="module")
 def whole():
   """The digest of generation 0, trained in one go in this process."""
-  return checkpoint.digest(ban_jax.train_generation(None, config(**PLAIN), **QUIET).params)
+  return trees.digest(ban_jax.train_generation(None, config(**PLAIN), **QUIET).params)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +145,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage,
   own = [record for record in caplog.records if record.name.startswith("ban_jax")]
   (message,) = [record.getMessage() for record in own if "damaged" in record.getMessage()]
   assert message.startswith(f"checkpoint {workdir}/gen_0/steps/9 is damaged (")
-  assert f"moved to {workdir}/gen_0/damaged/9; going on from the one before it" in message
-  assert checkpoint.digest(resumed.params) == whole == digest_of(workdir)
+  assert f"moved to {workdir}/gen_0/damaged/9; resuming from the one before it" in message
+  assert trees.digest(resumed.params) == whole == digest_of(workdir)
   assert [row["epoch"] for row in resumed.history] == [1, 2]
   assert not (workdir / "gen_0" / "damaged").exists()  # nobody needs it once the generation is finished
 
@@ -153,23 +156,23 @@ def test_what_is_saved_is_what_the_record_held_then(tmp_path):
   tree = {"a": np.arange(10.0)}
   for number in range(5):
     history = []
-    with checkpoint.open_steps(epath.Path(tmp_path) / str(number)) as manager:
-      checkpoint.save_step(manager, 1, tree, {"history": history})
+    with storage.open_steps(epath.Path(tmp_path) / str(number)) as manager:
+      storage.save_step(manager, 1, tree, {"history": history})
       history.append({"epoch": 1})
       manager.wait_until_finished()
-      assert checkpoint.restore_newest(manager, tree)[1] == {"history": []}
+      assert storage.restore_newest(manager, tree)[1] == {"history": []}
 
 
 def test_another_versions_checkpoints_are_refused_and_cost_nothing(unfinished, tmp_path):
   workdir = shutil.copytree(unfinished, tmp_path / "run")
   with pytest.MonkeyPatch.context() as patch:
-    initial = train._initial
+    initial = train.initial
 
     def with_other_dtypes(job):  # which Orbax would restore, cast, without a word
       state, carry = initial(job)
       return state._replace(opt_state=jax.tree.map(np.float16, state.opt_state)), carry
 
-    patch.setattr(train, "_initial", with_other_dtypes)
+    patch.setattr(train, "initial", with_other_dtypes)
     with pytest.raises(CheckpointError, match="gen_0/steps/9 holds a tree of another structure, .*go on with that ver"):
       ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
   assert steps_of(workdir) == [6, 9]
@@ -215,11 +218,11 @@ def test_a_finished_generation_that_cannot_be_read_at_the_moment_is_not_called_d
 
 def test_replaced_checkpoints_do_not_fill_the_disk(tmp_path):
   tree = {"a": np.arange(1000.0)}
-  with checkpoint.open_steps(epath.Path(tmp_path) / "steps") as manager:
+  with storage.open_steps(epath.Path(tmp_path) / "steps") as manager:
     for step in range(1, 9):
-      checkpoint.save_step(manager, step, tree, {})
+      storage.save_step(manager, step, tree, {})
   assert sorted(path.name for path in (tmp_path / "steps").iterdir() if path.name.isdigit()) == ["7", "8"]
-  assert len(list((tmp_path / "steps" / checkpoint.TRASH).iterdir())) <= 1
+  assert len(list((tmp_path / "steps" / TRASH).iterdir())) <= 1
 
 
 def test_with_all_checkpoints_damaged_a_generation_begins_again(unfinished, whole, tmp_path, caplog):
@@ -227,13 +230,13 @@ def test_with_all_checkpoints_damaged_a_generation_begins_again(unfinished, whol
   for step in (6, 9):
     truncate(workdir / "gen_0" / "steps" / str(step))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
   assert len([record for record in caplog.records if "is damaged" in record.getMessage()]) == 2
   assert sorted(path.name for path in (workdir / "gen_0" / "damaged").iterdir()) == ["6", "9"]
   resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
-  assert checkpoint.digest(resumed.params) == whole
+  assert trees.digest(resumed.params) == whole
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte])
@@ -339,11 +342,10 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
 # Writes so many scalars at once that the file's buffer does not hold them: whoever writes them meets the full disk.
 EVENTS = """
 import pathlib
-from ban_jax import checkpoint, report
 from experiments import cli
 
 def main():
-  with checkpoint.storage_errors(pathlib.Path(DISK)), report.tensorboard(pathlib.Path(DISK)) as write:
+  with storage.storage_errors(pathlib.Path(DISK)), report.tensorboard(pathlib.Path(DISK)) as write:
     for step in range(1000):
       write(step, {f"metric_{number}": 0.5 for number in range(500)})
 
@@ -424,7 +426,7 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 
   with pytest.MonkeyPatch.context() as patch:
     dispatched = replaced_step(patch, at_the_last)
-    with pytest.raises(Preempted, match="generation 0 is finished; the same command goes on behind it"):
+    with pytest.raises(Preempted, match="generation 0 is finished. Rerun the command to resume"):
       ban_jax.run(cfg, tmp_path, **QUIET)
   assert dispatched == [1, 2, 3, 4, 5]
   assert (tmp_path / "gen_0" / "manifest.json").exists()
@@ -436,8 +438,9 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 # other is begun.
 DIE_AT = """
 import os, signal, sys
-from ban_jax import checkpoint, report
-write, save, name, saves = report.write_json, checkpoint.save_step, sys.argv[1], []
+from ban_jax import storage
+from ban_jax.storage import finished, workdir as workdirs
+write, save, name, saves = storage.write_json, storage.save_step, sys.argv[1], []
 def die(*_):
   os.kill(os.getpid(), signal.SIGKILL)
 def write_or_die(path, value):
@@ -450,11 +453,11 @@ def save_and_die(*given):
   saves.append(1)
   if len(saves) == 2:
     die()
-report.write_json = write_or_die
+workdirs.write_json = finished.write_json = write_or_die
 if name == "save":
-  checkpoint.save_step = save_and_die
+  storage.save_step = save_and_die
 if name == "between":
-  checkpoint._remove_leftovers = die
+  finished.remove_leftovers = die
 sys.argv = [SCRIPT, *sys.argv[2:]]
 exec(open(SCRIPT).read())
 """
@@ -539,7 +542,7 @@ def test_a_run_is_held_while_its_ensembles_are_evaluated(tmp_path):
 
 
 def test_a_configuration_that_cannot_be_run_leaves_no_directory(tmp_path):
-  with pytest.raises(ConfigError, match="train.epochs must be at least 1, not 0"):
+  with pytest.raises(ConfigError, match="train.epochs=0: expected a whole number of at least 1"):
     results.evaluate_run(config(train__epochs=0), tmp_path / "run", devices=jax.devices(), progress=False)
   assert not list(tmp_path.iterdir())
 
@@ -581,9 +584,9 @@ def replaced_step(patch, before):
 
     def changed(state, *given):
       dispatched.append(1 + int(np.asarray(state.step)[0]))
-      return step(before(state), *given)
+      return step.run(before(state), *given)
 
-    return changed
+    return step._replace(run=changed)
 
   real = train.make_train_step
   patch.setattr(train, "make_train_step", make)
@@ -594,7 +597,7 @@ def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(t
   cfg = config(train__epochs=6, train__checkpoint_every=2, **PLAIN)
   dataset = data.load(cfg.data)
   # One image of 100 is not a number; which step meets it first follows from the generation's order.
-  job = train._prepare(None, cfg, None, None)
+  job = job_lib.prepare(job_lib.resolve(cfg, None), None, None)
   order_key = jax.random.fold_in(jax.random.fold_in(job.key, train.ORDER), 0)
   bad = 4
   images = dataset.splits["train"]["images"].astype(np.float32)
@@ -631,7 +634,7 @@ def test_parameters_that_are_not_finite_stop_a_run_whose_loss_still_is(tmp_path)
   assert steps_of(tmp_path) == [3, 6]
   assert not (tmp_path / "gen_0" / "manifest.json").exists()
   resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
-  assert checkpoint.digest(resumed.params) == checkpoint.digest(ban_jax.train_generation(None, cfg, **QUIET).params)
+  assert trees.digest(resumed.params) == trees.digest(ban_jax.train_generation(None, cfg, **QUIET).params)
 
 
 def test_the_command_line_tells_divergence_by_its_status(tmp_path):
@@ -727,7 +730,7 @@ def test_the_command_line_goes_on_from_the_checkpoint_before_a_damaged_one(unfin
   status, out, err = finish(start(workdir, "--devices=4"))
   assert status == 0, err
   assert f"checkpoint {workdir}/gen_0/steps/9 is damaged (the digest of its arrays is not the one it was saved" in err
-  assert "going on from the one before it" in err
+  assert "resuming from the one before it" in err
   assert "Traceback" not in err
   assert "| teacher |" in out
   assert digest_of(workdir) == whole

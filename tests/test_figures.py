@@ -13,7 +13,7 @@ from conftest import ROOT, config
 from etils import epath
 
 import ban_jax
-from ban_jax import checkpoint, data, models
+from ban_jax import data, models, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation
 from experiments import figures
@@ -55,9 +55,9 @@ def leave_untrained(workdir, cfg):
   """Leaves a run directory whose teacher is as it was before its first step; returns it."""
   dataset = data.load(cfg.data)
   variables = jax.device_get(models.make_model(cfg.model, dataset.spec).init(jax.random.key(0)))
-  with checkpoint.open_workdir(workdir, cfg) as opened:
-    generation = Generation(0, checkpoint.freeze(variables, 0), {}, ({"epoch": 1},))
-    checkpoint.finish(opened / "gen_0", generation, {"generation": 0, "dataset": dataset.digest})
+  with storage.open_workdir(workdir, cfg) as opened:
+    generation = Generation(0, trees.to_host(variables, 0), {}, ({"epoch": 1},))
+    storage.finish(opened / "gen_0", generation, {"generation": 0, "dataset": dataset.digest})
   return workdir
 
 
@@ -66,7 +66,7 @@ def refuse(constant):
 
 
 def generations_of(workdir):
-  return [checkpoint.load(epath.Path(workdir) / f"gen_{index}")[0] for index in (0, 1)]
+  return [storage.load(epath.Path(workdir) / f"gen_{index}")[0] for index in (0, 1)]
 
 
 def directories(workdir):
@@ -83,7 +83,7 @@ def test_a_run_is_drawn_and_its_numbers_are_those_of_the_library(run):
   assert [each["name"] for each in found["generations"]] == ["teacher", "BAN-1"]
   assert (found["dataset"], found["split"]) == ("digits", "test")
   for each, network in zip(found["generations"], networks, strict=True):
-    assert each["digest"] == checkpoint.digest(network.params)
+    assert each["digest"] == trees.digest(network.params)
     for name, value in ban_jax.evaluate(network, cfg).items():
       assert each["metrics"][name] == pytest.approx(value, rel=1e-5), name
     for name, values in ban_jax.reliability(network, cfg).items():
@@ -114,7 +114,7 @@ def test_generations_of_different_networks_are_shown_in_the_order_given(run, wid
   assert done.returncode == 0, done.stderr
   found = json.loads((out / "figures.json").read_text())
   assert [each["name"] for each in found["generations"]] == ["wider/teacher", "run/BAN-1", "run/teacher"]
-  wide = ban_jax.evaluate(checkpoint.load(epath.Path(wider) / "gen_0")[0], config(model__width=2))
+  wide = ban_jax.evaluate(storage.load(epath.Path(wider) / "gen_0")[0], config(model__width=2))
   assert found["generations"][0]["metrics"]["nll"] == pytest.approx(wide["nll"], rel=1e-5)
   whole = json.loads((run[0] / "figures.json").read_text())
   np.testing.assert_allclose(np.array(found["kl"])[1:, 1:], np.array(whole["kl"])[::-1, ::-1], rtol=1e-5)
@@ -137,11 +137,11 @@ def test_a_recorded_configuration_is_that_of_the_run(run, tmp_path):
     **json.loads(config(train__gradient_split=True).to_json())
   }
   cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_16_8")
-  with checkpoint.open_workdir(tmp_path, cfg) as workdir:
+  with storage.open_workdir(tmp_path, cfg) as workdir:
     found = figures.read_config(workdir)
   assert found.teacher.model.to_dict() == cfg.teacher.model.to_dict()
   assert found.is_locked
-  assert checkpoint.config_digest(found) == checkpoint.config_digest(cfg)
+  assert storage.config_digest(found) == storage.config_digest(cfg)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import rnn
 
 from ban_jax import devices as devices_lib
-from ban_jax import losses, step
+from ban_jax import losses, step, teacher
 from ban_jax.errors import ConfigError
 from ban_jax.models import make_model, recurrent
 from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, character_table
@@ -284,7 +284,7 @@ def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
   devices = tuple(jax.devices()[:count])
   train_step = step.make_train_step(
     student=model,
-    teachers=teachers,
+    teaching=teacher.live(teachers) if teachers else teacher.none(),
     frozen=(),
     loss=losses.make_loss(group),
     optimizer=SGD,
@@ -295,17 +295,17 @@ def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
   )
   variables = initial(model)
   state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], SGD.init(variables["params"]))
-  carries = carry, tuple(teacher.init_carry(len(inputs)) for teacher in teachers)
-  state, carries, _ = train_step(
+  carries = carry, tuple(other.init_carry(len(inputs)) for other in teachers)
+  state, carries, _ = train_step.run(
     devices_lib.replicate(jax.device_get(state), devices),
-    devices_lib.broadcast(tuple(initial(teacher, 8) for teacher in teachers), devices),
+    devices_lib.broadcast(tuple(initial(other, 8) for other in teachers), devices),
     devices_lib.split_rows(carries, devices),
     devices_lib.broadcast({"windows": inputs}, devices),
-    devices_lib.split_rows(np.arange(len(inputs)), devices),
+    devices_lib.split_batches(np.arange(len(inputs))[None], devices),
     devices_lib.broadcast(jax.random.key_data(jax.random.key(key)), devices),
   )
-  assert devices_lib.first(state).batch_stats == {}
-  return (devices_lib.first(state).params, *devices_lib.join_rows(carries, devices))
+  assert devices_lib.unreplicate(state).batch_stats == {}
+  return (devices_lib.unreplicate(state).params, *devices_lib.join_rows(carries, devices))
 
 
 @BOTH

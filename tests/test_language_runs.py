@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 import ban_jax
-from ban_jax import checkpoint, data, optim, train
+from ban_jax import data, optim, storage, train, trees
 from ban_jax import devices as devices_lib
+from ban_jax import job as job_lib
+from ban_jax.config import check_dataset
 from ban_jax.errors import CheckpointError, ConfigError, TrainingError
-from ban_jax.evaluate import check_evaluation, evaluate_trees, make_models
+from ban_jax.evaluate import Subject, measure
+from ban_jax.job import make_models
 from configs import digits, pydoc
 
 QUIET = {"progress": False}
@@ -93,7 +96,7 @@ def test_a_rate_that_falls_compiles_nothing_more():
 def test_a_plateau_needs_a_validation_split():
   cfg = digits.get_config("digits,wrn_10_1,smoke")
   cfg.optim.schedule = "plateau"
-  with pytest.raises(ConfigError, match="decides by a validation split, .*data.validation, .* cosine, plateau, steps"):
+  with pytest.raises(ConfigError, match="decides by a validation split, .*data.validation, .* cosine, steps"):
     ban_jax.train_generation(None, cfg, **QUIET)
   cfg.data.validation = 0.1
   cfg.optim.threshold = 1000.0
@@ -115,13 +118,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(every, newest, teacher, tmp_path
   cfg = config(train__epochs=3, train__checkpoint_every=every, optim__threshold=1000.0)
   whole = ban_jax.train_generation(teacher, cfg, **QUIET)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
-  with checkpoint.open_steps(checkpoint.resolve_workdir(tmp_path) / "gen_1" / "steps") as manager:
+  with storage.open_steps(storage.resolve_workdir(tmp_path) / "gen_1" / "steps") as manager:
     assert manager.latest_step() == newest
   resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
-  assert checkpoint.digest(resumed.params) == checkpoint.digest(whole.params)
+  assert trees.digest(resumed.params) == trees.digest(whole.params)
   for row, other in zip(resumed.history, whole.history, strict=True):
     assert {**row, "seconds": 0} == {**other, "seconds": 0}
   assert resumed.metrics == whole.metrics
@@ -132,7 +135,7 @@ def test_other_teachers_are_refused_and_cost_no_checkpoint(teacher, tmp_path, mo
   # Two teachers have a state each: the checkpoint's tree is another, and still it is not damaged.
   cfg = config(train__epochs=3, train__checkpoint_every=13)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
   with pytest.raises(CheckpointError, match="gen_1 holds a generation of another origin .teachers: "):
@@ -145,18 +148,18 @@ def test_what_is_resumed_from_needs_the_carry(teacher, tmp_path, monkeypatch):
   cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
   whole = ban_jax.train_generation(teacher, cfg, **QUIET)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
-  restore = checkpoint.restore_newest
+  restore = storage.restore_newest
 
   def forgetful(*arguments):
     tree, record = restore(*arguments)
     return {**tree, "carry": jax.tree.map(np.zeros_like, tree["carry"])}, record
 
-  monkeypatch.setattr(checkpoint, "restore_newest", forgetful)
+  monkeypatch.setattr(storage, "restore_newest", forgetful)
   resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **QUIET)
-  assert checkpoint.digest(resumed.params) != checkpoint.digest(whole.params)
+  assert trees.digest(resumed.params) != trees.digest(whole.params)
 
 
 # --- teachers, students and their states ---------------------------------------------------------------------------
@@ -166,8 +169,8 @@ def test_teacher_and_student_of_different_networks_carry_states_of_their_own():
   cfg = config("pydoc,lstm_32,smoke,teacher=cnn_lstm_32")
   cfg.teacher.model.units = 16
   teacher = ban_jax.train_generation(None, cfg, **QUIET)
-  job = train._prepare(teacher, cfg, None, None)
-  _, (own, (taught,)) = train._initial(job)
+  job = job_lib.prepare(job_lib.resolve(cfg, None), teacher, None)
+  _, (own, (taught,)) = train.initial(job)
   rows = cfg.train.batch_size
   assert [leaf.shape for leaf in jax.tree.leaves(own)] == [(rows, 32)] * 4
   assert [leaf.shape for leaf in jax.tree.leaves(taught)] == [(rows, 16)] * 4
@@ -179,7 +182,7 @@ def test_teacher_and_student_of_different_networks_carry_states_of_their_own():
 
 def test_a_student_learns_from_its_teachers_carried_state(teacher):
   # With the teacher's state set back to zero at every step, the student becomes another.
-  cfg = config()
+  cfg = config(train__steps_per_dispatch=1)
   student = ban_jax.train_generation(teacher, cfg, **QUIET)
   real = train.make_train_step
   with pytest.MonkeyPatch.context() as patch:
@@ -189,26 +192,26 @@ def test_a_student_learns_from_its_teachers_carried_state(teacher):
 
       def forgetful(state, variables, carry, *rest):
         own, taught = carry
-        return step(state, variables, (own, jax.tree.map(lambda leaf: leaf * 0, taught)), *rest)
+        return step.run(state, variables, (own, jax.tree.map(lambda leaf: leaf * 0, taught)), *rest)
 
-      return forgetful
+      return step._replace(run=forgetful)
 
     patch.setattr(train, "make_train_step", make)
     other = ban_jax.train_generation(teacher, cfg, **QUIET)
-  assert checkpoint.digest(other.params) != checkpoint.digest(student.params)
+  assert trees.digest(other.params) != trees.digest(student.params)
 
 
 @pytest.mark.parametrize("loss", ["ban", "ban_label", "cwtm", "dkpp"])
 def test_one_device_and_four_agree(teacher, loss):
   cfg = config(loss__name=loss, train__epochs=1, model__dropout=0.5)
   one, four = (ban_jax.train_generation(teacher, cfg, devices=jax.devices()[:count], **QUIET) for count in (1, 4))
-  for path, leaf in checkpoint.leaves(one.params).items():
-    np.testing.assert_allclose(checkpoint.leaves(four.params)[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
+  for path, leaf in trees.leaves(one.params).items():
+    np.testing.assert_allclose(trees.leaves(four.params)[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
   assert one.history[0]["train_loss"] == pytest.approx(four.history[0]["train_loss"], rel=1e-4)
 
 
 def test_the_state_begins_anew_with_each_epoch():
-  cfg = config()
+  cfg = config(train__steps_per_dispatch=1)
   seen = []
   real = train.make_train_step
   with pytest.MonkeyPatch.context() as patch:
@@ -218,9 +221,9 @@ def test_the_state_begins_anew_with_each_epoch():
 
       def watched(state, variables, carry, *rest):
         seen.append(float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(carry)))))
-        return step(state, variables, carry, *rest)
+        return step.run(state, variables, carry, *rest)
 
-      return watched
+      return step._replace(run=watched)
 
     patch.setattr(train, "make_train_step", make)
     ban_jax.train_generation(None, cfg, **QUIET)
@@ -245,9 +248,9 @@ def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
   cfg = config()
   dataset = data.load(cfg.data)
   model = make_models(cfg, dataset.spec)[0]
-  trees = (checkpoint.thaw(teacher.params),)
+  members = (trees.to_plain(teacher.params),)
   by_devices = {
-    (rows, count): evaluate_trees((model,), trees, dataset, "validation", rows, tuple(jax.devices()[:count]))
+    (rows, count): measure(Subject((model,), members, dataset, tuple(jax.devices()[:count])), "validation", rows)
     for rows, count in ((1, 1), (1, 4), (6, 1), (6, 4), (4, 1), (4, 4))
   }
   assert {metrics["count"] for metrics in by_devices.values()} == {dataset.sizes["validation"]}
@@ -264,7 +267,7 @@ def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
 def test_a_batch_of_more_rows_than_any_split_has_windows_is_refused_at_once(teacher, name):
   dataset = data.load(config().data)
   windows = max(-(-size // 10) for size in dataset.sizes.values())
-  check_evaluation(config(**{f"evaluate__{name}": windows}), dataset)
+  check_dataset(config(**{f"evaluate__{name}": windows}), dataset)
   cfg = config(**{f"evaluate__{name}": windows + 1})
   message = (
     f"evaluate.{name}={windows + 1}: expected at most {windows}, the windows of 10 tokens in pydoc's largest split"

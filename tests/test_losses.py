@@ -232,24 +232,10 @@ def test_gradient_split_adds_up(z, y, t):
   np.testing.assert_allclose(summary["teacher_entropy"], entropy, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    (
-      {"name": "kd"},
-      "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, label, label_smoothing",
-    ),
-    ({"name": "ban", "temperature": 0.0}, "loss.temperature must be above 0 and finite, not 0.0"),
-    ({"name": "ban", "temperature": float("inf")}, "loss.temperature must be above 0 and finite, not inf"),
-    ({"name": "ban_label", "label_weight": 0.0, "teacher_weight": 0.0}, "cannot both be 0"),
-    ({"name": "ban_label", "label_weight": -1.0}, "loss.label_weight must be at least 0 and finite, not -1.0"),
-    ({"name": "label_smoothing", "smoothing": 1.5}, "loss.smoothing must be from 0 to 1, not 1.5"),
-    ({"name": "label_smoothing", "smoothing": float("nan")}, "loss.smoothing must be from 0 to 1, not nan"),
-  ],
-)
-def test_bad_options_are_named(options, message):
-  with pytest.raises(errors.ConfigError, match=message.replace(".", r"\.")):
-    loss(**options)
+def test_an_unknown_loss_lists_the_choices():
+  names = "ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, label, label_smoothing"
+  with pytest.raises(errors.ConfigError, match=f"unknown loss 'kd'; choose one of: {names}"):
+    losses.make_loss({"name": "kd"})
 
 
 def test_equal_options_give_the_same_object():

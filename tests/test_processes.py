@@ -20,7 +20,7 @@ from absl.testing import flagsaver
 from conftest import ROOT
 from etils import epath
 
-from ban_jax import checkpoint
+from ban_jax import storage, trees
 from ban_jax.errors import ConfigError, PeerError
 from experiments import cli, launch
 
@@ -95,10 +95,10 @@ def manifest(workdir, generation):
 
 def assert_close(workdir, other, generation, tolerance):
   """Compares the parameters, batch statistics and metrics of a generation in two run directories."""
-  (one, _), (two, _) = (checkpoint.load(epath.Path(run) / f"gen_{generation}") for run in (workdir, other))
-  theirs = checkpoint.leaves(two.params)
+  (one, _), (two, _) = (storage.load(epath.Path(run) / f"gen_{generation}") for run in (workdir, other))
+  theirs = trees.leaves(two.params)
   assert theirs
-  for path, leaf in checkpoint.leaves(one.params).items():
+  for path, leaf in trees.leaves(one.params).items():
     np.testing.assert_allclose(leaf, theirs[path], rtol=tolerance, atol=tolerance, err_msg=path)
   assert one.metrics == pytest.approx(two.metrics, rel=tolerance)
   assert (one.metrics["test_count"], one.metrics["test_error"]) == (1397, two.metrics["test_error"])
@@ -385,10 +385,10 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
     return [sys.executable, "-m", "experiments.launch", "--processes=2", "--", *text, f"--workdir={workdir}"]
 
   def compare(workdir):
-    own, _ = checkpoint.load(epath.Path(workdir) / "gen_0")
-    expected, _ = checkpoint.load(epath.Path(tmp_path / "one") / "gen_0")
-    for path, leaf in checkpoint.leaves(own.params).items():
-      np.testing.assert_allclose(leaf, checkpoint.leaves(expected.params)[path], rtol=1e-3, atol=1e-3, err_msg=path)
+    own, _ = storage.load(epath.Path(workdir) / "gen_0")
+    expected, _ = storage.load(epath.Path(tmp_path / "one") / "gen_0")
+    for path, leaf in trees.leaves(own.params).items():
+      np.testing.assert_allclose(leaf, trees.leaves(expected.params)[path], rtol=1e-3, atol=1e-3, err_msg=path)
     assert own.metrics["test_count"] == expected.metrics["test_count"]
     assert own.metrics["test_perplexity"] == pytest.approx(expected.metrics["test_perplexity"], rel=1e-3)
 

@@ -17,7 +17,7 @@ from conftest import ROOT, config
 from tensorboardX.proto import event_pb2
 
 import ban_jax
-from ban_jax import checkpoint
+from ban_jax import storage, trees
 from ban_jax.errors import CheckpointError
 
 QUIET = {"progress": False}
@@ -172,7 +172,7 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--workdir=s3://bucket/run"], "workdir 's3://bucket/run': unknown storage 's3://'"),
     (["--workdir=/s3/bucket"], "workdir 's3://bucket': unknown storage 's3://'"),
     (["--config.train.epochs=ten"], "ten"),
-    (["--config.generations=-1"], "generations must be at least 0, not -1"),
+    (["--config.generations=-1"], "generations=-1: expected a whole number of at least 0"),
     (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
     (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
     (["--devices=-1"], "--devices must be at least 0, not -1"),
@@ -217,9 +217,9 @@ def test_altered_final_params_are_noticed(tmp_path):
   cfg = config(train__epochs=1, train__evaluate_every=0)
   teacher = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
   again = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
-  assert checkpoint.digest(again.params) == checkpoint.digest(teacher.params)
+  assert trees.digest(again.params) == trees.digest(teacher.params)
   manifest = tmp_path / "gen_0" / "manifest.json"
-  manifest.write_text(manifest.read_text().replace(checkpoint.digest(teacher.params), "0" * 64))
+  manifest.write_text(manifest.read_text().replace(trees.digest(teacher.params), "0" * 64))
   with pytest.raises(CheckpointError, match="gen_0/params is damaged: its digest is not the manifest's"):
     ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
   (tmp_path / "gen_0" / "metrics.json").write_text("{")
@@ -230,14 +230,14 @@ def test_altered_final_params_are_noticed(tmp_path):
 def test_digests_tell_trees_apart():
   tree = {"a": {"b": np.arange(4.0)}, "c": np.zeros((2, 2), np.float32)}
   same = {"c": np.zeros((2, 2), np.float32), "a": {"b": np.arange(4.0)}, "lineage": {"generation": np.int32(3)}}
-  assert checkpoint.digest(tree) == checkpoint.digest(same)
+  assert trees.digest(tree) == trees.digest(same)
   for other in (
     {**tree, "c": np.zeros((4, 1), np.float32)},
     {**tree, "c": np.zeros((2, 2), np.int32)},
     {**tree, "c": np.float32([[0, 0], [0, -0.0]])},
     {"a": {"d": np.arange(4.0)}, "c": tree["c"]},
   ):
-    assert checkpoint.digest(tree) != checkpoint.digest(other)
+    assert trees.digest(tree) != trees.digest(other)
 
 
 def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, caplog):
@@ -247,8 +247,8 @@ def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, capl
   assert [int(path.name) for path in (directory / "steps").glob("[0-9]*")]
   resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:2], **QUIET)
   assert any("its bytes may differ" in record.getMessage() for record in caplog.records)
-  for path, leaf in checkpoint.leaves(whole.params).items():
-    np.testing.assert_allclose(checkpoint.leaves(resumed.params)[path], leaf, rtol=0.01, atol=1e-3, err_msg=path)
+  for path, leaf in trees.leaves(whole.params).items():
+    np.testing.assert_allclose(trees.leaves(resumed.params)[path], leaf, rtol=0.01, atol=1e-3, err_msg=path)
 
 
 def interrupted(*_):
@@ -258,7 +258,7 @@ def interrupted(*_):
 def leave_unfinished(workdir, cfg):
   """Trains generation 0 up to its end on four devices, but not its last files; returns its directory."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "finish", interrupted)
+    patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ban_jax.train_generation(None, cfg, workdir=workdir, devices=jax.devices()[:4], **QUIET)
   return workdir / "gen_0"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ban_jax import data, losses, models, optim, step
+from ban_jax import data, losses, metrics, models, optim, step, teacher
 from ban_jax import devices as devices_lib
-from ban_jax.types import Batch, InputSpec, Model, TrainState
+from ban_jax.types import Batch, InputSpec, Model
 
 SPEC = InputSpec("images", (6,), 3)
 
@@ -55,7 +55,7 @@ def sgd():
 def make_step(loss, members, devices, frozen=(), split=False):
   return step.make_train_step(
     student=MODEL,
-    teachers=(MODEL,) * members,
+    teaching=teacher.live((MODEL,) * members) if members else teacher.none(),
     frozen=frozen,
     loss=losses.make_loss(
       {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
@@ -70,9 +70,8 @@ def make_step(loss, members, devices, frozen=(), split=False):
 
 def initial(frozen=()):
   variables = jax.device_get(MODEL.init(jax.random.key(1)))
-  trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
-  state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], sgd().init(trained))
-  return variables, jax.device_get(state)
+  copied = {name: variables["params"][name] for name in frozen}
+  return variables, jax.device_get(step.initial_state(MODEL, sgd(), jax.random.key(1), copied))
 
 
 def one_step(loss, teachers, index, devices, frozen=(), split=False):
@@ -80,15 +79,16 @@ def one_step(loss, teachers, index, devices, frozen=(), split=False):
   train_step = make_step(loss, len(teachers), devices, frozen, split)
   variables, state = initial(frozen)
   placed = devices_lib.broadcast(tuple(teachers), devices)
-  new_state, _, sums = train_step(
+  new_state, _, rows = train_step.run(
     devices_lib.replicate(state, devices),
     placed,
     ((), ((),) * len(teachers)),
     devices_lib.broadcast(arrays(), devices),
-    devices_lib.split_rows(np.asarray(index, np.int32), devices),
+    devices_lib.split_batches(np.asarray([index], np.int32), devices),
     devices_lib.broadcast(jax.random.key_data(jax.random.key(3)), devices),
   )
-  return variables, devices_lib.first(new_state), devices_lib.first(sums), placed
+  (row,) = devices_lib.unreplicate(rows)
+  return variables, devices_lib.unreplicate(new_state), dict(zip(train_step.sums, row, strict=True)), placed
 
 
 TEACHER = jax.device_get(MODEL.init(jax.random.key(9)))
@@ -131,8 +131,8 @@ def test_one_step_is_the_formula_on_any_number_of_devices(loss, count):
 @settings(max_examples=15, deadline=None)
 @given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-3, 3, width=32, allow_subnormal=False)))
 def test_cwtm_weights_sum_to_one_over_the_global_batch(count, kernel):
-  teacher = {"params": {"kernel": kernel, "bias": np.zeros(3, np.float32)}, "batch_stats": TEACHER["batch_stats"]}
-  _, _, sums, _ = one_step("cwtm", [teacher], np.arange(16), tuple(jax.devices()[:count]))
+  own = {"params": {"kernel": kernel, "bias": np.zeros(3, np.float32)}, "batch_stats": TEACHER["batch_stats"]}
+  _, _, sums, _ = one_step("cwtm", [own], np.arange(16), tuple(jax.devices()[:count]))
   confidences = softmax(arrays()["inputs"][:16] @ kernel).max(-1)
   np.testing.assert_allclose((confidences / sums["weight"]).sum(), 1, rtol=1e-5)  # Eq. 10
 
@@ -165,11 +165,12 @@ def test_the_teacher_is_neither_changed_nor_donated_nor_differentiated():
 
   train_step = make_step("ban", 1, tuple(jax.devices()[:1]))
 
-  def reported_loss(teacher):
+  def reported_loss(other):
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], initial()[1])
-    index = jnp.arange(16, dtype=jnp.int32)[None]
+    index = jnp.arange(16, dtype=jnp.int32)[None, None]
     key = jax.random.key_data(jax.random.key(3))
-    return train_step(state, (teacher,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), index, key)[2]["loss"].sum()
+    rows = train_step.run(state, (other,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), index, key)[2]
+    return rows[..., train_step.sums.index("loss")].sum()
 
   for leaf in jax.tree.leaves(jax.grad(reported_loss)(jax.tree.map(jnp.asarray, TEACHER))):
     np.testing.assert_array_equal(leaf, 0)
@@ -209,7 +210,7 @@ def test_the_top_class_is_that_of_argmax_and_the_first_of_equal_ones():
   logits = np.random.default_rng(0).integers(0, 4, (50, 7, 6)).astype(np.float32)  # many ties
   for label in range(6):
     labels = np.full((50, 7), label)
-    np.testing.assert_array_equal(step.is_top(logits, labels), logits.argmax(-1) == label)
+    np.testing.assert_array_equal(metrics.top1_correct(logits, labels), logits.argmax(-1) == label)
   logits[..., 2] = np.nan
-  assert not step.is_top(logits, np.full((50, 7), 2)).any()
-  assert not step.is_top(logits, np.full((50, 7), 1)).any()
+  assert not metrics.top1_correct(logits, np.full((50, 7), 2)).any()
+  assert not metrics.top1_correct(logits, np.full((50, 7), 1)).any()

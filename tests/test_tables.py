@@ -20,7 +20,7 @@ from conftest import ROOT
 from etils import epath
 
 import ban_jax
-from ban_jax import checkpoint, lock
+from ban_jax import lock, storage
 from ban_jax.data import load
 from ban_jax.errors import CheckpointError, ConfigError
 from experiments import plan, programs, table_report, tables
@@ -154,7 +154,7 @@ def test_an_ensemble_is_evaluated_as_the_library_does(made, workdir):
   made(2)
   line = numbers_of(workdir, 2)["DenseNet-112-33", "Ens*3"]
   for value, sources in zip(line["values"].split(";"), line["sources"].split(";"), strict=True):
-    loaded = [checkpoint.load(epath.Path(workdir) / source)[0] for source in sources.split("+")]
+    loaded = [storage.load(epath.Path(workdir) / source)[0] for source in sources.split("+")]
     assert [generation.index for generation in loaded] == [1, 2, 3]
     cfg = parts(2, "smoke")[0].cfg
     assert float(value) == pytest.approx(ban_jax.evaluate(loaded, cfg)["error"], rel=1e-5)
@@ -183,14 +183,13 @@ def test_a_killed_table_goes_on_and_repeats_nothing(made, workdir, tmp_path):
   made(1)
   die = f"""
 import os, signal, sys
-from ban_jax import checkpoint
-save = checkpoint.save_step
+save = storage.save_step
 def save_and_die(manager, step, tree, record):
   save(manager, step, tree, record)
   if "gen_1" in str(manager.directory) and step == 6:
     manager.wait_until_finished()
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_step = save_and_die
+storage.save_step = save_and_die
 sys.argv = ["table1.py", "--workdir={tmp_path}", "--devices=2"]
 from experiments import table1, tables
 tables.run(table1.TABLE)

@@ -1,0 +1,257 @@
+"""Every check of a configuration's values, and the identity: the values that a generation's bytes depend on.
+
+A network's own options are checked in its file (ban_jax/models), which `check` calls; what needs the data is checked by
+`check_dataset`.
+"""
+
+import json
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+from ml_collections import ConfigDict
+
+from ban_jax import data, losses, models, optim
+from ban_jax.errors import ConfigError, choices, look_up
+from ban_jax.trees import json_digest
+from ban_jax.types import Dataset, Devices
+
+
+class Rule(NamedTuple):
+  """What a value must be: a test and the words for it."""
+
+  holds: Callable[[Any], bool]
+  expected: str
+
+
+def whole(least: int, most: int | None = None, note: str = "") -> Rule:
+  """Returns the rule for a whole number; a bool is none, although Python counts it as an int."""
+
+  def holds(value: Any) -> bool:
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_whole and value >= least and (most is None or value <= most)
+
+  span = f"from {least} to {most}" if most is not None else f"of at least {least}"
+  return Rule(holds, f"a whole number {span}{note}")
+
+
+def real(holds: Callable[[float], bool], expected: str) -> Rule:
+  """Returns the rule for a finite number for which `holds` is true."""
+
+  def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and holds(value)
+
+  return Rule(is_real, expected)
+
+
+def _is_rising(shares: Any) -> bool:
+  inside = isinstance(shares, list | tuple) and all(isinstance(s, numbers.Real) and 0 < s < 1 for s in shares)
+  return inside and list(shares) == sorted(set(shares))
+
+
+POSITIVE = real(lambda value: value > 0, "a finite number above 0")
+NOT_NEGATIVE = real(lambda value: value >= 0, "a finite number of at least 0")
+SHARE = real(lambda value: 0 <= value < 1, "a share in [0, 1)")
+FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
+NAME = Rule(lambda value: isinstance(value, str), "a name")  # the registry that it is looked up in lists the choices
+
+RULES = {
+  "seed": whole(0, 2**32 - 1),
+  "generations": whole(0),
+  "scale": Rule(
+    lambda value: isinstance(value, str) and value.isprintable(), "a printable word, because it labels the results"
+  ),
+  "compute_dtype": NAME,
+  "data.name": NAME,
+  "data.dir": Rule(
+    lambda value: isinstance(value, str) and "://" not in value, 'a local directory, or "" for the default'
+  ),
+  "data.validation": SHARE,
+  "data.train_examples": whole(0, note=", 0 for all training examples"),
+  "data.pad": whole(0),
+  "data.flip": FLAG,
+  "data.window": whole(0),
+  "loss.name": NAME,
+  "loss.temperature": POSITIVE,
+  "loss.label_weight": NOT_NEGATIVE,
+  "loss.teacher_weight": NOT_NEGATIVE,
+  "loss.smoothing": real(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+  "optim.learning_rate": POSITIVE,
+  "optim.schedule": NAME,
+  "optim.boundaries": Rule(_is_rising, "rising shares of the run, each between 0 and 1"),
+  "optim.factor": POSITIVE,
+  "optim.threshold": NOT_NEGATIVE,
+  "optim.momentum": SHARE,
+  "optim.nesterov": FLAG,
+  "optim.weight_decay": NOT_NEGATIVE,
+  "optim.clip_norm": NOT_NEGATIVE,
+  "train.epochs": whole(1),
+  "train.batch_size": whole(1),
+  "train.checkpoint_every": whole(1),
+  "train.evaluate_every": whole(0),
+  "train.steps_per_dispatch": whole(0),
+  "train.sync_batch_stats": FLAG,
+  "train.gradient_split": FLAG,
+  "evaluate.batch_size": whole(1),
+  "evaluate.training_batch_size": whole(0),
+}
+# What a key must be for a data set that has no use for it, and why it has none.
+UNUSED = {
+  "validation": (0.0, "brings its own validation split"),
+  "pad": (0, "is text, and no image is cropped"),
+  "flip": (False, "is text, and no image is flipped"),
+  "window": (0, "holds images, and no text is cut into windows"),
+}
+
+# Keys that no byte of a generation depends on: labels, places, and what is only logged, saved or evaluated.
+FREE = (
+  *("generations", "scale", "data.dir", "evaluate.batch_size", "evaluate.training_batch_size"),
+  *("train.checkpoint_every", "train.evaluate_every", "train.gradient_split", "train.steps_per_dispatch"),
+)
+# Keys that were added after the first runs, each with its neutral value: the one under which a run is as it was before
+# the key existed. While a key has it, the identity leaves the key out, so every earlier run and table is still found.
+NEUTRAL: dict[str, Any] = {}
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def check(cfg: ConfigDict) -> None:
+  """Raises a ConfigError where a value, or a combination of values, cannot be run; reads no data."""
+  given = _flat(cfg)
+  for key in RULES.keys() - given.keys():
+    raise ConfigError(f"the configuration lacks {key}; configs/base.py documents every key")
+  schedules = {name for schedule in optim.SCHEDULES.values() for name in optim.options(schedule)}
+  known = {*RULES, *NEUTRAL, *(f"loss.{name}" for loss in losses.LOSSES.values() for name in loss.options)}
+  known |= {f"optim.{name}" for name in schedules} | {f"data.{name}" for name in data.keys_of(given["data.name"])}
+  for key, value in given.items():
+    if key.startswith(("model.", "teacher.")):
+      if value is None and key != "teacher.model":
+        raise ConfigError(f"{key} is None: expected a value")
+      continue
+    if key not in known:
+      raise ConfigError(f"unknown configuration key {key!r}; the keys are: {choices(known)}, and those of model")
+    _check_value(key, value)
+  check_data(cfg.data)
+  loss = losses.make_loss(cfg.loss)
+  if "label_weight" in loss.options and cfg.loss.label_weight == cfg.loss.teacher_weight == 0:
+    raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
+  look_up(optim.SCHEDULES, cfg.optim.schedule, "optim.schedule")
+  look_up(models.DTYPES, cfg.compute_dtype, "compute_dtype")
+  for key, group in (("model", cfg.model), ("teacher.model", cfg.teacher.model)):
+    if key == "model" or group is not None:
+      models.check_options(group, key)
+
+
+def _check_value(key: str, value: Any) -> None:
+  rule = RULES.get(key)
+  if value is None:
+    raise ConfigError(f"{key} is None: expected {rule.expected if rule else 'a value'}")
+  if rule and not rule.holds(value):
+    raise ConfigError(f"{key}={value!r}: expected {rule.expected}")
+
+
+def check_data(group: Mapping[str, Any]) -> None:
+  """Raises a ConfigError where a `data` group has a wrong value, or one that its data set has no use for."""
+  group = dict(group.items())
+  for name, value in group.items():
+    _check_value(f"data.{name}", value)
+  taken = data.keys_of(group["name"])
+  for name, (neutral, why) in UNUSED.items():
+    if name not in taken and group[name] != neutral:
+      raise ConfigError(f"data.{name}={group[name]!r}: expected {neutral!r}, because {group['name']} {why}")
+  if "window" in taken and not group["window"]:
+    raise ConfigError(f"data.window=0: expected at least 1, the tokens of a window of {group['name']}")
+
+
+def check_dataset(cfg: ConfigDict, dataset: Dataset) -> None:
+  """Raises a ConfigError where a configuration cannot be run, or evaluated, on the data set that was loaded."""
+  if cfg.optim.schedule == "plateau" and "validation" not in dataset.splits:
+    others = choices(set(optim.SCHEDULES) - {"plateau"})
+    raise ConfigError(
+      "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share with "
+      f"data.validation, or choose another of: {others}"
+    )
+  most = max(len(dataset.eval_order(split, 1)) for split in dataset.splits)
+  what = f"the windows of {dataset.spec.shape[0]} tokens in" if dataset.spec.kind == "tokens" else "the size of"
+  for name in ("batch_size", "training_batch_size"):
+    if cfg.evaluate[name] > most:
+      raise ConfigError(
+        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, {what} {dataset.name}'s largest split"
+      )
+
+
+def check_batch_size(batch_size: int, devices: Devices) -> None:
+  """Raises a ConfigError where the devices cannot share the mini-batch equally; it names the counts that work."""
+  count = len(devices)
+  if batch_size % count:
+    works = ", ".join(str(n) for n in range(1, count + 1) if batch_size % n == 0)
+    below = batch_size // count * count
+    sizes = " or ".join(str(size) for size in (below, below + count) if size)
+    raise ConfigError(
+      f"train.batch_size={batch_size} cannot be shared equally by {count} devices; use {works} devices "
+      f"(--devices), or a batch size of {sizes}"
+    )
+
+
+# --- identity ------------------------------------------------------------------------------------------------------
+
+
+def _flat(cfg: ConfigDict) -> dict[str, Any]:
+  return flax.traverse_util.flatten_dict(cfg.to_dict(), sep=".")
+
+
+def record(cfg: ConfigDict) -> dict[str, Any]:
+  """Returns all values of a configuration by dotted key, as JSON holds them: what a run directory records."""
+  return json.loads(json.dumps(_flat(cfg)))
+
+
+def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
+  """Returns those of a `record`'s values that the bytes of its `generation` depend on, its teacher and data aside.
+
+  A group keeps the options that the chosen data set, loss and schedule take. Generation 0 has the teacher's network,
+  under "model", and the loss of the labels. Raises a ConfigError for a name that is not registered any more.
+  """
+  values = {**NEUTRAL, **values}
+  network = "teacher.model" if not generation and "teacher.model.name" in values else "model"
+  loss = values["loss.name"] if generation else "label"
+  takes = {
+    "data": {"name", *data.keys_of(values["data.name"])},
+    "loss": {"name", *look_up(losses.LOSSES, loss, "loss").options},
+  }
+  scheduled = {name for schedule in optim.SCHEDULES.values() for name in optim.options(schedule)}
+  schedule = look_up(optim.SCHEDULES, values["optim.schedule"], "optim.schedule")
+  own = {}
+  for key, value in values.items():
+    group, _, name = key.rpartition(".")
+    if group in ("model", "teacher.model"):
+      if group == network:
+        own[f"model.{name}"] = value
+    elif not (
+      key in FREE
+      or key == "teacher.model"
+      or (group in takes and name not in takes[group])
+      or (group == "optim" and name in scheduled and name not in optim.options(schedule))
+    ):
+      own[key] = value
+  own["loss.name"] = loss
+  if values["optim.schedule"] == "plateau":  # evaluations in training decide the rate
+    own["evaluate.training_batch_size"] = values["evaluate.training_batch_size"] or values["evaluate.batch_size"]
+  return {key: value for key, value in own.items() if key not in NEUTRAL or NEUTRAL[key] != value}
+
+
+def identity_digest(values: Mapping[str, Any], generation: int) -> str:
+  """Returns the SHA-256 of a generation's identity."""
+  return json_digest(identity(values, generation))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], generation: int) -> list[str]:
+  """Returns "key: old there, new here" for each value of the identity in which two records differ."""
+  one, other = identity(old, generation), identity(new, generation)
+  return [
+    f"{key}: {json.dumps(one.get(key))} there, {json.dumps(other.get(key))} here"
+    for key in sorted(one.keys() | other.keys())
+    if one.get(key) != other.get(key)
+  ]

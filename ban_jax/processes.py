@@ -1,0 +1,42 @@
+"""What the processes of one run agree on. Every function with more than one process must be called by all of them."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ban_jax.errors import BanError, PeerError
+from ban_jax.trees import json_digest
+
+
+def is_primary() -> bool:
+  """Returns whether this process is the one that reports: the first of several, or the only one."""
+  return jax.process_index() == 0
+
+
+def on_any_process(flag: bool) -> bool:
+  """Returns whether the flag is set on any of the processes."""
+  return bool(np.any(multihost_utils.process_allgather(np.bool_(flag)))) if jax.process_count() > 1 else flag
+
+
+def is_same(value: str) -> bool:
+  """Returns whether all processes ask with the same text."""
+  if jax.process_count() == 1:
+    return True
+  own = np.frombuffer(bytes.fromhex(json_digest(value)), np.uint8)
+  every = multihost_utils.process_allgather(own)
+  return bool((every == every[0]).all())
+
+
+def raise_together(error: BanError | None) -> None:
+  """Raises the error that this process met, or a PeerError where only another process met one."""
+  failed = on_any_process(error is not None)
+  if error is not None:
+    raise error
+  if failed:
+    raise PeerError("another process of the run was refused; its own message says why")
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process has come this far."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

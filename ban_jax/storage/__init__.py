@@ -1,0 +1,36 @@
+"""Run directories on disk: who holds one, a generation's checkpoints in training, and what a finished one leaves.
+
+    workdir/config.json         the configuration of the last run in it
+    workdir/processes.json      of several processes: the token that shows that they see the same directory
+    workdir/.lock               held while a process works in the directory (lease.json on an object store)
+    workdir/gen_K/steps/        checkpoints of a generation in training
+    workdir/gen_K/damaged/      checkpoints that are not what was saved, kept until the generation is finished
+    workdir/gen_K/params/       the finished variables
+    workdir/gen_K/metrics.json, history.jsonl, events.out.tfevents.*
+    workdir/gen_K/manifest.json the generation's lineage; written last, so its presence means: finished
+
+Orbax restores a flipped byte without an error. Every tree is therefore compared with the digest it was saved with
+before anything is computed from it.
+"""
+
+from ban_jax.storage.files import storage_errors, write_json, write_text
+from ban_jax.storage.finished import check_lineage, finish, load, load_together, provenance, read_records
+from ban_jax.storage.steps import open_steps, restore_newest, save_step
+from ban_jax.storage.workdir import open_workdir, resolve_workdir
+
+__all__ = [
+  "check_lineage",
+  "finish",
+  "load",
+  "load_together",
+  "open_steps",
+  "open_workdir",
+  "provenance",
+  "read_records",
+  "resolve_workdir",
+  "restore_newest",
+  "save_step",
+  "storage_errors",
+  "write_json",
+  "write_text",
+]

@@ -1,0 +1,150 @@
+"""What a finished generation leaves: its variables, metrics, history, and the manifest that ties them together."""
+
+import functools
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+from etils import epath
+
+from ban_jax import config, processes, trees
+from ban_jax.errors import BanError, CheckpointError, StorageError
+from ban_jax.storage.files import damage, is_passing, storage_error, write_json, write_lines
+from ban_jax.types import Generation
+from ban_jax.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str, Any]) -> None:
+  """Writes a generation's variables, metrics and history, then its manifest, and removes its checkpoints."""
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(directory / "params", flax.core.unfreeze(generation.params), force=True)
+  processes.wait_for_all(f"params of generation {generation.index}")
+  if processes.is_primary():
+    metrics, history = dict(generation.metrics), list(generation.history)
+    write_json(directory / "metrics.json", metrics)
+    write_lines(directory / "history.jsonl", history)
+    digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
+    write_json(directory / "manifest.json", {**manifest, **digests})
+    remove_leftovers(directory)
+  processes.wait_for_all(f"manifest of generation {generation.index}")
+
+
+def remove_leftovers(directory: epath.Path) -> None:
+  """Removes what a finished generation needs no more, also after a kill right after the manifest."""
+  for leftover in ("steps", "damaged", *(path.name for path in directory.glob("params.orbax-checkpoint-tmp*"))):
+    (directory / leftover).rmtree(missing_ok=True)
+
+
+def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str, float]], dict[str, Any]] | None:
+  """Returns a finished generation's metrics, history and manifest, or None where it is not finished.
+
+  Raises a CheckpointError where metrics or history are not those that the manifest vouches for, and a StorageError
+  where the disk cannot be read at the moment.
+  """
+  try:
+    if not (directory / "manifest.json").exists():
+      return None
+    manifest = json.loads((directory / "manifest.json").read_text())
+    metrics = json.loads((directory / "metrics.json").read_text())
+    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    expected = manifest["records_digest"]
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise _unreadable(directory, error) from error
+  if trees.json_digest([metrics, history]) != expected:
+    raise CheckpointError(
+      f"{directory}/metrics.json or history.jsonl was changed: their digest is not the manifest's; {_remedy(directory)}"
+    )
+  return metrics, history, manifest
+
+
+def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
+  """Returns a finished generation and its manifest, or None where it is not finished.
+
+  Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for, and a
+  StorageError where the disk cannot be read at the moment.
+  """
+  records = read_records(directory)
+  if records is None:
+    return None
+  import orbax.checkpoint as ocp
+
+  metrics, history, manifest = records
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      variables = checkpointer.restore(directory / "params")
+    index, expected = manifest["generation"], manifest["digest"]
+  except Exception as error:  # Orbax raises nearly anything for a broken file
+    raise _unreadable(directory, error) from error
+  if trees.digest(variables) != expected:
+    raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
+  if processes.is_primary():
+    remove_leftovers(directory)
+  params = trees.to_host({name: tree for name, tree in variables.items() if name != "lineage"}, index)
+  return Generation(index, params, metrics, tuple(history)), manifest
+
+
+def load_together(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
+  """Returns what `load` does, alike on all processes: one that trained alone would wait for the others for ever."""
+  finished = error = None
+  try:
+    finished = load(directory)
+  except BanError as refusal:
+    error = refusal
+  processes.raise_together(error)
+  if processes.on_any_process(finished is None) and finished is not None:
+    error = StorageError(f"another process does not see yet that {directory} is finished; start all of them again")
+  processes.raise_together(error)
+  return finished
+
+
+def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory: epath.Path) -> None:
+  """Raises a CheckpointError where a generation on disk has another origin: configuration, teacher or data."""
+  differing = [
+    f"{key}: {recorded.get(key)} there, {own[key]} here"
+    for key in ("generation", "teachers", "dataset")
+    if own[key] != recorded.get(key)
+  ]
+  values = recorded.get("config")
+  if isinstance(values, str):  # before 0.2 a digest of all keys stood here, which config.json beside it vouches for
+    values = json.loads((directory.parent / "config.json").read_text())
+  differing += config.differences(values, own["config"], own["generation"])
+  if differing:
+    raise CheckpointError(
+      f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir, or remove it"
+    )
+
+
+def _unreadable(directory: epath.Path, error: Exception) -> CheckpointError | StorageError:
+  if is_passing(error):
+    return storage_error(directory, error)
+  return CheckpointError(f"{directory} is damaged and cannot be read ({damage(error)}); {_remedy(directory)}")
+
+
+def _remedy(directory: epath.Path) -> str:
+  return f"remove {directory} to train it again"
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+  """Returns which software this process runs, for the manifest: as it was at the first call, before a long training."""
+  packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {"ban_jax": __version__, "git_commit": _commit(), "packages": packages}
+
+
+def _commit() -> str | None:
+  """Returns the commit of the source tree that this package runs from, followed by "+" where it was changed."""
+  git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+  try:
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit + ("+" if changed.strip() else "")

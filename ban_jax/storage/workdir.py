@@ -1,0 +1,115 @@
+"""Run directories: their names, who holds one, and that it belongs to the configuration."""
+
+import contextlib
+import errno
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from ban_jax import config, processes
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.storage import lock
+from ban_jax.storage.files import first_line, storage_error, write_json
+
+# Seconds that a network file system may take to show one process what another has written.
+VISIBLE_SECONDS = 5.0
+
+
+def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
+  """Returns a run directory's full path, "~" resolved; raises a ConfigError for one that cannot be used."""
+  if not str(workdir):
+    raise ConfigError("the workdir is empty; name the directory that the run is to be kept in")
+  _check_scheme(str(workdir))
+  workdir = epath.Path(workdir).expanduser()
+  workdir = workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
+  _check_scheme(str(workdir))  # epath takes /s3/bucket for s3://bucket
+  try:
+    named = b"\0" not in str(workdir).encode()  # TensorStore takes names in UTF-8 only
+  except UnicodeEncodeError:
+    named = False
+  if not named:
+    raise ConfigError(f"workdir {str(workdir)!r}: a name in UTF-8, without null bytes, is expected")
+  return workdir
+
+
+def _check_scheme(workdir: str) -> None:
+  scheme, separator, _ = workdir.partition("://")
+  if separator and scheme != "gs":
+    raise ConfigError(f"workdir {workdir!r}: unknown storage {scheme + '://'!r}; give a local directory, or gs://...")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: epath.PathLike, values: Mapping[str, Any]) -> Iterator[epath.Path]:
+  """Creates a run directory, or opens one of the same configuration, and holds it; `values` is a config.record.
+
+  Raises a CheckpointError that names the differing keys where the directory holds another run, one that names the owner
+  where another process has it open, and one that says why where it cannot be written; a StorageError where its disk is
+  full; and a ConfigError where the processes of a run do not see the same directory.
+  """
+  workdir = resolve_workdir(workdir)
+  with contextlib.ExitStack() as stack:
+    error = None
+    if processes.is_primary():
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock.hold(workdir))
+        _check_config(workdir, values)
+        write_json(workdir / "config.json", values)
+        if jax.process_count() > 1:
+          write_json(workdir / "processes.json", {"token": uuid.uuid4().hex})
+      except CheckpointError as refusal:
+        error = refusal
+      except ImportError as refusal:  # the library that reaches a bucket
+        error = ConfigError(f"workdir {workdir}: {first_line(refusal)} (pip install 'etils[epath-gcs]')")
+      except OSError as refusal:
+        full = refusal.errno in (errno.ENOSPC, errno.EDQUOT)
+        error = storage_error(workdir, refusal) if full else CheckpointError(
+          f"workdir {workdir} cannot be written: {refusal}"
+        )  # fmt: skip
+    processes.raise_together(error)
+    _check_shared(workdir)
+    yield workdir
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises a ConfigError on all processes of a run where they do not see the same directory."""
+  deadline = time.monotonic() + VISIBLE_SECONDS
+  while jax.process_count() > 1:
+    try:
+      token, reason = json.loads((workdir / "processes.json").read_text())["token"], ""
+    except Exception as error:  # a file half seen, or whatever an object store's library raises
+      token, reason = "", f" (process {jax.process_index()}: {first_line(error)})"
+    if processes.is_same(token):
+      return
+    if processes.on_any_process(time.monotonic() > deadline):
+      raise ConfigError(
+        f"the processes do not see the same workdir {workdir}{reason}; give all of them one directory of a file system "
+        "that they share, or a bucket (gs://...)"
+      )
+    time.sleep(0.5)
+
+
+def _check_config(workdir: epath.Path, values: Mapping[str, Any]) -> None:
+  """Raises a CheckpointError where a directory's generations are of another configuration, or of an unknown one."""
+  generations = {min(int(path.name[4:]), 1) for path in workdir.glob("gen_*") if path.name[4:].isdecimal()}
+  record = workdir / "config.json"
+  if not generations:
+    return
+  if not record.exists():
+    raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
+  try:
+    old = dict(json.loads(record.read_text()))
+    differing = {
+      line: None for generation in sorted(generations) for line in config.differences(old, values, generation)
+    }
+  except (ValueError, TypeError, KeyError) as error:
+    raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
+  if differing:
+    raise CheckpointError(
+      f"{workdir} holds a run of another configuration ({'; '.join(differing)}); give another workdir"
+    )

@@ -1,0 +1,76 @@
+"""The teacher: what goes into the training step beside the student, and how a batch's teacher logits come out of it.
+
+There are two kinds: none (generation 0, and losses of the labels) and live, which runs one network, or an ensemble, on
+every batch. A further kind is one more function that returns a `Teaching`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxtyping import PyTree
+
+from ban_jax import metrics, trees
+from ban_jax.losses import Logits
+from ban_jax.types import Batch, Carry, Model, Variables
+
+
+class Teaching(NamedTuple):
+  """A teacher's part of the compiled step, as pure functions. Equal teachers give the same object.
+
+  `logits(source, carry, batch)` returns `(logits, carry)`: float32 [B, n] or [B, T, n], or None where nothing teaches.
+  `init_carry(rows)` gives the carry at the beginning of an epoch, rows first.
+  """
+
+  teaches: bool
+  init_carry: Callable[[int], Carry]
+  logits: Callable[[PyTree, Carry, Batch], tuple[Logits | None, Carry]]
+
+
+class Teacher(NamedTuple):
+  """What a generation learns from, as one value."""
+
+  teaching: Teaching
+  source: PyTree  # the step's undonated, undifferentiated input: the networks' variables
+  digests: tuple[str, ...]  # of the networks that the generation depends on, for its manifest
+  copied: Mapping[str, PyTree]  # top-level parameters that the student copies and keeps frozen (Table 5)
+
+
+def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, *, needed: bool) -> Teacher:
+  """Returns the teacher of a student whose parents, M variables trees of these models, are known to fit.
+
+  Where its outputs are not `needed`, since the loss does not use them, the parents only lend the layers that the
+  student copies.
+  """
+  plain = [trees.to_plain(parent) for parent in parents]
+  copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
+  taught = bool(plain) and needed
+  digests = tuple(trees.digest(parent) for parent in parents) if taught or copied else ()
+  return Teacher(live(tuple(models)) if taught else none(), tuple(plain) if taught else (), digests, copied)
+
+
+@functools.cache
+def none() -> Teaching:
+  """Returns the teaching of labels alone."""
+  return Teaching(False, lambda rows: (), lambda source, carry, batch: (None, carry))
+
+
+@functools.lru_cache
+def live(models: tuple[Model, ...]) -> Teaching:
+  """Returns the teaching of networks in evaluation mode; several teach by their mean probabilities (Eq. 4).
+
+  The source is a tuple of variables trees, one a model.
+  """
+
+  def init_carry(rows: int) -> Carry:
+    return tuple(model.init_carry(rows) for model in models)
+
+  def logits(source: PyTree, carry: Carry, batch: Batch) -> tuple[Logits, Carry]:
+    outputs = [
+      model.apply(variables, own, batch.inputs, train=False)
+      for model, variables, own in zip(models, source, carry, strict=True)
+    ]
+    every = [out for out, _, _ in outputs]
+    return every[0] if len(every) == 1 else metrics.mean_log_probabilities(every), tuple(own for _, own, _ in outputs)
+
+  return Teaching(True, init_carry, logits)

@@ -1,0 +1,124 @@
+"""Variables trees on the host: their leaves by path, digests, the lineage, and whether a tree fits a model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.types import Generation, Model, Variables
+
+Member = Generation | Variables
+
+
+def leaves(tree: PyTree) -> dict[str, np.ndarray]:
+  """Returns the tree's leaves by their path, as "params/stem/kernel"."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(flax.core.unfreeze(tree) if isinstance(tree, Mapping) else tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def digest(tree: PyTree) -> str:
+  """Returns the SHA-256 of the leaves' paths, dtypes, shapes and bytes, without the lineage."""
+  total = hashlib.sha256()
+  for path, leaf in sorted(leaves(tree).items()):
+    if path.startswith("lineage/"):
+      continue
+    leaf = np.ascontiguousarray(leaf)
+    total.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+    total.update(leaf.view(np.uint8).data if leaf.size else b"")
+  return total.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+  """Returns the SHA-256 of a value's JSON, keys in sorted order."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def structure(tree: PyTree) -> str:
+  """Returns the digest of the leaves' paths, dtypes and shapes: what a program must share with a tree to read it."""
+  lines = (f"{path} {np.asarray(leaf).dtype} {np.shape(leaf)}\n" for path, leaf in sorted(leaves(tree).items()))
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def to_host(variables: Mapping[str, Any], generation: int) -> Variables:
+  """Returns the variables as a FrozenDict of read-only NumPy arrays that carries the generation's number."""
+
+  def read_only(leaf: Any) -> np.ndarray:
+    leaf = np.array(leaf)
+    leaf.flags.writeable = False
+    return leaf
+
+  tree = {**flax.core.unfreeze(variables), "lineage": {"generation": np.int32(generation)}}
+  return flax.core.freeze(jax.tree.map(read_only, tree))
+
+
+def to_plain(variables: Variables) -> dict[str, Any]:
+  """Returns the variables as the plain dicts that steps are compiled for, without the lineage."""
+  return {name: tree for name, tree in flax.core.unfreeze(variables).items() if name != "lineage"}
+
+
+def lineage(variables: Variables) -> int:
+  """Returns the generation that a variables tree belongs to; a tree without a lineage counts as generation 0."""
+  return int(variables["lineage"]["generation"]) if "lineage" in variables else 0
+
+
+def members_of(given: Member | Sequence[Member] | None) -> list[Variables]:
+  """Returns the variables trees of one network, or of several, given as trees or as Generations."""
+  if given is None:
+    return []
+  if isinstance(given, Generation):
+    return [given.params]
+  if isinstance(given, Mapping):
+    return [given]
+  if not isinstance(given, Sequence):
+    raise ConfigError(f"expected a variables tree, a Generation or a sequence of them, not {type(given).__name__}")
+  return [tree for member in given for tree in members_of(member)]
+
+
+def models_of(trees: Sequence[Variables], models: tuple[Model, Model], what: str) -> tuple[Model, ...]:
+  """Returns each tree's network, chosen by its lineage: `models` are generation 0's and the students'.
+
+  Raises a CheckpointError where a tree does not fit its network; `what` names the trees in the message.
+  """
+  own = tuple(models[min(lineage(tree), 1)] if isinstance(tree, Mapping) else models[0] for tree in trees)
+  for number, (tree, model) in enumerate(zip(trees, own, strict=True), 1):
+    check_fits(tree, model, what if len(trees) == 1 else f"{what} {number}")
+  return own
+
+
+def check_fits(variables: Variables, model: Model, what: str) -> None:
+  """Raises a CheckpointError that names the first path, with both shapes, where a tree does not fit the model."""
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    keys = f"a mapping with {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else None
+    raise CheckpointError(
+      f"{what} must be a variables tree with 'params' and 'batch_stats' (as Generation.params is), not "
+      f"{keys or type(variables).__name__}"
+    )
+  expected = jax.eval_shape(model.init, jax.random.key(0))
+  difference = first_difference(expected, to_plain(variables))
+  if difference:
+    path, want, have = difference
+    raise CheckpointError(
+      f"{what} does not fit model {model.name} with {model.spec.num_classes} classes: at {path} the model has "
+      f"{want}, the tree {have}"
+    )
+
+
+def first_difference(expected: PyTree, given: PyTree) -> tuple[str, str, str] | None:
+  """Returns the first path at which dtypes or shapes differ, with both as text ("nothing": no such leaf), or None."""
+  trees = leaves(expected), leaves(given)
+  for path in sorted(trees[0].keys() | trees[1].keys()):
+    want, have = (f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing" for tree in trees)
+    if want != have:
+      return path, want, have
+  return None
+
+
+def is_finite(variables: Variables) -> bool:
+  """Returns whether every number of a variables tree is finite."""
+  return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_plain(variables)))
