@@ -21,8 +21,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ban_jax import data
-from ban_jax.data import images
+from ban_jax import config, data
+from ban_jax.data import images, tfds_cifar
+from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import InputSpec
 
@@ -156,32 +157,26 @@ def test_stock_tfds_reads_what_was_prepared(name, tmp_path, no_connections):
 
 
 def test_prepared_directory_alone_is_enough(tmp_path, no_connections):
-  from ban_jax.data import cifar
-
   archive = tmp_path / ARCHIVES["cifar10"]
   expected = write_archive(archive, "cifar10")
-  cifar.prepare("cifar10", tmp_path)
+  tfds_cifar.prepare("cifar10", tmp_path)
   archive.unlink()
   assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
   assert no_connections == []
 
 
 def test_default_directory_is_that_of_tfds(tmp_path, monkeypatch):
-  from ban_jax.data import cifar
-
   expected = write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  np.testing.assert_array_equal(cifar.read("cifar10", "")["test"].images, expected["test"]["image"])
+  np.testing.assert_array_equal(tfds_cifar.read("cifar10", "")["test"].images, expected["test"]["image"])
 
 
 def test_official_checksums_are_those_of_tfds():
   import tensorflow_datasets as tfds
 
-  from ban_jax.data import cifar
-
-  for name, source in cifar.SOURCES.items():
-    info = tfds.builder_cls(name).url_infos[source.url]
-    assert (info.size, info.checksum, info.filename) == (source.size, source.sha256, source.archive)
+  for name, archive in tfds_cifar.ARCHIVES.items():
+    info = tfds.builder_cls(name).url_infos[archive.url]
+    assert (info.size, info.checksum, info.filename) == (archive.size, archive.sha256, archive.file)
 
 
 def test_unofficial_archive_is_accepted_with_a_warning_and_recorded(tmp_path, caplog):
@@ -196,7 +191,7 @@ def test_unofficial_archive_is_accepted_with_a_warning_and_recorded(tmp_path, ca
   assert json.loads((tmp_path / "cifar10/3.0.2/metadata.json").read_text()) == {"archive_sha256": sha256}
 
 
-def test_no_network_is_told_within_seconds_and_leaves_nothing(tmp_path, offline):
+def test_no_network_is_reported_within_seconds_and_leaves_nothing(tmp_path, offline):
   directory = tmp_path / "absent"
   start = time.monotonic()
   with pytest.raises(DataError) as error:
@@ -266,11 +261,9 @@ def test_broken_archive_is_refused_and_a_good_one_then_works(case, tmp_path):
   assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
 
 
-def test_another_file_format_is_told(tmp_path):
-  from ban_jax.data import cifar
-
+def test_another_file_format_is_reported(tmp_path):
   write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
-  cifar.prepare("cifar10", tmp_path)
+  tfds_cifar.prepare("cifar10", tmp_path)
   info = tmp_path / "cifar10/3.0.2/dataset_info.json"
   info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
   for file in info.parent.glob("*.array_record-*"):
@@ -280,11 +273,9 @@ def test_another_file_format_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no info", "empty"])
-def test_damaged_prepared_directory_is_told(damage, tmp_path):
-  from ban_jax.data import cifar
-
+def test_damaged_prepared_directory_is_reported(damage, tmp_path):
   write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10")
-  cifar.prepare("cifar10", tmp_path)
+  tfds_cifar.prepare("cifar10", tmp_path)
   prepared = tmp_path / "cifar10/3.0.2"
   if damage == "truncated":
     truncate(next(prepared.glob("*train.array_record*")))
@@ -299,7 +290,7 @@ def test_damaged_prepared_directory_is_told(damage, tmp_path):
     data.load(group(name="cifar10", dir=str(tmp_path)))
 
 
-def test_directory_that_cannot_be_written_is_told(tmp_path):
+def test_directory_that_cannot_be_written_is_reported(tmp_path):
   (tmp_path / "cifar10").write_text("in the way")
   write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", rows=2)
   with pytest.raises(DataError, match="cifar10: cannot prepare the data set in .*FileExistsError"):
@@ -310,14 +301,14 @@ def test_directory_that_cannot_be_written_is_told(tmp_path):
   ("directory", "message"),
   [("a" * 300, "/a{300} cannot be looked into: .*File name too long"), ("~nobody-here/x", "~nobody-here/x: .*home")],
 )
-def test_directory_that_cannot_be_looked_into_is_told(directory, message, no_connections):
+def test_directory_that_cannot_be_looked_into_is_reported(directory, message, no_connections):
   with pytest.raises(DataError, match=f"^cifar10: .*{message}.* Set data.dir to another directory$"):
     data.load(group(name="cifar10", dir=directory))
   assert not no_connections
 
 
-READ = "import sys; from ban_jax.data import cifar, images as i; splits = cifar.read('cifar10', sys.argv[1]); " \
-  "print(i.digest({split: part._asdict() for split, part in splits.items()}))"  # fmt: skip
+READ = "import sys; from ban_jax.data import arrays, tfds_cifar; splits = tfds_cifar.read('cifar10', sys.argv[1]); " \
+  "print(arrays.digest({split: part._asdict() for split, part in splits.items()}))"  # fmt: skip
 
 
 def test_killed_preparation_is_never_trusted(tmp_path):
@@ -340,10 +331,8 @@ def test_killed_preparation_is_never_trusted(tmp_path):
 
 def test_leftover_of_another_archive_is_not_taken(tmp_path):
   """A process killed just before the last rename leaves a complete data set under the provisional name."""
-  from ban_jax.data import cifar
-
   write_archive(tmp_path / ARCHIVES["cifar10"], "cifar10", seed=1)
-  cifar.prepare("cifar10", tmp_path)
+  tfds_cifar.prepare("cifar10", tmp_path)
   leftover = tmp_path / "cifar10/incomplete.ban_jax/cifar10"
   leftover.mkdir(parents=True)
   (tmp_path / "cifar10/3.0.2").rename(leftover / "3.0.2")
@@ -352,12 +341,10 @@ def test_leftover_of_another_archive_is_not_taken(tmp_path):
 
 
 def test_somebody_without_our_lock_may_be_faster(tmp_path):
-  from ban_jax.data import cifar
-
   other, ours = tmp_path / "other", tmp_path / "ours"
   write_archive(other / ARCHIVES["cifar10"], "cifar10", seed=1)
   write_archive(ours / ARCHIVES["cifar10"], "cifar10", rows=400)
-  cifar.prepare("cifar10", other)
+  tfds_cifar.prepare("cifar10", other)
 
   def be_faster():
     while not (ours / "cifar10/incomplete.ban_jax/cifar10").exists():
@@ -406,29 +393,27 @@ def serve(directory):
 
 
 def test_downloaded_archive_must_be_the_official_one(tmp_path, monkeypatch):
-  from ban_jax.data import cifar
-
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
   served, directory = tmp_path / "served", tmp_path / "data"
-  official = cifar.SOURCES["cifar10"]
-  expected = write_archive(served / official.archive, "cifar10")
+  official = tfds_cifar.ARCHIVES["cifar10"]
+  expected = write_archive(served / official.file, "cifar10")
   with serve(served) as (address, asked):
-    url = f"{address}/{official.archive}"
-    monkeypatch.setitem(cifar.SOURCES, "cifar10", official._replace(url=url))
-    with pytest.raises(DataError, match=r"cifar10: .*cannot be had: NonMatchingChecksumError"):
+    url = f"{address}/{official.file}"
+    monkeypatch.setitem(tfds_cifar.ARCHIVES, "cifar10", official._replace(url=url))
+    with pytest.raises(DataError, match=r"cifar10: .*cannot be downloaded: NonMatchingChecksumError"):
       data.load(group(name="cifar10", dir=str(directory)))
     left = sorted(path.name for path in directory.rglob("*"))
     assert left == [".cifar10.lock", "cifar10"], "something of the wrong file was left"
 
-    monkeypatch.setitem(cifar.SOURCES, "cifar10", official._replace(url=f"{address}/absent.tar.gz"))
-    with pytest.raises(DataError, match=r"cifar10: .*absent.tar.gz cannot be had: HTTPError: 404"):
+    monkeypatch.setitem(tfds_cifar.ARCHIVES, "cifar10", official._replace(url=f"{address}/absent.tar.gz"))
+    with pytest.raises(DataError, match=r"cifar10: .*absent.tar.gz cannot be downloaded: HTTPError: 404"):
       data.load(group(name="cifar10", dir=str(directory)))
 
-    content = (served / official.archive).read_bytes()
+    content = (served / official.file).read_bytes()
     as_if = official._replace(url=url, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(cifar.SOURCES, "cifar10", as_if)
+    monkeypatch.setitem(tfds_cifar.ARCHIVES, "cifar10", as_if)
     assert_holds(data.load(group(name="cifar10", dir=str(directory))), expected)
-    assert (directory / "downloads/manual" / official.archive).read_bytes() == content
+    assert (directory / "downloads/manual" / official.file).read_bytes() == content
     assert [path.name for path in (directory / "cifar10").iterdir()] == ["3.0.2"]
     assert asked
 
@@ -439,8 +424,10 @@ def test_the_real_data_set(tmp_path):
   if not tool.exists():
     pytest.skip(f"no real CIFAR-10 at {SHARED}; set BAN_SHARED")
   subprocess.run([sys.executable, tool, tmp_path, "cifar10"], check=True, capture_output=True)
-  dataset = data.load(group(name="cifar10", dir=str(tmp_path), pad=4, flip=True))
+  cfg = group(name="cifar10", dir=str(tmp_path), pad=4, flip=True)
+  dataset = data.load(cfg)
   assert dataset.sizes == {"train": 50_000, "test": 10_000}
+  assert_describes(data.describe(cfg), dataset)
   assert (np.bincount(dataset.splits["train"]["labels"]) == 5000).all()
   assert (np.bincount(dataset.splits["test"]["labels"]) == 1000).all()
   # The values that everybody normalises CIFAR-10 with.
@@ -524,12 +511,12 @@ def test_digest_tells_data_apart():
   assert data.load(group(pad=2, flip=True)).digest == digests[0], "augmentation is no part of the data"
   base = {"train": {"images": np.zeros((2, 3), np.uint8), "labels": np.zeros(2, np.int32)}}
   for key, array in (("images", np.zeros((3, 2), np.uint8)), ("images", np.zeros((2, 3), np.int8))):
-    assert images.digest(base) != images.digest({"train": base["train"] | {key: array}})
-  assert images.digest(base) != images.digest({"test": base["train"]})
+    assert digest(base) != digest({"train": base["train"] | {key: array}})
+  assert digest(base) != digest({"test": base["train"]})
   flipped = np.zeros((2, 3), np.uint8)
   flipped[1, 2] = 1
-  assert images.digest(base) != images.digest({"train": base["train"] | {"images": flipped}})
-  assert images.digest(base) == images.digest({"train": dict(reversed(base["train"].items()))})
+  assert digest(base) != digest({"train": base["train"] | {"images": flipped}})
+  assert digest(base) == digest({"train": dict(reversed(base["train"].items()))})
 
 
 def test_loading_is_memoised_and_arrays_are_read_only():
@@ -591,78 +578,181 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
   assert (order.ravel() != np.arange(order.size)).mean() > 0.9
 
 
+# --- The registry -----------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_those_that_the_loader_takes():
+  assert data.keys_of("cifar10") == data.keys_of("cifar100") == ("dir", "validation", "train_examples", "pad", "flip")
+  assert data.keys_of("digits") == ("validation", "train_examples", "pad", "flip")
+  assert data.keys_of("ptb") == ("dir", "train_examples", "window")
+  assert data.keys_of("pydoc") == ("train_examples", "window")
+
+
+@pytest.mark.parametrize(
+  "ask", [data.keys_of, lambda name: data.load(group(name=name)), lambda name: data.describe(group(name=name))]
+)
+def test_unknown_data_set_is_reported(ask):
+  with pytest.raises(ConfigError) as error:
+    ask("mnist")
+  assert str(error.value) == "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, ptb, pydoc"
+
+
+def test_keys_that_a_loader_does_not_take_are_ignored():
+  dataset = data.load(group())
+  assert data.load(group(dir="/nowhere", window=35)) is dataset
+  taken = {"name": "digits", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False}
+  assert data.load(taken) is dataset
+  with pytest.raises(KeyError, match="flip"):
+    data.load({key: value for key, value in taken.items() if key != "flip"})
+
+
+def test_embedded_data_sets_are_one_of_each_kind():
+  embedded = {name: source.kind for name, source in data.DATASETS.items() if source.embedded}
+  assert embedded == {"digits": "images", "pydoc": "tokens"}
+  for name, source in data.DATASETS.items():
+    assert ("window" in data.keys_of(name)) == (source.kind == "tokens")
+    assert source.embedded == ("dir" not in data.keys_of(name)) == (source.describe is None)
+
+
+def assert_describes(known, dataset):
+  """Asserts that what is known of a data set is what it is, the words of a vocabulary aside."""
+  assert known.spec._replace(words=()) == dataset.spec._replace(words=())
+  assert len(known.spec.words) == len(dataset.spec.words)
+  assert known.fetch is dataset.fetch
+  shapes = {name: (array.shape, array.dtype) for name, array in known.arrays.items()}
+  assert shapes == {name: (array.shape, array.dtype) for name, array in dataset.splits["train"].items()}
+  for batch_size in (1, 7):
+    assert known.rows // batch_size == len(dataset.train_order(jax.random.key(0), batch_size))
+
+
+OPTIONS = [{}, {"pad": 1, "flip": True}, {"validation": 0.1}, {"validation": 0.1, "train_examples": 60}]
+
+
+@pytest.mark.parametrize("change", OPTIONS)
+def test_embedded_images_are_described_by_loading(change):
+  assert_describes(data.describe(group(**change)), data.load(group(**change)))
+
+
+@pytest.mark.parametrize("change", OPTIONS)
+def test_images_described_without_data_are_those_that_are_built(change):
+  options = images.Options(*[group(**change)[key] for key in images.Options._fields])
+  known = images.describe("digits", pool=400, shape=(8, 8, 1), num_classes=10, options=options)
+  assert_describes(known, data.load(group(**change)))
+
+
+@BOTH
+def test_cifar_is_described_without_data(name, tmp_path, no_connections):
+  absent = str(tmp_path / "absent")
+  known = data.describe(group(name=name, dir=absent, validation=0.1, pad=4, flip=True))
+  assert known.spec == InputSpec("images", (32, 32, 3), {"cifar10": 10, "cifar100": 100}[name])
+  assert known.arrays["images"].shape == (45_000, 32, 32, 3)
+  assert known.rows == 45_000
+  with pytest.raises(ConfigError, match=rf"data.train_examples=50001: expected at most 50000, what {name} has"):
+    data.describe(group(name=name, dir=absent, train_examples=50_001))
+  assert list(tmp_path.iterdir()) == []
+  assert no_connections == []
+
+
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, ptb, pydoc"),
-    ({"name": 3}, "data.name = 3: expected the name of a data set"),
-    ({"dir": None}, 'data.dir = None: expected a local directory, or "" for the default'),
-    ({"dir": "gs://bucket/tfds"}, "data.dir = 'gs://bucket/tfds': expected a local directory, or \"\" for the default"),
-    ({"validation": 1.0}, "data.validation = 1.0: expected a share in [0, 1), 0 for no validation split"),
-    ({"validation": -0.1}, "data.validation = -0.1: expected a share in [0, 1), 0 for no validation split"),
-    ({"validation": float("nan")}, "data.validation = nan: expected a share in [0, 1), 0 for no validation split"),
-    ({"train_examples": -1}, "data.train_examples = -1: expected a whole number, 0 for all training examples"),
-    ({"train_examples": 2.5}, "data.train_examples = 2.5: expected a whole number, 0 for all training examples"),
-    ({"pad": -1}, "data.pad = -1: expected a whole number of pixels, 0 for no crop"),
-    ({"pad": True}, "data.pad = True: expected a whole number of pixels, 0 for no crop"),
-    ({"flip": 1}, "data.flip = 1: expected True or False"),
     (
       {"train_examples": 401},
-      "data.train_examples = 401: expected at most 400, what digits has to train on",
+      "data.train_examples=401: expected at most 400, what digits has to train on",
     ),
     (
       {"train_examples": 400, "validation": 0.1},
-      "data.train_examples = 400: expected at most 360, what digits has to train on after 40 examples are held out for"
+      "data.train_examples=400: expected at most 360, what digits has to train on after 40 examples are held out for"
       " validation",
     ),
     (
       {"validation": 0.001},
-      "data.validation = 0.001: expected a share that leaves examples on both sides; it takes 0 of digits's 400"
+      "data.validation=0.001: expected a share that leaves examples on both sides; it takes 0 of digits's 400"
       " training examples",
     ),
     (
       {"pad": 8},
-      "data.pad = 8: expected at most 7, because reflection needs more pixels than it pads, and digits has 8x8 images",
-    ),
-    (
-      {"augment": "all"},
-      "data: missing keys [], unknown keys ['augment']; the keys are: dir, flip, name, pad, train_examples, validation,"
-      " window",
+      "data.pad=8: expected at most 7, because reflection needs more pixels than it pads, and digits has 8x8 images",
     ),
   ],
 )
-def test_bad_configuration_is_told(change, message):
+def test_options_that_do_not_fit_the_data_are_reported(change, message):
   with pytest.raises(ConfigError) as error:
     data.load(group(**change))
   assert str(error.value) == message
 
 
-def test_bad_values_are_refused_before_any_work(tmp_path, no_connections):
-  with pytest.raises(ConfigError, match="data.pad"):
-    data.load(group(name="cifar10", dir=str(tmp_path / "absent"), pad=-4))
-  assert list(tmp_path.iterdir()) == []
-  assert no_connections == []
-
-
-def test_bad_orders_are_told():
+def test_bad_orders_are_reported():
   dataset = data.load(group(train_examples=100))
   with pytest.raises(ConfigError) as error:
     dataset.train_order(jax.random.key(0), 128)
-  assert str(error.value) == (
-    "train.batch_size = 128 is more than the 100 training examples of digits: expected at most 100"
-  )
+  assert str(error.value) == "train.batch_size=128: expected at most 100, the training examples of digits"
   with pytest.raises(ConfigError) as error:
     dataset.eval_order("validation", 10)
   assert str(error.value) == "unknown split of digits 'validation'; choose one of: test, train"
-  for order in (lambda: dataset.train_order(jax.random.key(0), 0), lambda: dataset.eval_order("test", 0)):
-    with pytest.raises(ConfigError, match="batch size = 0: expected at least 1"):
-      order()
 
 
 def test_importing_the_package_imports_no_reader():
   heavy = {"tensorflow_datasets", "sklearn", "PIL"}
   process = run_python(f"import sys, ban_jax.data; print(sorted({heavy} & set(sys.modules)))")
   assert process.communicate()[0].strip() == "[]"
+
+
+# --- Values that are wrong whatever the data --------------------------------------------------------------------------
+
+
+def text_group(**changes):
+  """Returns the `data` group of a text data set."""
+  return group(**{"name": "pydoc", "window": 35} | changes)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    (group(name="mnist"), "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, ptb, pydoc"),
+    (group(name=3), "data.name=3: expected a name"),
+    (group(dir=None), 'data.dir is None: expected a local directory, or "" for the default'),
+    (group(dir="gs://bucket/x"), "data.dir='gs://bucket/x': expected a local directory, or \"\" for the default"),
+    (group(validation=1.0), "data.validation=1.0: expected a share in [0, 1)"),
+    (group(validation=-0.1), "data.validation=-0.1: expected a share in [0, 1)"),
+    (group(validation=float("nan")), "data.validation=nan: expected a share in [0, 1)"),
+    (
+      group(train_examples=-1),
+      "data.train_examples=-1: expected a whole number of at least 0, 0 for all training examples",
+    ),
+    (
+      group(train_examples=2.5),
+      "data.train_examples=2.5: expected a whole number of at least 0, 0 for all training examples",
+    ),
+    (group(pad=-1), "data.pad=-1: expected a whole number of at least 0"),
+    (group(pad=True), "data.pad=True: expected a whole number of at least 0"),
+    (group(flip=1), "data.flip=1: expected True or False"),
+    (group(window=35), "data.window=35: expected 0, because digits holds images, and no text is cut into windows"),
+    (text_group(window=0), "data.window=0: expected at least 1, the tokens of a window of pydoc"),
+    (text_group(window=-1), "data.window=-1: expected a whole number of at least 0"),
+    (text_group(window=True), "data.window=True: expected a whole number of at least 0"),
+    (text_group(pad=4), "data.pad=4: expected 0, because pydoc is text, and no image is cropped"),
+    (text_group(flip=True), "data.flip=True: expected False, because pydoc is text, and no image is flipped"),
+    (text_group(validation=0.1), "data.validation=0.1: expected 0.0, because pydoc brings its own validation split"),
+  ],
+)
+def test_wrong_values_are_reported(values, message):
+  with pytest.raises(ConfigError) as error:
+    config.check_data(values)
+  assert str(error.value) == message
+
+
+def test_wrong_values_are_reported_before_any_work(tmp_path, no_connections):
+  with pytest.raises(ConfigError, match="data.pad=-4"):
+    config.check_data(group(name="cifar10", dir=str(tmp_path / "absent"), pad=-4))
+  assert list(tmp_path.iterdir()) == []
+  assert no_connections == []
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_right_values_are_accepted_for_any_directory(name):
+  of_kind = text_group if data.DATASETS[name].kind == "tokens" else group
+  config.check_data(of_kind(name=name, dir="/nowhere", train_examples=10))

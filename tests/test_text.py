@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 from ban_jax import data
-from ban_jax.data import text
+from ban_jax.data import ptb, pydoc, text
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.evaluate import evaluate_trees
 from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
 from ban_jax.types import InputSpec, Model
-from experiments import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
@@ -33,11 +32,11 @@ def group(**changes):
 
 
 def numbered(count, window, **changes):
-  """Returns a data set whose splits are `count` tokens, all of them different, so that each tells its place."""
+  """Returns a data set whose splits are `count` tokens, all of them different, so that each shows its place."""
   lines = [[f"w{i:03}" for i in range(count - 1)]]
   words = text.vocabulary(lines)
-  return text.build("numbered", dict.fromkeys(("train", "validation", "test"), lines), words,
-                    **{"train_examples": 0, "window": window} | changes)  # fmt: skip
+  options = text.Options(**{"train_examples": 0, "window": window} | changes)
+  return text.build("numbered", dict.fromkeys(("train", "validation", "test"), lines), words, options=options)
 
 
 def read(dataset, split, order):
@@ -74,7 +73,7 @@ def test_every_token_is_predicted_once_in_order(window, batch_size):
   assert inputs.shape == labels.shape == mask.shape == (*order.shape, window)
   assert mask.sum() == 100
   assert (np.concatenate(columns(labels, mask)) == tokens[1:]).all(), "column after column, it is the text"
-  assert (np.concatenate(columns(inputs, mask)) == tokens[:-1]).all(), "a label is not the input behind it"
+  assert (np.concatenate(columns(inputs, mask)) == tokens[:-1]).all(), "a label is not the token after its input"
   assert inputs[0, 0, 0] == eos
   assert not mask[order < 0].any()
 
@@ -225,21 +224,21 @@ def test_ptb_directory_may_be_under_home(tmp_path, monkeypatch):
     ({"test": b"the\n\nc\xe4t\n"}, "ptb: {directory}/ptb.test.txt, line 3: byte 0xe4 is not UTF-8"),
   ],
 )
-def test_broken_ptb_files_are_told(change, message, tmp_path):
+def test_broken_ptb_files_are_reported(change, message, tmp_path):
   cfg = write_ptb(tmp_path, **change)
   with pytest.raises(DataError) as error:
     data.load(cfg)
   assert message.format(directory=tmp_path) in str(error.value)
 
 
-def test_a_ptb_file_that_cannot_be_read_is_told(tmp_path):
+def test_a_ptb_file_that_cannot_be_read_is_reported(tmp_path):
   cfg = write_ptb(tmp_path, valid=None)
   (tmp_path / "ptb.valid.txt").mkdir()
   with pytest.raises(DataError, match="ptb: .*ptb.valid.txt cannot be read: .*directory"):
     data.load(cfg)
 
 
-def test_a_ptb_directory_that_cannot_be_looked_into_is_told():
+def test_a_ptb_directory_that_cannot_be_looked_into_is_reported():
   name = "a" * 300  # as an unsearchable directory, it answers not even whether there is a file
   with pytest.raises(DataError, match=f"^ptb: {name}/ptb.train.txt cannot be read: .*File name too long"):
     data.load(group(name="ptb", dir=name))
@@ -259,19 +258,47 @@ def test_the_real_penn_treebank(caplog):
   assert sentence(dataset, "validation").startswith("<eos> consumers may want to move their telephones a little")
   assert caplog.text == ""
   assert dataset.train_order(jax.random.key(0), 32).shape == (929_589 // 35 // 32, 32)
-  # By these the CNN-LSTM's parameters are counted; its table has them, the two symbols, two boundaries and the padding.
+  # The CNN-LSTM's parameters depend on these; its table has them, the two symbols, two boundaries and the padding.
   characters = set("".join(word for word in dataset.spec.words if word not in SYMBOLS))
-  assert len(characters) == programs.CHARACTERS == 46
+  assert len(characters) == ptb.CHARACTERS == 46
   assert character_table(dataset.spec.words, 65, 7)[1] == 51
+  known = data.describe(group(name="ptb"))
+  assert known.spec._replace(words=()) == dataset.spec._replace(words=())
+  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
+  assert known.rows == len(dataset.train_order(jax.random.key(0), 1))
+
+
+def test_the_penn_treebank_is_described_without_its_files():
+  known = data.describe(group(name="ptb", dir="/nowhere"))
+  assert known.rows == 929_589 // 35
+  assert known.arrays == {"tokens": jax.ShapeDtypeStruct((929_590,), np.int32)}
+  assert known.fetch is text.make_fetch(35)
+  assert (known.spec.kind, known.spec.shape, known.spec.num_classes) == ("tokens", (35,), 10_000)
+  assert len(set(known.spec.words)) == 10_000
+  assert character_table(known.spec.words, 65, 7)[1] == 51, "other characters than the real vocabulary's"
+  with pytest.raises(ConfigError, match="data.train_examples=929590: expected at most 929589, the tokens that ptb has"):
+    data.describe(group(name="ptb", train_examples=929_590))
+
+
+@pytest.mark.parametrize("change", [{}, {"train_examples": 2000, "window": 10}])
+def test_text_described_without_data_is_what_is_built(change):
+  dataset = data.load(group(**change))
+  tokens, words = data.load(group()).sizes["train"], dataset.spec.words
+  options = text.Options(*[group(**change)[key] for key in text.Options._fields])
+  known = data.describe(group(**change))
+  assert text.describe("pydoc", tokens=tokens, words=words, options=options) == known
+  assert known.spec == dataset.spec
+  assert known.fetch is dataset.fetch
+  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
+  for batch_size in (1, 7):
+    assert known.rows // batch_size == len(dataset.train_order(jax.random.key(0), batch_size))
 
 
 # --- The Python manual ------------------------------------------------------------------------------------------------
 
 
 def test_the_manual_is_read_the_same_every_time():
-  code = (
-    "from ban_jax.data import text; print(text.load_pydoc(directory='', train_examples=0, window=9).digest, hash('a'))"
-  )
+  code = "from ban_jax.data import pydoc, text; print(pydoc.load(text.Options(0, 9)).digest, hash('a'))"
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   digests, hashes = zip(
     *(
@@ -290,14 +317,14 @@ def test_the_manual_is_read_the_same_every_time():
 def test_the_manuals_splits_share_nothing():
   from pydoc_data.topics import topics
 
-  splits = text.split_topics(topics)
+  splits = pydoc.split_topics(topics)
   names = [topic for parts in splits.values() for topic in parts]
   assert sorted(names) == sorted(topics)
   lines = {split: [tuple(line) for part in parts.values() for line in part] for split, parts in splits.items()}
   everything = [line for part in lines.values() for line in part]
   assert len(set(everything)) == len(everything)
-  assert set(everything) == {tuple(line) for topic in topics.values() for line in text.paragraphs(topic)}
-  backwards = text.split_topics(dict(reversed(topics.items())))
+  assert set(everything) == {tuple(line) for topic in topics.values() for line in pydoc.paragraphs(topic)}
+  backwards = pydoc.split_topics(dict(reversed(topics.items())))
   assert {split: list(parts.items()) for split, parts in backwards.items()} == {
     split: list(parts.items()) for split, parts in splits.items()
   }
@@ -314,7 +341,7 @@ def test_the_manuals_sizes_and_rare_words():
   counts = np.bincount(dataset.splits["train"]["tokens"][1:], minlength=dataset.spec.num_classes)
   assert counts.min() == 3
   assert {"<unk>", "<eos>", "the", "def", "."} <= set(dataset.spec.words)
-  parts = text.split_topics(topics)["test"].values()
+  parts = pydoc.split_topics(topics)["test"].values()
   written = [word for part in parts for line in part for word in (*line, "<eos>")]
   expected = [word if word in dataset.spec.words else "<unk>" for word in written]
   assert sentence(dataset, "test") == " ".join(["<eos>", *expected])
@@ -329,7 +356,7 @@ def test_paragraphs_worked_out_by_hand():
     "\n====",
     "the suite’s\nend\n",
   ]
-  assert text.paragraphs("\n\n".join(parts)) == [
+  assert pydoc.paragraphs("\n\n".join(parts)) == [
     ["the", "if", "statement"],
     ["it's", "one", "of", "x", "[", "1", "]", ":"],
     ["if", "x_1", "=", "=", "2", ":"],
@@ -337,10 +364,10 @@ def test_paragraphs_worked_out_by_hand():
   ]
 
 
-def test_a_python_without_its_manual_is_told(monkeypatch):
+def test_a_python_without_its_manual_is_reported(monkeypatch):
   monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
   with pytest.raises(DataError, match="pydoc: this Python comes without its manual .module pydoc_data.topics."):
-    text.load_pydoc(directory="", train_examples=0, window=35)
+    pydoc.load(text.Options(train_examples=0, window=35))
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -349,52 +376,36 @@ def test_a_python_without_its_manual_is_told(monkeypatch):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"window": 0}, "data.window = 0: expected at least 1, the tokens of a window of pydoc"),
-    ({"window": -1}, "data.window = -1: expected a whole number of tokens, 0 for images"),
-    ({"window": True}, "data.window = True: expected a whole number of tokens, 0 for images"),
-    ({"pad": 4}, "data.pad = 4: expected 0, since pydoc is text, and no image is cropped"),
-    ({"flip": True}, "data.flip = True: expected False, since pydoc is text, and no image is flipped"),
-    ({"validation": 0.1}, "data.validation = 0.1: expected 0.0, since pydoc brings its own validation split"),
-    (
-      {"name": "digits"},
-      "data.window = 35: expected 0, since digits holds images, and no text is cut into windows",
-    ),
     (
       {"name": "ptb"},
-      'data.dir = "": ptb is read from ptb.train.txt, ptb.valid.txt, ptb.test.txt in the directory that data.dir names;'
+      "data.dir='': ptb is read from ptb.train.txt, ptb.valid.txt, ptb.test.txt in the directory that data.dir names;"
       " nothing is downloaded: the files (the Penn Treebank in Mikolov's split) have to be supplied by the user",
     ),
     (
       {"window": 35, "train_examples": 34},
-      "data.window = 35: expected at most 34, the tokens that pydoc is trained on",
+      "data.window=35: expected at most 34, the tokens that pydoc is trained on",
     ),
   ],
 )
-def test_bad_configuration_is_told(change, message):
+def test_options_that_do_not_fit_the_data_are_reported(change, message):
   with pytest.raises(ConfigError) as error:
     data.load(group(**change))
   assert str(error.value) == message
 
 
-def test_more_training_text_than_there_is_is_told():
+def test_more_training_text_than_there_is_is_reported():
   with pytest.raises(ConfigError) as error:
     numbered(100, 10, train_examples=101)
-  assert str(error.value) == (
-    "data.train_examples = 101: expected at most 100, the tokens that numbered has to train on"
-  )
+  assert str(error.value) == ("data.train_examples=101: expected at most 100, the tokens that numbered has to train on")
 
 
-def test_bad_orders_are_told():
+def test_bad_orders_are_reported():
   dataset = numbered(100, 10)
   with pytest.raises(ConfigError) as error:
     dataset.train_order(jax.random.key(0), 11)
   assert str(error.value) == (
-    "train.batch_size = 11 is more than the 10 windows of 10 tokens in the 100 training tokens of numbered: expected at"
-    " most 10"
+    "train.batch_size=11: expected at most 10, the windows of 10 tokens in the 100 training tokens of numbered"
   )
   with pytest.raises(ConfigError) as error:
     dataset.eval_order("dev", 1)
   assert str(error.value) == "unknown split of numbered 'dev'; choose one of: test, train, validation"
-  for order in (lambda: dataset.train_order(jax.random.key(0), 0), lambda: dataset.eval_order("test", 0)):
-    with pytest.raises(ConfigError, match="batch size = 0: expected at least 1"):
-      order()

@@ -1,94 +1,87 @@
-"""Data sets: one literal registry, and `load`, which turns the configuration's `data` group into a Dataset."""
+"""Data sets: one literal registry, and `load`, which turns the configuration's `data` group into a Dataset.
+
+A new data set is one file and one entry in DATASETS.
+"""
 
 import functools
 import inspect
-import math
-import numbers
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from ban_jax import errors
-from ban_jax.data import images, text
-from ban_jax.errors import ConfigError
-from ban_jax.types import Dataset
+import jax
 
-# name -> loader(directory=, train_examples=, ...) -> Dataset; what else a loader takes are keys of the data group, too.
+from ban_jax.data import cifar, digits, ptb, pydoc
+from ban_jax.data.arrays import Known
+from ban_jax.errors import look_up
+from ban_jax.types import Dataset, Kind
+
+
+class Source(NamedTuple):
+  """Where a data set comes from.
+
+  `load(directory, options)` returns the Dataset; a loader that reads no files has no argument `directory`. The
+  annotation of `options` is the NamedTuple of the keys that it takes: images.Options or text.Options.
+  """
+
+  load: Callable[..., Dataset]
+  kind: Kind
+  describe: Callable[..., Known] | None = None  # from the options, without reading anything; None: only by loading
+  embedded: bool = False  # comes with an installed package: always there, and small
+
+
 DATASETS = {
-  "cifar10": images.load_cifar10,
-  "cifar100": images.load_cifar100,
-  "digits": images.load_digits,
-  "ptb": text.load_ptb,
-  "pydoc": text.load_pydoc,
-}
-
-# What a key has to be for a data set whose loader does not take it, and why it does not.
-UNUSED = {
-  "validation": (0.0, "brings its own validation split"),
-  "pad": (0, "is text, and no image is cropped"),
-  "flip": (False, "is text, and no image is flipped"),
-  "window": (0, "holds images, and no text is cut into windows"),
+  "cifar10": Source(cifar.load_cifar10, "images", cifar.describe_cifar10),
+  "cifar100": Source(cifar.load_cifar100, "images", cifar.describe_cifar100),
+  "digits": Source(digits.load, "images", embedded=True),
+  "ptb": Source(ptb.load, "tokens", ptb.describe),
+  "pydoc": Source(pydoc.load, "tokens", embedded=True),
 }
 
 
-def load(data: Mapping[str, Any]) -> Dataset:
+def load(group: Mapping[str, Any]) -> Dataset:
   """Returns the data set that the configuration's `data` group describes; equal groups return the same object.
 
-  Keys: `name`; `dir` (of CIFAR, "" being TensorFlow Datasets' own default: $TFDS_DATA_DIR or ~/tensorflow_datasets; of
-  ptb, where its files are); `validation` (share of train held out, 0 for none); `train_examples` (that many of train's
-  images, class-balanced, or of its tokens, from its beginning; 0 for all of them); `pad` (pixels of reflection padding
-  before the random crop, 0 for no crop); `flip` (random horizontal flip); `window` (of text: tokens a window). A key
-  that a data set has no use for must be 0 or False.
-
-  Raises ConfigError for a value that cannot be right, before anything is read, and DataError where the data are
-  missing or broken.
+  `group` has the key `name` and those of `keys_of(name)`; others are ignored. Its values must be of the right types and
+  ranges: what is checked here is whether they fit the data. Raises ConfigError if they do not, or for an unknown name,
+  and DataError where the data are missing or broken.
   """
-  name, options = _checked(data)
-  return _load(name, **options)
+  return _load(group["name"], **_arguments(group))
 
 
 @functools.lru_cache(maxsize=4)  # one CIFAR is 185 MB: a sweep over many subsets should not keep them all
-def _load(name: str, **options: Any) -> Dataset:
-  return DATASETS[name](**options)
+def _load(name: str, **arguments: Any) -> Dataset:
+  return DATASETS[name].load(**arguments)
 
 
-def _checked(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-  """Returns the data set's name and its loader's arguments, after checking every value, or raises ConfigError."""
+def describe(group: Mapping[str, Any]) -> Known:
+  """Returns what the programs and the length of an epoch depend on, for a `data` group as `load` takes it.
 
-  # A bool is an int to Python, but `pad=True` is a mistake.
-  def is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+  Data sets that are not embedded need not be there: nothing of them is read. Raises as `load` does.
+  """
+  source, arguments = look_up(DATASETS, group["name"], "data set"), _arguments(group)
+  if source.describe:
+    return source.describe(arguments["options"])
+  dataset = load(group)
+  arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in dataset.splits["train"].items()}
+  return Known(dataset.spec, dataset.fetch, arrays, dataset.train_order(jax.random.key(0), 1).size)
 
-  def is_share(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
 
-  checks = {
-    "name": (lambda value: isinstance(value, str), "the name of a data set"),
-    "dir": (lambda value: isinstance(value, str) and "://" not in value, 'a local directory, or "" for the default'),
-    "validation": (is_share, "a share in [0, 1), 0 for no validation split"),
-    "train_examples": (is_count, "a whole number, 0 for all training examples"),
-    "pad": (is_count, "a whole number of pixels, 0 for no crop"),
-    "flip": (lambda value: isinstance(value, bool), "True or False"),
-    "window": (is_count, "a whole number of tokens, 0 for images"),
-  }
-  if set(data) != set(checks):
-    missing, unknown = sorted(set(checks) - set(data)), sorted(set(data) - set(checks))
-    raise ConfigError(f"data: missing keys {missing}, unknown keys {unknown}; the keys are: {errors.choices(checks)}")
-  for key, (is_right, expected) in checks.items():
-    if not is_right(data[key]):
-      raise ConfigError(f"data.{key} = {data[key]!r}: expected {expected}")
-  loader = errors.look_up(DATASETS, data["name"], "data set")
-  taken = inspect.signature(loader).parameters
-  for key, (neutral, why) in UNUSED.items():
-    if key not in taken and data[key] != neutral:
-      raise ConfigError(f"data.{key} = {data[key]!r}: expected {neutral!r}, since {data['name']} {why}")
-  if "window" in taken and not data["window"]:
-    raise ConfigError(f"data.window = 0: expected at least 1, the tokens of a window of {data['name']}")
-  values = {
-    "directory": data["dir"],
-    "validation": float(data["validation"]),
-    "train_examples": int(data["train_examples"]),
-    "pad": int(data["pad"]),
-    "flip": data["flip"],
-    "window": int(data["window"]),
-  }
-  return data["name"], {key: values[key] for key in taken}
+def keys_of(name: str) -> tuple[str, ...]:
+  """Returns the keys of a `data` group, besides `name`, that the data set takes; ConfigError for an unknown name.
+
+  They are the arguments of its loader: `dir` is its `directory`, and the others are the fields of its `options`.
+  """
+  parameters = _parameters(name)
+  return (("dir",) if "directory" in parameters else ()) + parameters["options"].annotation._fields
+
+
+def _arguments(group: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the loader's arguments."""
+  parameters = _parameters(group["name"])
+  options = parameters["options"].annotation
+  arguments = {"options": options(**{key: group[key] for key in options._fields})}
+  return arguments | ({"directory": group["dir"]} if "directory" in parameters else {})
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(look_up(DATASETS, name, "data set").load).parameters

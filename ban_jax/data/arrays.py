@@ -1,0 +1,46 @@
+"""What data sets of every kind share: the digest of their arrays, orders in whole batches, and what is known of one."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int32, PyTree
+
+from ban_jax.types import Batch, InputSpec
+
+
+class Known(NamedTuple):
+  """What the programs of a training step and the length of an epoch depend on."""
+
+  spec: InputSpec
+  fetch: Callable[..., Batch]
+  arrays: Mapping[str, jax.ShapeDtypeStruct]  # of the training split
+  rows: int  # training examples, or whole windows of text; an epoch has rows // batch_size steps
+
+
+def digest(splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+  """Returns the SHA-256 of the splits' and arrays' names, types, shapes and bytes, whatever their order in the dict.
+
+  Manifests and checkpoints record it: finished runs are refused if it changes.
+  """
+  sha = hashlib.sha256()
+  for split, arrays in sorted(splits.items()):
+    for key, array in sorted(arrays.items()):
+      sha.update(f"{split}/{key} {array.dtype.str} {array.shape}\n".encode())
+      sha.update(np.ascontiguousarray(array).data)
+  return sha.hexdigest()
+
+
+def make_read_only(tree: PyTree[np.ndarray]) -> None:
+  """Makes writing to any of the tree's arrays an error: all who load the same data set share them."""
+  for array in jax.tree.leaves(tree):
+    array.setflags(write=False)
+
+
+def padded_range(count: int, batch_size: int) -> Int32[np.ndarray, " steps*batch"]:
+  """Returns 0..count-1, padded with -1 to a multiple of `batch_size`."""
+  order = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
+  order[:count] = np.arange(count)
+  return order

@@ -1,0 +1,99 @@
+"""The Penn Treebank in Mikolov's split (Table 6), from three files that the user supplies."""
+
+import functools
+import logging
+import os
+import pathlib
+
+from ban_jax.data import text
+from ban_jax.data.arrays import Known
+from ban_jax.errors import ConfigError, DataError
+from ban_jax.types import Dataset
+
+logger = logging.getLogger(__name__)
+
+FILES = {"train": "ptb.train.txt", "validation": "ptb.valid.txt", "test": "ptb.test.txt"}
+# Tokens of each split with <eos>, words of the vocabulary, and the characters that these are written in: those of the
+# files that the paper's numbers belong to.
+SIZES = {"train": 929_589, "validation": 73_760, "test": 82_430}
+WORDS, CHARACTERS = 10_000, 46
+
+
+def load(directory: str, options: text.Options) -> Dataset:
+  """Returns the Penn Treebank: 929,589, 73,760 and 82,430 tokens of 10,000 words.
+
+  Reads the three files in `directory`: words between white space, with `<eos>` at each line's end. The vocabulary is
+  that of the training file. Raises ConfigError if no directory is named or the options do not fit the text, and
+  DataError, naming file and line, for a file that is missing, blank, not UTF-8 or unreadable, and for a word that is
+  not in the vocabulary.
+  """
+  expected = (
+    f"ptb is read from {', '.join(FILES.values())} in the directory that data.dir names; nothing is downloaded: the"
+    " files (the Penn Treebank in Mikolov's split) have to be supplied by the user"
+  )
+  if not directory:
+    raise ConfigError(f"data.dir={directory!r}: {expected}")
+  paths = {split: pathlib.Path(os.path.expanduser(directory)) / file for split, file in FILES.items()}
+  missing = [str(path) for path in paths.values() if _is_missing(path)]
+  if missing:
+    raise DataError(f"ptb: missing: {', '.join(missing)}; {expected}")
+  lines = {split: _read_lines(path) for split, path in paths.items()}
+  words = text.vocabulary(lines["train"])
+  known = set(words)
+  for split, path in paths.items():
+    for number, line in enumerate(lines[split], 1):
+      for word in line:
+        if word not in known:
+          raise DataError(
+            f"ptb: {path}, line {number}: {word!r} is not in the vocabulary, the {len(words)} words of {FILES['train']}"
+          )
+  sizes = {split: text.count_tokens(part) for split, part in lines.items()}
+  if sizes != SIZES:
+    logger.warning(
+      "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", directory, sizes, SIZES
+    )
+  return text.build("ptb", lines, words, options=options)
+
+
+def describe(options: text.Options) -> Known:
+  """Returns what is known of the Penn Treebank without its files; raises ConfigError for options that do not fit it.
+
+  The vocabulary is `made_up_words()`.
+  """
+  return text.describe("ptb", tokens=SIZES["train"], words=made_up_words(), options=options)
+
+
+@functools.cache
+def made_up_words() -> tuple[str, ...]:
+  """Returns 10,000 words written in 46 characters: all that the shapes of a language model depend on."""
+  characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
+  words = (text.EOS, text.UNKNOWN, *characters)
+  return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
+
+
+def _is_missing(path: pathlib.Path) -> bool:
+  """Returns whether there is no such file; if that is unknown the answer is no, and reading will report why."""
+  try:
+    path.stat()
+  except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have this name
+    return True
+  except OSError:
+    return False
+  return False
+
+
+def _read_lines(path: pathlib.Path) -> text.Lines:
+  """Returns the words of each line of a file; raises DataError with the file's name and, if known, the line."""
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise DataError(f"ptb: {path} cannot be read: {error}") from error
+  try:
+    decoded = content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    number = content[: error.start].count(b"\n") + 1
+    raise DataError(f"ptb: {path}, line {number}: byte {content[error.start]:#04x} is not UTF-8") from error
+  lines = [line.split() for line in decoded.removesuffix("\n").split("\n")]
+  if not any(lines):
+    raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
+  return lines
