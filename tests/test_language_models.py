@@ -13,7 +13,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import losses, step
 from ban_jax.errors import ConfigError
 from ban_jax.models import make_model, recurrent
-from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, character_table
+from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, CharCNNLSTMOptions, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
 from experiments import parameters
 
@@ -508,7 +508,9 @@ def test_symbols_share_no_character_with_words_that_are_written_like_them():
 
 def test_a_word_s_vector_does_not_depend_on_how_long_other_words_are():
   words = ("a", "cab", "bead", "<unk>")
-  cnn = CharacterCNN(3, (4, 4, 4, 4, 4), 9, 0.6, jnp.float32)
+  changes = {"max_width": 5, "filters_per_width": 4, "filters_at_most": 4}
+  options = {key: value for key, value in (SMALL["char_cnn_lstm"] | changes).items() if key != "name"}
+  cnn = CharacterCNN(CharCNNLSTMOptions(**options), 9, jnp.float32)
   short, _ = character_table(words, 65, 5)
   long, _ = character_table((*words, "abcde" * 4), 65, 5)
   assert long.shape[1] > short.shape[1]

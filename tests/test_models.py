@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from ban_jax.errors import ConfigError
-from ban_jax.models import common, make_model
+from ban_jax.models import MODELS, check_options, common, make_model
 from ban_jax.types import InputSpec
 from configs import presets
 from experiments import parameters
@@ -92,7 +92,7 @@ class Reference:
       self.updated[path] = 0.9 * running[0] + 0.1 * mean, 0.9 * running[1] + 0.1 * var
     return np.maximum((x - mean) / np.sqrt(var + 1e-5) * weights["scale"] + weights["bias"], 0)
 
-  def halve(self, x):
+  def avg_pool_2x2(self, x):
     return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
   def head(self, x):
@@ -128,7 +128,7 @@ def densenet(net, x):
     channels = x.shape[-1]
     x = net.conv(f"transition{stage}/conv", net.norm_relu(f"transition{stage}/norm", x))
     assert x.shape[-1] == channels // 2
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -140,7 +140,7 @@ def matched_wide_resnet(net, x):
       assert x.shape[-1] == width // 2
     x = net.conv(f"match{stage}", x)
     assert x.shape[-1] == width
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -153,7 +153,7 @@ def matched_pre_resnet(net, x):
       y = net.norm_relu(f"{unit}/norm3", net.conv(f"{unit}/conv2", y))
       assert y.shape[-1] == width // 4
       x = net.conv(f"{unit}/conv3", y) + (net.conv(f"{unit}/shortcut", activated) if unit.endswith("1") else x)
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -456,9 +456,11 @@ def test_dropout_is_between_the_convolutions_and_only_in_training():
     ("densenet", {"stem": 2.5}, "model.stem=2.5: a whole number of at least 1 is expected"),
     ("densenet", {"compression": 1.5}, "model.compression=1.5: the share of channels kept lies in (0, 1]"),
     ("densenet", {"compression": 0.1}, "model.compression=0.1: it leaves no channel of model.stem=7"),
+    ("densenet", {"remat": 1}, "model.remat=1: True or False is expected"),
     ("matched_wide_resnet", {"units": -1}, "model.units=-1: a whole number of at least 1 is expected"),
     ("matched_wide_resnet", {"ratio": 0.3}, "model.ratio=0.3: a ratio is expected that makes a whole number of"),
     ("matched_wide_resnet", {"ratio": 0.0}, "model.ratio=0.0: a ratio is expected that makes a whole number of"),
+    ("matched_wide_resnet", {"ratio": float("nan")}, "model.ratio=nan: a ratio is expected to be finite"),
     ("matched_wide_resnet", {"stages": (8, 12)}, "model.stages=(8, 12): the teacher's three stage widths are expected"),
     ("matched_wide_resnet", {"stages": (8, 0, 4)}, "model.stages=0: a whole number of at least 1 is expected"),
     ("matched_wide_resnet", {"dropout": -0.1}, "model.dropout=-0.1: a dropout rate lies in [0, 1)"),
@@ -470,6 +472,29 @@ def test_bad_options_are_refused_with_key_value_and_expectation(name, changes, m
   with pytest.raises(ConfigError) as error:
     build(name, **changes)
   assert message in str(error.value)
+
+
+def test_a_missing_option_is_refused():
+  with pytest.raises(
+    ConfigError, match="'wide_resnet' takes the options depth, width, dropout; the configuration gives"
+  ):
+    make_model({"name": "wide_resnet", "depth": 16, "width": 2}, SPEC)
+
+
+def test_messages_name_the_group_that_the_options_are_from():
+  with pytest.raises(
+    ConfigError, match=r"^teacher.model.compression=0.1: it leaves no channel of teacher.model.stem=7$"
+  ):
+    check_options(SMALL["densenet"] | {"compression": 0.1}, "teacher.model")
+
+
+def test_options_can_be_hashed_and_are_keyword_only():
+  for name, group in SMALL.items():
+    factory, options = check_options(group)
+    assert factory is MODELS[name].make
+    assert hash(options) == hash(check_options(group)[1])
+    with pytest.raises(TypeError):
+      MODELS[name].options(*(value for key, value in group.items() if key != "name"))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
