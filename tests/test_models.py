@@ -1,4 +1,4 @@
-"""Networks: parameter counts, and values against calculations written from the architectures' descriptions."""
+"""Image networks: parameter counts, and values against NumPy references written from the papers' descriptions."""
 
 import functools
 
@@ -31,21 +31,21 @@ def build(name, spec=SPEC, sync_batch_stats=False, compute_dtype="float32", **ch
 
 
 def randomised(model, seed=0):
-  """Variables with nothing left at zero or one: scales, biases and running statistics are drawn, too."""
+  """Random variables, scales, biases and running statistics included, so that none is left at zero or one."""
   rng = np.random.default_rng(seed)
 
-  def draw(path, leaf):
+  def sample(path, leaf):
     name = path[-1].key
     if name in ("scale", "var"):
       return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
     deviation = 0.3 if name in ("bias", "mean") else np.sqrt(2 / np.prod(leaf.shape[:-1]))
     return rng.normal(0, deviation, leaf.shape).astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(sample, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def initial(model, *names):
-  """The initial parameters of these submodules; without the rest, they compile in a fraction of the time."""
+  """The initial parameters of these submodules only, which compile much faster than all."""
   return jax.jit(lambda key: {name: model.init(key)["params"][name] for name in names})(jax.random.key(0))
 
 
@@ -53,7 +53,7 @@ def images(batch=4, seed=1, shape=SPEC.shape):
   return np.random.default_rng(seed).normal(size=(batch, *shape)).astype(np.float32)
 
 
-# ---- Values: the architectures once more, in NumPy and float64.
+# ---- Values, against references in NumPy and float64.
 
 
 class Reference:
@@ -183,7 +183,7 @@ def test_values_agree_with_an_independent_calculation(name, train):
   if not train:
     jax.tree.map(np.testing.assert_array_equal, batch_stats, variables["batch_stats"])
     return
-  assert set(net.updated) == norms  # no norm left out, on either side
+  assert set(net.updated) == norms  # neither side skips a norm
   for path, (mean, var) in net.updated.items():
     found = net.at(batch_stats, path)
     np.testing.assert_allclose(found["mean"], mean, atol=1e-4, rtol=1e-4, err_msg=path)
@@ -207,7 +207,7 @@ def test_initial_weights_follow_he():
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_bfloat16_computes_close_by_and_keeps_its_state_in_float32(name):
+def test_bfloat16_is_close_to_float32_and_keeps_its_state_in_float32(name):
   x = images()
   logits = {}
   for dtype in ("float32", "bfloat16"):
@@ -221,7 +221,7 @@ def test_bfloat16_computes_close_by_and_keeps_its_state_in_float32(name):
     assert logits[dtype].dtype == jnp.float32
   spread = np.std(logits["float32"])
   distance = np.abs(logits["bfloat16"] - logits["float32"]).max() / spread
-  assert 1e-5 < distance < 0.2  # it really was another precision, and no more than that
+  assert 1e-5 < distance < 0.2  # the precision did change, and nothing else
 
 
 # ---- Rematerialisation.
@@ -282,7 +282,7 @@ def test_densenet_80_120_fits_into_16_gib_with_remat():
 
 # ---- Parameters.
 
-# Worked out by hand from the layer lists, in millions: trained parameters with 10 and with 100 classes.
+# Trained parameters in millions, with 10 and with 100 classes, calculated by hand from the layer lists.
 COUNTS = {
   "wrn_28_1": (0.369, 0.375),
   "wrn_28_2": (1.468, 1.479),
@@ -396,8 +396,8 @@ def drop(rate, shape=(4, 8, 8, 16), key=0, positions=None, dtype=jnp.float32):
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
   first, _ = drop(rate, (16, 16, 16, 64))
   assert abs((first == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / first.size)
-  drawn = round(rate * 65536) / 65536
-  np.testing.assert_allclose(first[first != 0], 1 / (1 - drawn), rtol=1e-6)
+  rounded = round(rate * 65536) / 65536
+  np.testing.assert_allclose(first[first != 0], 1 / (1 - rounded), rtol=1e-6)
   for axis in range(1, 4):  # no unit always dropped, none always kept
     others = tuple(i for i in range(4) if i != axis)
     assert np.abs((first == 0).mean(others) - rate).max() < 0.05
