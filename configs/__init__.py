@@ -1,1 +1,1 @@
-"""Configurations: base.py documents every key, presets.py holds what varies, the rest compose them."""
+"""Configurations: base.py documents every key, presets.py holds the variants, the other files combine them."""

@@ -9,5 +9,5 @@ from configs import presets
 
 
 def get_config(words: str = "cifar100,wrn_28_1,paper") -> ConfigDict:
-  """Returns the locked configuration that "dataset,network,scale[,more]" stands for (presets.py)."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
   return presets.compose(words, ("cifar10", "cifar100"))

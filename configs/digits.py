@@ -1,4 +1,4 @@
-"""Handwritten digits out of scikit-learn, 200 of them for training: the embedded data set, nothing to download.
+"""Handwritten digits from scikit-learn, 200 of them for training; nothing to download.
 
 python experiments/train.py --config=configs/digits.py --workdir=runs/digits
 """
@@ -9,5 +9,5 @@ from configs import presets
 
 
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
-  """Returns the locked configuration that "digits,network,scale[,more]" stands for (presets.py)."""
+  """Returns the locked configuration for the words "digits,network,scale[,more]"; see presets.py."""
   return presets.compose(words, ("digits",))

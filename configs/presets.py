@@ -1,8 +1,8 @@
-"""What varies between configurations: data sets, networks and scales, each a function that changes a copy.
+"""Presets of data sets, networks and scales.
 
-`compose("cifar10,wrn_16_1,cpu")` applies a data set's preset, a network's and a scale's to the base, in this order, and
-further words behind them: a loss's name, or `teacher=NETWORK` for a generation 0 of another kind. A teacher of another
-kind is trained as the students are.
+`compose("cifar10,wrn_16_1,cpu")` applies the presets of a data set, a network and a scale to the base, in this order.
+Further words may follow: the name of a loss, or `teacher=NETWORK` for another network as generation 0, which is trained
+with the students' settings.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from ban_jax.errors import ConfigError, choices
+from ban_jax.losses import LOSSES
 from configs import base
 
 Preset = Callable[[ConfigDict], None]
@@ -23,7 +24,7 @@ def _cifar(name: str) -> Preset:
 
 
 def _digits(config: ConfigDict) -> None:
-  # Few training images, so that there are errors left to make; digits are not mirrored.
+  # Few training images, or the test error would be near zero; no flips, because mirrored digits are no digits.
   config.data.update(name="digits", train_examples=200, pad=1, flip=False)
   config.train.update(batch_size=50)
 
@@ -31,12 +32,12 @@ def _digits(config: ConfigDict) -> None:
 def _text(name: str) -> Preset:
   def apply(config: ConfigDict) -> None:
     config.data.update(name=name, window=35, pad=0, flip=False)
-    # Of the losses, BAN+L alone worked for language (the paper's section on it), and Table 6 has one student.
+    # In the paper only BAN+L worked for language models, and Table 6 has one student.
     config.loss.name = "ban_label"
     config.generations = 1
     config.optim.update(schedule="plateau", momentum=0.0, nesterov=False, weight_decay=0.0)
     config.train.epochs = 40
-    # Numbers that are reported come from one stream, as it was written; the schedule needs none so exact.
+    # Reported numbers read the text as one stream; training-time evaluation may be approximate.
     config.evaluate.update(batch_size=1, training_batch_size=10)
 
   return apply
@@ -64,7 +65,7 @@ def _densenet(
   )
 
 
-# Stem and stage widths of DenseNet-90-60 and of the small DenseNet-16-8: what students are matched to.
+# Stem and stage widths of the teachers that students are matched to: DenseNet-90-60 and the small DenseNet-16-8.
 _WIDTHS_90_60 = {"stem": 120, "stages": (480, 660, 750)}
 _WIDTHS_16_8 = {"stem": 16, "stages": (16, 16, 16)}
 
@@ -99,8 +100,8 @@ _CNN_LSTM = {
   "max_word_length": 65,
 }
 
-# By the paper's names. The smaller ones are for CPUs: the WRNs go without dropout, since they underfit as it is, and
-# the DenseNets without rematerialisation.
+# Keys follow the paper's names. The smaller networks are for CPUs: the WRNs have no dropout, because they underfit
+# anyway, and the DenseNets no rematerialisation.
 MODELS = {
   "wrn_28_1": _wide_resnet(28, 1),
   "wrn_28_2": _wide_resnet(28, 2),
@@ -112,23 +113,24 @@ MODELS = {
   "densenet_90_60": _densenet(90, 60),
   "densenet_80_80": _densenet(80, 80),
   "densenet_80_120": _densenet(80, 120),
-  # Table 4: DenseNet-90-60 with 7, 28, 42 and 56 units a stage; the growth keeps the stages' ends as wide as before.
+  # Table 4, depth: DenseNet-90-60 with 7, 28, 42 and 56 units per stage; the growth is such that the widths at the end
+  # of each stage stay the same.
   "densenet_90_60_depth_0_5": _densenet(46, 120, stem=120),
   "densenet_90_60_depth_2": _densenet(172, 30, stem=120),
   "densenet_90_60_depth_3": _densenet(256, 20, stem=120),
   "densenet_90_60_depth_4": _densenet(340, 15, stem=120),
-  # Table 4's compression is read as the share of the channels that a transition takes away: 0.5, 0.75 and 1.5 times
-  # one half. Since these students too keep the teacher's stage widths (to within 4 channels), the growth of each stage
-  # follows. No reading tried gives the paper's counts (5.1M, 10.1M, 80.5M); this one gives 6.1M, 9.6M, 75.6M. Others:
-  # one growth for all stages 8.8M, 11.3M, 55.7M; more units instead of growth 7.7M, 10.9M, 56.2M; stem and growth
-  # scaled 4.1M, 9.2M, 36.4M; unchanged growth and the share kept, not taken away, scaled 12.4M, 14.1M, 21.9M.
+  # Table 4, compression: taken as 0.5, 0.75 and 1.5 times one half, the fraction of channels that a transition removes.
+  # These students keep the teacher's stage widths too (to within 4 channels), which determines the growth per stage.
+  # The paper's counts are 5.1M, 10.1M, 80.5M; this interpretation gives 6.1M, 9.6M, 75.6M. Others that we tried: the
+  # same growth in all stages 8.8M, 11.3M, 55.7M; more units instead of growth 7.7M, 10.9M, 56.2M; stem and growth
+  # scaled 4.1M, 9.2M, 36.4M; the growth unchanged and the fraction kept scaled instead 12.4M, 14.1M, 21.9M.
   "densenet_90_60_compression_0_5": _densenet(90, (37, 29, 24), stem=120, compression=0.75),
   "densenet_90_60_compression_0_75": _densenet(90, (46, 41, 39), stem=120, compression=0.625),
   "densenet_90_60_compression_1_5": _densenet(90, (129, 154, 167), stem=120, compression=0.25),
   "densenet_40_12": _densenet(40, 12, remat=False),
   "densenet_22_12": _densenet(22, 12, remat=False),
   "densenet_16_8": _densenet(16, 8, remat=False),
-  # Table 4 in small: students of DenseNet-16-8 with 1, 4, 6 and 8 units a stage, and with other compressions.
+  # A small Table 4: students of DenseNet-16-8 with 1, 4, 6 and 8 units per stage, and with other compressions.
   "densenet_10_16": _densenet(10, 16, stem=16, remat=False),
   "densenet_28_4": _densenet(28, 4, stem=16, remat=False),
   "densenet_40_3": _densenet(40, 3, stem=16, remat=False),
@@ -137,7 +139,7 @@ MODELS = {
   "densenet_16_8_compression_0_75": _densenet(16, 5, stem=16, compression=0.625, remat=False),
   "densenet_16_8_compression_1_5": _densenet(16, 24, stem=16, compression=0.25, remat=False),
   "densenet_10_16_compression_0_75": _densenet(10, 10, stem=16, compression=0.625, remat=False),
-  # Table 5, named by units and ratio.
+  # Table 5, named by units and ratio, then the same for DenseNet-16-8.
   "pre_resnet_14_0_5": _matched_pre_resnet(14, 0.5, _WIDTHS_90_60),
   "pre_resnet_14_1": _matched_pre_resnet(14, 1.0, _WIDTHS_90_60),
   "wide_match_1_1": _matched_wide_resnet(1, 1.0, _WIDTHS_90_60),
@@ -151,7 +153,7 @@ MODELS = {
   "small_wide_match_2_1": _matched_wide_resnet(2, 1.0, _WIDTHS_16_8),
   "small_wide_match_4_0_5": _matched_wide_resnet(4, 0.5, _WIDTHS_16_8),
   "small_wide_match_4_1": _matched_wide_resnet(4, 1.0, _WIDTHS_16_8),
-  # Table 6. The paper's text says one layer, its 52M parameters are those of two (51.0M; one has 33.0M).
+  # Table 6. The paper's text says one layer, but 52M parameters fit two layers (51.0M; one layer has 33.0M).
   "lstm": _lstm(1500, 2, dropout=0.65, init_scale=0.04),
   "lstm_1": _lstm(1500, 1, dropout=0.65, init_scale=0.04),
   "lstm_200": _lstm(200, 2, dropout=0.2, init_scale=0.1),
@@ -160,12 +162,12 @@ MODELS = {
   "cnn_lstm_32": ConfigDict({**_CNN_LSTM, "filters_per_width": 4, "filters_at_most": 16, "units": 32}),
 }
 
-# What a kind of network is trained with whatever the scale, by the name of its model; image networks take the base's.
-# Codes from which the paper took its language settings add the loss up over a window's 35 tokens, where ours takes the
-# mean: the same update needs 35 times their learning rate and a 35th of their clip.
+# Training settings of a network at every scale, by model name; image networks use the base's. The code that the paper
+# took its language settings from sums the loss over the 35 tokens of a window, ours averages it: the same update needs
+# 35 times the learning rate and 1/35 of the clip norm.
 TRAINING = {
-  # For the paper's 1 and 10 that would be 35 and 10 / 35; 20 and 0.25 are those of PyTorch's word_language_model, which
-  # takes the mean too.
+  # The paper's 1 and 10 would become 35 and 10 / 35; 20 and 0.25 are from PyTorch's word_language_model, which averages
+  # too.
   "lstm": {
     "optim.learning_rate": 20.0,
     "optim.clip_norm": 0.25,
@@ -188,7 +190,7 @@ def _is_text(config: ConfigDict) -> bool:
 
 
 def _paper(config: ConfigDict) -> None:
-  """The paper's durations: 200 epochs and three students for images, 40 epochs and one student for text."""
+  """The paper's durations: for images 200 epochs and three students, for text 40 epochs and one student."""
 
 
 def _quick(config: ConfigDict) -> None:
@@ -197,9 +199,9 @@ def _quick(config: ConfigDict) -> None:
 
 
 def _cpu(config: ConfigDict) -> None:
-  """Two cores: an hour for a teacher and one student on CIFAR, half a minute for a teacher and three on digits.
+  """Two CPU cores: an hour for a teacher and a student on CIFAR, half a minute for a teacher and three on digits.
 
-  For a teacher and one student of 200 units (lstm_200) on text, an hour or two on ptb and minutes on pydoc.
+  With lstm_200, a teacher and a student take an hour or two on ptb and minutes on pydoc.
   """
   digits = config.data.name == "digits"
   config.train.epochs = 60 if digits else 10
@@ -207,12 +209,12 @@ def _cpu(config: ConfigDict) -> None:
   config.train.evaluate_every = 20 if digits else 1
   config.generations = 3 if digits else 1
   if not _is_text(config):
-    # Ten epochs in steps would spend most of themselves at rates too low to learn by.
+    # With so few epochs, the step schedule would spend most of them at learning rates too low to make progress.
     config.optim.schedule = "cosine"
 
 
 def _smoke(config: ConfigDict) -> None:
-  """Seconds, for tests: it shows that everything runs, and nothing else."""
+  """Seconds, for tests: only shows that everything runs."""
   config.train.update(epochs=2, batch_size=20, checkpoint_every=3)
   config.generations = 1
   if _is_text(config):
@@ -227,10 +229,10 @@ SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
 
 
 def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDict:
-  """Returns the locked configuration that "dataset,network,scale[,loss][,teacher=network]" stands for.
+  """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
 
-  `datasets` are those that the calling configuration file offers. Raises a ConfigError that lists the choices for an
-  unknown word.
+  `datasets` are the data sets that the calling configuration file accepts. Raises a ConfigError that lists the choices
+  for an unknown word.
   """
   dataset, network, scale, *more = [word.strip() for word in words.split(",")] + [""] * (3 - len(words.split(",")))
   form = f'a configuration is named "dataset,network,scale", not {words!r}'
@@ -253,8 +255,6 @@ def _copy(network: str) -> ConfigDict:
 
 
 def _apply_more(config: ConfigDict, word: str) -> None:
-  from ban_jax.losses import LOSSES
-
   name, _, value = word.partition("=")
   if word in LOSSES:
     config.loss.name = word
@@ -262,6 +262,6 @@ def _apply_more(config: ConfigDict, word: str) -> None:
     config.teacher.model = _copy(value)
   else:
     raise ConfigError(
-      f"unknown word {word!r}; after the scale may stand a loss ({choices(LOSSES)}) or teacher=NETWORK, where NETWORK "
-      f"is one of: {choices(MODELS)}"
+      f"unknown word {word!r}; the scale may be followed by a loss ({choices(LOSSES)}) or by teacher=NETWORK, where "
+      f"NETWORK is one of: {choices(MODELS)}"
     )

@@ -2,7 +2,7 @@
 
 python experiments/train.py --config=configs/ptb.py:ptb,lstm,paper --config.data.dir=PTB --workdir=runs/ptb
 
-PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt (Mikolov's split), which the user has to supply.
+PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt (Mikolov's split), which you have to supply.
 """
 
 from ml_collections import ConfigDict
@@ -11,5 +11,5 @@ from configs import presets
 
 
 def get_config(words: str = "ptb,lstm,paper") -> ConfigDict:
-  """Returns the locked configuration that "dataset,network,scale[,more]" stands for (presets.py)."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
   return presets.compose(words, ("ptb",))

@@ -1,8 +1,8 @@
-"""Topics of the Python manual that come with CPython: a small text for tests and demonstrations, nothing to download.
+"""Topics of the Python manual, shipped with CPython: a small text for tests and demonstrations; nothing to download.
 
 python experiments/train.py --config=configs/pydoc.py --workdir=runs/pydoc
 
-Its numbers compare with nothing published, and differ between versions of Python.
+Results differ between Python versions and are not comparable with any published number.
 """
 
 from ml_collections import ConfigDict
@@ -11,5 +11,5 @@ from configs import presets
 
 
 def get_config(words: str = "pydoc,lstm_32,cpu") -> ConfigDict:
-  """Returns the locked configuration that "dataset,network,scale[,more]" stands for (presets.py)."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
   return presets.compose(words, ("pydoc",))

@@ -1,4 +1,4 @@
-"""The language models: counts, values against NumPy, what passes from window to window, and characters."""
+"""The language models: counts, values against NumPy, the carry between windows, and characters."""
 
 import functools
 
@@ -13,7 +13,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import losses, step, teacher
 from ban_jax.errors import ConfigError
 from ban_jax.models import make_model, recurrent
-from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, character_table
+from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, CharCNNLSTMOptions, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
 from experiments import parameters
 
@@ -89,7 +89,7 @@ def test_kim_s_large_model_has_its_parameters():
   assert shapes == [(15, 50), (30, 100), (45, 150), (60, 200), (75, 200), (90, 200), (105, 200)]
 
 
-def test_table_6_stands_beside_the_paper_s_counts():
+def test_table_6_is_compared_with_the_paper_s_counts():
   lines = [line.split("|") for line in parameters.language_table()[2:]]
   found = {line[1].strip(): [cell.strip() for cell in line[3:7]] for line in lines}
   assert found["lstm"] == ["2", "51.022", "52", "-1.9%"]
@@ -98,7 +98,7 @@ def test_table_6_stands_beside_the_paper_s_counts():
 
 
 @BOTH
-def test_parameters_are_drawn_evenly_and_highway_gates_begin_shut(name):
+def test_parameters_are_initialised_uniformly_and_highway_gates_closed(name):
   variables = initial(build(name, units=40))
   assert variables["batch_stats"] == {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
@@ -108,12 +108,12 @@ def test_parameters_are_drawn_evenly_and_highway_gates_begin_shut(name):
     assert leaf.dtype == np.float32
     assert np.abs(leaf).max() <= 0.6, path
     assert leaf.min() < 0 < leaf.max(), path
-  drawn = variables["params"]["lstm"]["layer2"]["recurrent_kernel"] / 0.6
-  assert abs(drawn.mean()) < 0.03
-  assert abs((drawn**2).mean() - 1 / 3) < 0.02
+  scaled = variables["params"]["lstm"]["layer2"]["recurrent_kernel"] / 0.6
+  assert abs(scaled.mean()) < 0.03
+  assert abs((scaled**2).mean() - 1 / 3) < 0.02
 
 
-# ---- Values: the networks once more, in NumPy and float64.
+# ---- Values, against references in NumPy and float64.
 
 
 def sigmoid(x):
@@ -183,9 +183,9 @@ def test_a_window_is_the_formula(name):
 
 def test_the_recurrence_has_the_gradients_of_a_plain_loop():
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-  arguments = draw(3, 12), draw(5, 2, 12), (draw(2, 3), draw(2, 3))
-  weights = draw(5, 2, 3), (draw(2, 3), draw(2, 3))
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  arguments = normal(3, 12), normal(5, 2, 12), (normal(2, 3), normal(2, 3))
+  weights = normal(5, 2, 3), (normal(2, 3), normal(2, 3))
 
   def plain(kernel, projected, state):
     hidden, cell = state
@@ -208,14 +208,14 @@ def test_the_recurrence_has_the_gradients_of_a_plain_loop():
 
 
 def test_the_cell_adds_up_small_steps_in_bfloat16_products():
-  # 3000 steps that keep everything and add 0.5 * tanh(0.004) each: in bfloat16 it would stand still below 1.
+  # 3000 steps that keep everything and add 0.5 * tanh(0.004) each: in bfloat16 it would stop growing below 1.
   gates = jnp.asarray([0.0, 50.0, 0.004, 0.0], jnp.bfloat16)
   state = jnp.zeros((1, 1)), jnp.zeros((1, 1))
   _, (_, cell) = jax.jit(recurrent.recur)(jnp.zeros((1, 4), jnp.bfloat16), jnp.tile(gates, (3000, 1, 1)), state)
   np.testing.assert_allclose(cell, 3000 * 0.5 * np.tanh(np.float32(gates[2])), rtol=1e-3)
 
 
-# ---- From window to window.
+# ---- The carry.
 
 
 @BOTH
@@ -244,7 +244,7 @@ def test_the_carry_is_rows_of_float32_by_the_model_s_own_width(name):
 
 
 @BOTH
-def test_no_position_sees_what_comes_behind_it(name):
+def test_no_position_sees_later_inputs(name):
   model = build(name)
   inputs, changed = tokens(), tokens()
   changed[:, 3] = (changed[:, 3] + 1) % len(WORDS)
@@ -316,7 +316,7 @@ def test_a_step_takes_the_state_across_the_boundary_and_no_gradient(name):
   _, carry = run(model, initial(model), random_carry(model), before[:, :-1])
 
   def mean_loss(params, through):
-    # What must not be: the gradient of the window before as well.
+    # With `through`, the gradient also reaches the previous window, which it must not in training.
     whole = model.apply({"params": params}, random_carry(model), before[:, :-1], train=False)[1]
     start = whole if through else carry
     logits = model.apply({"params": params}, start, window[:, :-1], train=False)[0]
@@ -364,13 +364,13 @@ def test_dropout_belongs_to_the_position(name):
     assert np.abs(logits - other).max() > 1e-2
 
 
-def test_dropout_is_on_the_embedding_and_behind_every_layer_and_never_on_the_state():
-  for name, masks in (("lstm", 3), ("char_cnn_lstm", 2)):  # Kim et al. leave the words' vectors whole
+def test_dropout_is_on_the_embedding_and_after_every_layer_and_never_on_the_state():
+  for name, masks in (("lstm", 3), ("char_cnn_lstm", 2)):  # Kim et al. have no dropout on word vectors
     model = build(name, dropout=0.5)
     settings = {"train": True, "key": jax.random.key(0), "positions": np.arange(4)}
     program = jax.make_jaxpr(functools.partial(model.apply, **settings))(initial(model), model.init_carry(4), tokens())
     assert str(program).count("random_bits[") == masks, name
-  # A layer's own dropout is behind it: nothing is dropped before the first layer's state, or in it.
+  # Dropout follows a layer: the state of the first layer is unaffected.
   model = build("char_cnn_lstm", dropout=0.5)
   options = {"train": True, "key": jax.random.key(0), "positions": jnp.arange(4)}
   dropping = run(model, initial(model), model.init_carry(4), tokens(), **options)[1]
@@ -414,7 +414,7 @@ def test_bfloat16_is_near_and_its_state_float32(name):
   assert np.abs(full[0] - half[0]).max() > 0
 
 
-# ---- cuDNN, as far as it can be seen without one.
+# ---- cuDNN, as far as it can be tested without a GPU.
 
 
 @functools.partial(jax.jit, static_argnames=("input_size", "hidden_size", "num_layers", "dropout", "bidirectional"))
@@ -445,12 +445,12 @@ def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
     str(jax.make_jaxpr(total, static_argnums=1)(initial(plain)["params"], model)).count("name=reference_lstm")
     for model in (plain, packed)
   ]
-  assert in_program == [0, 2]  # each layer by cuDNN, and only where it was asked for
+  assert in_program == [0, 2]  # each layer uses cuDNN, and only if asked for
 
 
 @BOTH
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="here cuDNN can be had")
-def test_cudnn_is_refused_where_it_cannot_be_had(name):
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is available here")
+def test_cudnn_is_refused_where_it_is_not_available(name):
   with pytest.raises(
     ConfigError, match=r"model.cudnn=True needs an NVIDIA GPU, and this is \w+; choose model.cudnn=False"
   ):
@@ -495,7 +495,7 @@ def test_the_table_spells_words_between_boundaries_and_fills_up():
 def test_the_table_cuts_long_words_and_is_as_wide_as_the_filters():
   table, numbers = character_table(("abcdef", "a"), 5, 2)
   np.testing.assert_array_equal(table, [[1, 3, 4, 5, 2], [1, 3, 2, 0, 0]])
-  assert numbers == 6  # d, e and f stand behind the cut: no row of the embedding is theirs
+  assert numbers == 6  # d, e and f are cut off, so they have no row in the embedding
   assert character_table(("a",), 65, 7)[0].shape == (1, 7)
 
 
@@ -508,11 +508,13 @@ def test_symbols_share_no_character_with_words_that_are_written_like_them():
 
 def test_a_word_s_vector_does_not_depend_on_how_long_other_words_are():
   words = ("a", "cab", "bead", "<unk>")
-  cnn = CharacterCNN(3, (4, 4, 4, 4, 4), 9, 0.6, jnp.float32)
+  changes = {"max_width": 5, "filters_per_width": 4, "filters_at_most": 4}
+  options = {key: value for key, value in (SMALL["char_cnn_lstm"] | changes).items() if key != "name"}
+  cnn = CharacterCNN(CharCNNLSTMOptions(**options), 9, jnp.float32)
   short, _ = character_table(words, 65, 5)
   long, _ = character_table((*words, "abcde" * 4), 65, 5)
   assert long.shape[1] > short.shape[1]
-  # The letter e, in "bead", and the symbol are in both: the numbers are the same.
+  # Both tables contain the same characters, so the ids are the same.
   np.testing.assert_array_equal(long[:4, : short.shape[1]], short)
   variables = jax.jit(cnn.init)(jax.random.key(0), short)
   vectors, among_longer = (jax.jit(cnn.apply)(variables, table) for table in (short, long))

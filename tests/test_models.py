@@ -1,4 +1,4 @@
-"""Networks: parameter counts, and values against calculations written from the architectures' descriptions."""
+"""Image networks: parameter counts, and values against NumPy references written from the papers' descriptions."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from ban_jax.errors import ConfigError
-from ban_jax.models import common, make_model
+from ban_jax.models import MODELS, check_options, common, make_model
 from ban_jax.types import InputSpec
 from configs import presets
 from experiments import parameters
@@ -31,21 +31,21 @@ def build(name, spec=SPEC, sync_batch_stats=False, compute_dtype="float32", **ch
 
 
 def randomised(model, seed=0):
-  """Variables with nothing left at zero or one: scales, biases and running statistics are drawn, too."""
+  """Random variables, scales, biases and running statistics included, so that none is left at zero or one."""
   rng = np.random.default_rng(seed)
 
-  def draw(path, leaf):
+  def sample(path, leaf):
     name = path[-1].key
     if name in ("scale", "var"):
       return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
     deviation = 0.3 if name in ("bias", "mean") else np.sqrt(2 / np.prod(leaf.shape[:-1]))
     return rng.normal(0, deviation, leaf.shape).astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(sample, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def initial(model, *names):
-  """The initial parameters of these submodules; without the rest, they compile in a fraction of the time."""
+  """The initial parameters of these submodules only, which compile much faster than all."""
   return jax.jit(lambda key: {name: model.init(key)["params"][name] for name in names})(jax.random.key(0))
 
 
@@ -53,7 +53,7 @@ def images(batch=4, seed=1, shape=SPEC.shape):
   return np.random.default_rng(seed).normal(size=(batch, *shape)).astype(np.float32)
 
 
-# ---- Values: the architectures once more, in NumPy and float64.
+# ---- Values, against references in NumPy and float64.
 
 
 class Reference:
@@ -92,7 +92,7 @@ class Reference:
       self.updated[path] = 0.9 * running[0] + 0.1 * mean, 0.9 * running[1] + 0.1 * var
     return np.maximum((x - mean) / np.sqrt(var + 1e-5) * weights["scale"] + weights["bias"], 0)
 
-  def halve(self, x):
+  def avg_pool_2x2(self, x):
     return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
   def head(self, x):
@@ -128,7 +128,7 @@ def densenet(net, x):
     channels = x.shape[-1]
     x = net.conv(f"transition{stage}/conv", net.norm_relu(f"transition{stage}/norm", x))
     assert x.shape[-1] == channels // 2
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -140,7 +140,7 @@ def matched_wide_resnet(net, x):
       assert x.shape[-1] == width // 2
     x = net.conv(f"match{stage}", x)
     assert x.shape[-1] == width
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -153,7 +153,7 @@ def matched_pre_resnet(net, x):
       y = net.norm_relu(f"{unit}/norm3", net.conv(f"{unit}/conv2", y))
       assert y.shape[-1] == width // 4
       x = net.conv(f"{unit}/conv3", y) + (net.conv(f"{unit}/shortcut", activated) if unit.endswith("1") else x)
-    x = net.halve(x) if stage < 3 else x
+    x = net.avg_pool_2x2(x) if stage < 3 else x
   return net.head(x)
 
 
@@ -183,7 +183,7 @@ def test_values_agree_with_an_independent_calculation(name, train):
   if not train:
     jax.tree.map(np.testing.assert_array_equal, batch_stats, variables["batch_stats"])
     return
-  assert set(net.updated) == norms  # no norm left out, on either side
+  assert set(net.updated) == norms  # neither side skips a norm
   for path, (mean, var) in net.updated.items():
     found = net.at(batch_stats, path)
     np.testing.assert_allclose(found["mean"], mean, atol=1e-4, rtol=1e-4, err_msg=path)
@@ -207,7 +207,7 @@ def test_initial_weights_follow_he():
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_bfloat16_computes_close_by_and_keeps_its_state_in_float32(name):
+def test_bfloat16_is_close_to_float32_and_keeps_its_state_in_float32(name):
   x = images()
   logits = {}
   for dtype in ("float32", "bfloat16"):
@@ -221,7 +221,7 @@ def test_bfloat16_computes_close_by_and_keeps_its_state_in_float32(name):
     assert logits[dtype].dtype == jnp.float32
   spread = np.std(logits["float32"])
   distance = np.abs(logits["bfloat16"] - logits["float32"]).max() / spread
-  assert 1e-5 < distance < 0.2  # it really was another precision, and no more than that
+  assert 1e-5 < distance < 0.2  # the precision did change, and nothing else
 
 
 # ---- Rematerialisation.
@@ -282,7 +282,7 @@ def test_densenet_80_120_fits_into_16_gib_with_remat():
 
 # ---- Parameters.
 
-# Worked out by hand from the layer lists, in millions: trained parameters with 10 and with 100 classes.
+# Trained parameters in millions, with 10 and with 100 classes, calculated by hand from the layer lists.
 COUNTS = {
   "wrn_28_1": (0.369, 0.375),
   "wrn_28_2": (1.468, 1.479),
@@ -396,8 +396,8 @@ def drop(rate, shape=(4, 8, 8, 16), key=0, positions=None, dtype=jnp.float32):
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
   first, _ = drop(rate, (16, 16, 16, 64))
   assert abs((first == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / first.size)
-  drawn = round(rate * 65536) / 65536
-  np.testing.assert_allclose(first[first != 0], 1 / (1 - drawn), rtol=1e-6)
+  rounded = round(rate * 65536) / 65536
+  np.testing.assert_allclose(first[first != 0], 1 / (1 - rounded), rtol=1e-6)
   for axis in range(1, 4):  # no unit always dropped, none always kept
     others = tuple(i for i in range(4) if i != axis)
     assert np.abs((first == 0).mean(others) - rate).max() < 0.05
@@ -456,9 +456,11 @@ def test_dropout_is_between_the_convolutions_and_only_in_training():
     ("densenet", {"stem": 2.5}, "model.stem=2.5: a whole number of at least 1 is expected"),
     ("densenet", {"compression": 1.5}, "model.compression=1.5: the share of channels kept lies in (0, 1]"),
     ("densenet", {"compression": 0.1}, "model.compression=0.1: it leaves no channel of model.stem=7"),
+    ("densenet", {"remat": 1}, "model.remat=1: True or False is expected"),
     ("matched_wide_resnet", {"units": -1}, "model.units=-1: a whole number of at least 1 is expected"),
     ("matched_wide_resnet", {"ratio": 0.3}, "model.ratio=0.3: a ratio is expected that makes a whole number of"),
     ("matched_wide_resnet", {"ratio": 0.0}, "model.ratio=0.0: a ratio is expected that makes a whole number of"),
+    ("matched_wide_resnet", {"ratio": float("nan")}, "model.ratio=nan: a ratio is expected to be finite"),
     ("matched_wide_resnet", {"stages": (8, 12)}, "model.stages=(8, 12): the teacher's three stage widths are expected"),
     ("matched_wide_resnet", {"stages": (8, 0, 4)}, "model.stages=0: a whole number of at least 1 is expected"),
     ("matched_wide_resnet", {"dropout": -0.1}, "model.dropout=-0.1: a dropout rate lies in [0, 1)"),
@@ -470,6 +472,29 @@ def test_bad_options_are_refused_with_key_value_and_expectation(name, changes, m
   with pytest.raises(ConfigError) as error:
     build(name, **changes)
   assert message in str(error.value)
+
+
+def test_a_missing_option_is_refused():
+  with pytest.raises(
+    ConfigError, match="'wide_resnet' takes the options depth, width, dropout; the configuration gives"
+  ):
+    make_model({"name": "wide_resnet", "depth": 16, "width": 2}, SPEC)
+
+
+def test_messages_name_the_group_that_the_options_are_from():
+  with pytest.raises(
+    ConfigError, match=r"^teacher.model.compression=0.1: it leaves no channel of teacher.model.stem=7$"
+  ):
+    check_options(SMALL["densenet"] | {"compression": 0.1}, "teacher.model")
+
+
+def test_options_can_be_hashed_and_are_keyword_only():
+  for name, group in SMALL.items():
+    factory, options = check_options(group)
+    assert factory is MODELS[name].make
+    assert hash(options) == hash(check_options(group)[1])
+    with pytest.raises(TypeError):
+      MODELS[name].options(*(value for key, value in group.items() if key != "name"))
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -1,75 +1,96 @@
-"""The networks. A new one is one file and one entry in MODELS."""
+"""The networks; a new one is one file and one entry in MODELS."""
 
+import contextlib
+import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ban_jax import devices
 from ban_jax.errors import ConfigError, choices, look_up
-from ban_jax.models.char_cnn_lstm import char_cnn_lstm
-from ban_jax.models.densenet import densenet
-from ban_jax.models.lstm import lstm
-from ban_jax.models.matched_resnet import matched_pre_resnet, matched_wide_resnet
-from ban_jax.models.wide_resnet import wide_resnet
+from ban_jax.models.char_cnn_lstm import CharCNNLSTMOptions, char_cnn_lstm
+from ban_jax.models.densenet import DenseNetOptions, densenet
+from ban_jax.models.lstm import LSTMOptions, lstm
+from ban_jax.models.matched_resnet import (
+  MatchedPreResNetOptions,
+  MatchedWideResNetOptions,
+  matched_pre_resnet,
+  matched_wide_resnet,
+)
+from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
 from ban_jax.types import InputSpec, Model
 
+
+class ModelKind(NamedTuple):
+  """A kind of network: the dataclass that holds its options, and the function that builds it from them."""
+
+  options: type[Any]  # frozen and keyword-only; checks the values
+  make: Callable[..., Model]  # (spec, options, *, dtype, axis_name) -> Model
+
+
 MODELS = {
-  "char_cnn_lstm": char_cnn_lstm,
-  "densenet": densenet,
-  "lstm": lstm,
-  "matched_pre_resnet": matched_pre_resnet,
-  "matched_wide_resnet": matched_wide_resnet,
-  "wide_resnet": wide_resnet,
+  "char_cnn_lstm": ModelKind(CharCNNLSTMOptions, char_cnn_lstm),
+  "densenet": ModelKind(DenseNetOptions, densenet),
+  "lstm": ModelKind(LSTMOptions, lstm),
+  "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_pre_resnet),
+  "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_wide_resnet),
+  "wide_resnet": ModelKind(WideResNetOptions, wide_resnet),
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def check_options(model: Mapping[str, Any], key: str = "model") -> tuple[Callable[..., Model], dict[str, Any]]:
-  """Returns a `model` group's factory and options; raises a ConfigError for an unknown name, or options not its own.
+def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callable[..., Model], Any]:
+  """Returns the factory and the options that a `model` group of a configuration stands for.
 
-  `key` is the group's, for the message where it is no group or has no name.
+  `key` is the group's name in the configuration, used in messages. Raises a ConfigError for an unknown network, for
+  unknown or missing options, and for a value out of range.
   """
-  if not isinstance(model, Mapping | ConfigDict) or not isinstance(dict(model).get("name"), str):
-    raise ConfigError(f"{key} must be a group with a name, one of: {choices(MODELS)}; it is {str(model).strip()!r}")
-  options = dict(model.items())
-  factory = look_up(MODELS, options.pop("name"), key)
-  parameters = inspect.signature(factory).parameters.values()
-  accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("dtype", "axis_name")]
-  if sorted(options) != sorted(accepted):
+  if not isinstance(group, Mapping | ConfigDict) or not isinstance(dict(group).get("name"), str):
+    raise ConfigError(f"{key} must be a group with a name, one of: {choices(MODELS)}; it is {str(group).strip()!r}")
+  values = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+  name = values.pop("name")
+  kind = look_up(MODELS, name, key)
+  accepted = [field.name for field in dataclasses.fields(kind.options)]
+  if sorted(values) != sorted(accepted):
     raise ConfigError(
-      f"model {model['name']!r} takes the options {', '.join(accepted)}; the configuration gives "
-      f"{', '.join(options) or 'none'}"
+      f"model {name!r} takes the options {', '.join(accepted)}; the configuration gives {', '.join(values) or 'none'}"
     )
-  return factory, options
+  with _messages_about(key):
+    return kind.make, kind.options(**values)
 
 
 def make_model(
-  model: Mapping[str, Any],
+  group: Mapping[str, Any],
   spec: InputSpec,
   *,
   compute_dtype: str = "float32",
   sync_batch_stats: bool = True,
   key: str = "model",
 ) -> Model:
-  """Returns the network that a `model` group of a configuration names; equal arguments give the same object.
+  """Returns the network that a `model` group of a configuration stands for; equal arguments give the same object.
 
-  With `sync_batch_stats` its training mode runs only under a mapped axis (devices.AXIS). `key` is the group's, for
-  messages. Raises a ConfigError for an unknown name, dtype or option, for a missing option, and for one out of range.
+  With `sync_batch_stats`, training mode runs only under a mapped axis (devices.AXIS). Raises the ConfigErrors of
+  `check_options`, and one for an unknown dtype or where network and data set do not fit.
   """
-  factory, options = check_options(model, key)
+  factory, options = check_options(group, key)
   dtype = look_up(DTYPES, compute_dtype, "compute_dtype")
-  frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(options.items()))
-  try:
-    return _make(factory, spec, dtype, devices.AXIS if sync_batch_stats else None, frozen)
-  except ConfigError as error:  # a network knows its options, and not whose it is: "model.depth=11: ..."
-    raise ConfigError(str(error).replace("model.", f"{key}.")) from error
+  with _messages_about(key):
+    return _make(factory, spec, options, dtype, devices.AXIS if sync_batch_stats else None)
 
 
 @functools.lru_cache
-def _make(factory, spec: InputSpec, dtype: Any, axis_name: str | None, options: tuple) -> Model:
-  return factory(spec, dtype=dtype, axis_name=axis_name, **dict(options))
+def _make(factory: Callable[..., Model], spec: InputSpec, options: Any, dtype: Any, axis_name: str | None) -> Model:
+  return factory(spec, options, dtype=dtype, axis_name=axis_name)
+
+
+@contextlib.contextmanager
+def _messages_about(key: str) -> Iterator[None]:
+  """Replaces the prefix in "model.depth=11: ..." by `key`: a network does not know which group its options are from."""
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(str(error).replace("model.", f"{key}.")) from error

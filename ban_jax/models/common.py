@@ -1,6 +1,8 @@
-"""What the networks share: initialisers, batch norm, dropout by position, and the step from a module to a Model."""
+"""What the networks share: layers, dropout by position, checks of options, and the wrapper from module to Model."""
 
 import functools
+import math
+import numbers
 from typing import Any
 
 import jax
@@ -16,9 +18,9 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
-  """Returns batch normalisation with the paper's open settings filled in: momentum 0.9, epsilon 1e-5 (docs/design.md).
+  """Returns batch normalisation with momentum 0.9 and epsilon 1e-5, which the paper does not state (docs/design.md).
 
-  Statistics are float32 and, where `axis_name` is given, those of the whole mini-batch on all devices.
+  Statistics are float32; with `axis_name` they are those of the global mini-batch.
   """
   return nn.BatchNorm(
     use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name
@@ -26,14 +28,14 @@ def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.Bat
 
 
 def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
-  """Returns the activated input: `norm` and ReLU; called in a compact module, whose submodule `name` it makes."""
+  """Returns relu(norm(x)); call it in a compact module, where it creates the submodule `name`."""
   return nn.relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
 
 
 def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
   """Returns a `size` x `size` convolution to `width` channels, He-initialised and without bias.
 
-  Padding is size // 2 on all sides, as PyTorch has it, so that H becomes H / stride.
+  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride.
   """
   return nn.Conv(
     width,
@@ -47,17 +49,22 @@ def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn
   )
 
 
-def halve(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-  """Returns the means of 2x2 pixels, as the networks pool between their stages."""
+def avg_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+  """Returns the average over 2x2 windows with stride 2."""
   return nn.avg_pool(x, (2, 2), (2, 2))
 
 
-class Dropout(nn.Module):
-  """Dropout whose mask belongs to an example's place in the global mini-batch.
+def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Array, "B n"]:
+  """Returns float32 logits; call it in a compact module, where it creates the submodule `classifier`."""
+  return nn.Dense(num_classes, dtype=dtype, kernel_init=he_normal, name="classifier")(x).astype(jnp.float32)
 
-  One key, the same on all devices, is folded with each example's position, so a run does not depend on how many devices
-  share the batch. 16 random bits decide each unit; the rate is rounded to the nearest 1/65536 and the kept units are
-  scaled by exactly the rate that was drawn with.
+
+class Dropout(nn.Module):
+  """Dropout whose mask depends on an example's position in the global mini-batch.
+
+  All devices fold the same key with each example's position, so a run does not depend on the number of devices. Each
+  unit takes 16 random bits: the rate is rounded to the nearest 1/65536, and the kept units are scaled by the inverse of
+  the rounded keep rate.
   """
 
   rate: float
@@ -72,7 +79,7 @@ class Dropout(nn.Module):
     key = self.make_rng("dropout")
     size = x[0].size
 
-    def bits(position):  # half as many 32-bit words as units: threefry is the cost here
+    def bits(position):  # two units share a 32-bit word, because threefry dominates the cost of dropout
       words = jax.random.bits(jax.random.fold_in(key, position), ((size + 1) // 2,), jnp.uint32)
       return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
 
@@ -81,7 +88,7 @@ class Dropout(nn.Module):
 
 
 def from_image_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
-  """Returns the Model behind which `module(images, train=, positions=)` stands; it has no carry."""
+  """Wraps a Flax module, called as `module(images, train=, positions=)`, as a Model without a carry."""
 
   @jax.jit
   def init(key):
@@ -98,33 +105,40 @@ def from_image_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
 
 
 def require_kind(name: str, kind: str, spec: InputSpec) -> None:
-  """Raises a ConfigError where the network cannot read the data set's examples."""
+  """Raises a ConfigError unless the data set's examples are of the `kind` that the network reads."""
   if spec.kind != kind:
     raise ConfigError(f"model {name!r} reads {kind}; the data set holds {spec.kind}")
 
 
 def check_dropout(rate: float) -> None:
-  """Raises a ConfigError unless 0 <= rate < 1, as `Dropout` rounds it."""
+  """Raises a ConfigError unless 0 <= rate < 1, also after rounding to 1/65536."""
   if not 0 <= rate < 1:
     raise ConfigError(f"model.dropout={rate}: a dropout rate lies in [0, 1)")
   if round(rate * 65536) == 65536:
-    raise ConfigError(f"model.dropout={rate}: of rates below 1 the largest is 65535 / 65536, since 16 bits are drawn")
+    raise ConfigError(f"model.dropout={rate}: the largest dropout rate is 65535 / 65536 (16 random bits per unit)")
 
 
 def check_positive(**options: Any) -> None:
-  """Raises a ConfigError unless every option is a whole number of at least 1."""
+  """Raises a ConfigError unless every option is an integer of at least 1."""
   check_at_least(1, **options)
 
 
 def check_at_least(least: int, **options: Any) -> None:
-  """Raises a ConfigError unless every option is a whole number from `least` to 2**31 - 1, an index's largest."""
+  """Raises a ConfigError unless every option is an integer of at least `least`."""
   for key, value in options.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
       raise ConfigError(f"model.{key}={value}: a whole number of at least {least} is expected")
-    if value >= 2**31:
-      raise ConfigError(f"model.{key}={value}: a whole number below 2**31 is expected")
 
 
-def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Array, "B n"]:
-  """Returns float32 logits; called in a compact module, whose submodule `classifier` it makes."""
-  return nn.Dense(num_classes, dtype=dtype, kernel_init=he_normal, name="classifier")(x).astype(jnp.float32)
+def check_finite_positive(**options: Any) -> None:
+  """Raises a ConfigError unless every option is a finite number above 0."""
+  for key, value in options.items():
+    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+      raise ConfigError(f"model.{key}={value}: a finite number above 0 is expected")
+
+
+def check_bool(**options: Any) -> None:
+  """Raises a ConfigError unless every option is True or False."""
+  for key, value in options.items():
+    if not isinstance(value, bool):
+      raise ConfigError(f"model.{key}={value}: True or False is expected")

@@ -1,5 +1,6 @@
-"""DenseNet-BC (Huang et al. 2017) in the form that the parameter counts of Furlanello et al. 2018 demand."""
+"""DenseNet-BC (Huang et al. 2017), in the variant that matches the parameter counts of Furlanello et al. 2018."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,11 +15,39 @@ from ban_jax.types import InputSpec, Model
 STAGES = 3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseNetOptions:
+  """Options of `densenet`; raises a ConfigError for a value out of range."""
+
+  units: int  # bottleneck units per stage; the depth is 6 units + 4
+  growth: int | tuple[int, ...]  # channels that each unit adds: one number, or one per stage
+  stem: int  # channels after the first convolution
+  compression: float  # fraction of the channels that a transition keeps, rounded down; in (0, 1]
+  remat: bool  # recompute units and transitions in the backward pass: the same values, less memory, more time
+
+  def __post_init__(self):
+    common.check_positive(units=self.units, stem=self.stem)
+    if len(self.growths) != STAGES:
+      raise ConfigError(f"model.growth={self.growth}: one number, or {STAGES}, one for each stage, are expected")
+    for growth in self.growths:
+      common.check_positive(growth=growth)
+    if not 0 < self.compression <= 1:
+      raise ConfigError(f"model.compression={self.compression}: the share of channels kept lies in (0, 1]")
+    if int(self.stem * self.compression) < 1:
+      raise ConfigError(f"model.compression={self.compression}: it leaves no channel of model.stem={self.stem}")
+    common.check_bool(remat=self.remat)
+
+  @property
+  def growths(self) -> tuple[int, ...]:
+    """The growth of each stage."""
+    return self.growth if isinstance(self.growth, tuple) else (self.growth,) * STAGES
+
+
 class DenseUnit(nn.Module):
   """Bottleneck unit: BN-ReLU-1x1 conv to four times the growth, BN-ReLU-3x3 conv to the growth.
 
-  It takes the stage's feature maps one by one and joins them itself: when it is rematerialised, what is kept for the
-  backward pass are the maps, each once, and not a concatenation per unit, whose sizes add up quadratically.
+  The stage's feature maps are separate arguments, concatenated inside. A rematerialised unit then keeps each map once
+  for the backward pass, where keeping one concatenation per unit would take quadratic memory.
   """
 
   growth: int
@@ -35,7 +64,7 @@ class DenseUnit(nn.Module):
 
 
 class Transition(nn.Module):
-  """The end of a stage: its feature maps joined, BN-ReLU-1x1 conv to the share `compression` of their channels."""
+  """The end of a stage: concatenation, then BN-ReLU-1x1 conv to the fraction `compression` of the channels."""
 
   compression: float
   train: bool
@@ -46,27 +75,23 @@ class Transition(nn.Module):
   def __call__(self, *maps: Float[Array, "B H W _"]) -> Float[Array, "B H W C"]:
     x = jnp.concatenate(maps, axis=-1)
     y = common.norm_relu(x, train=self.train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
-    width = int(round(x.shape[-1] * self.compression, 6))  # down, but not for 28.999999999999996 = 100 * 0.29
+    width = int(round(x.shape[-1] * self.compression, 6))  # floor, where 100 * 0.29 counts as 29
     return common.conv(width, 1, dtype=self.dtype, name="conv")(y)
 
 
 def _keep_sums(primitive, *_, **__) -> bool:
-  """Keeps what devices have summed, two numbers a channel, so that the backward pass does not sum it once more."""
+  """Keeps the results of psum (two numbers per channel), so that the backward pass repeats no all-reduce."""
   return primitive.name == "psum"
 
 
 class DenseNet(nn.Module):
-  """A 3x3 stem and three stages of bottleneck units; BN-ReLU, global average and a linear classifier behind.
+  """A 3x3 stem, three stages of bottleneck units, BN-ReLU, global average pooling and a linear classifier.
 
-  Every stage ends in a compressing transition, the first two of them followed by 2x2 average pooling. Standard
-  DenseNet-BC has none behind its last stage; without it the counts come out 6% below the paper's.
+  Every stage ends in a compressing transition, followed by 2x2 average pooling after the first two. Standard
+  DenseNet-BC has no transition after the last stage; without it the counts are 6% below the paper's.
   """
 
-  units: int
-  growth: tuple[int, ...]
-  stem: int
-  compression: float
-  remat: bool
+  options: DenseNetOptions
   num_classes: int
   dtype: Any
   axis_name: str | None
@@ -76,51 +101,24 @@ class DenseNet(nn.Module):
     self, x: Float[Array, "B H W C"], *, train: bool, positions: Int[Array, " B"] | None
   ) -> Float[Array, "B n"]:
     del positions  # no dropout
-    # The transitions hold the largest concatenations of all, hence they are rematerialised as well.
+    # Transitions are rematerialised too: they hold the largest concatenations.
     unit, transition = DenseUnit, Transition
-    if self.remat:
+    if self.options.remat:
       unit, transition = (nn.remat(module, policy=_keep_sums) for module in (unit, transition))
     settings = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
-    x = common.conv(self.stem, 3, dtype=self.dtype, name="stem")(x)
-    for stage, growth in enumerate(self.growth, 1):
+    x = common.conv(self.options.stem, 3, dtype=self.dtype, name="stem")(x)
+    for stage, growth in enumerate(self.options.growths, 1):
       maps = [x]
-      for number in range(1, self.units + 1):
+      for number in range(1, self.options.units + 1):
         maps.append(unit(growth, name=f"stage{stage}_unit{number}", **settings)(*maps))
-      x = transition(self.compression, name=f"transition{stage}", **settings)(*maps)
-      x = common.halve(x) if stage < STAGES else x
+      x = transition(self.options.compression, name=f"transition{stage}", **settings)(*maps)
+      x = common.avg_pool_2x2(x) if stage < STAGES else x
     x = common.norm_relu(x, name="norm", **settings)
     return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 
-def densenet(
-  spec: InputSpec,
-  *,
-  dtype: Any,
-  axis_name: str | None,
-  units: int,
-  growth: int | tuple[int, ...],
-  stem: int,
-  compression: float,
-  remat: bool,
-) -> Model:
-  """Returns a DenseNet-BC of `units` bottleneck units in each of three stages (depth 6 `units` + 4).
-
-  Each unit adds `growth` channels (one number, or one for each stage) to the `stem` channels that the first convolution
-  makes; a transition keeps the share `compression` of them, rounded down. `remat` computes units and transitions anew
-  in the backward pass instead of keeping their insides: the same parameters and the same values for less memory and
-  another forward pass. Raises a ConfigError for a number below 1 and unless 0 < compression <= 1.
-  """
-  common.check_positive(units=units, stem=stem)
-  growths = growth if isinstance(growth, tuple) else (growth,) * STAGES
-  if len(growths) != STAGES:
-    raise ConfigError(f"model.growth={growth}: one number, or {STAGES}, one for each stage, are expected")
-  for value in growths:
-    common.check_positive(growth=value)
-  name = f"densenet_3x{units}_{'_'.join(str(value) for value in dict.fromkeys(growths))}"
+def densenet(spec: InputSpec, options: DenseNetOptions, *, dtype: Any, axis_name: str | None) -> Model:
+  """Returns a DenseNet-BC; raises a ConfigError for a data set of text."""
+  name = f"densenet_3x{options.units}_{'_'.join(str(growth) for growth in dict.fromkeys(options.growths))}"
   common.require_kind(name, "images", spec)
-  if not 0 < compression <= 1:
-    raise ConfigError(f"model.compression={compression}: the share of channels kept lies in (0, 1]")
-  if int(stem * compression) < 1:
-    raise ConfigError(f"model.compression={compression}: it leaves no channel of model.stem={stem}")
-  module = DenseNet(units, growths, stem, compression, remat, spec.num_classes, dtype, axis_name)
-  return common.from_image_module(name, module, spec)
+  return common.from_image_module(name, DenseNet(options, spec.num_classes, dtype, axis_name), spec)

@@ -1,13 +1,11 @@
-"""What the language models share: LSTM layers whose state is carried from window to window, and the way to a Model."""
+"""What the language models share: LSTM layers, a state carried from window to window, the wrapper to a Model."""
 
-import math
-import numbers
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.experimental import rnn
 from jaxtyping import Array, Float, Int
@@ -16,31 +14,48 @@ from ban_jax.errors import ConfigError
 from ban_jax.models import common
 from ban_jax.types import InputSpec, Model
 
-# A layer's output and cell at the end of a window, float32 [B, units] each.
+# A layer's hidden state and cell at the end of a window, float32 [B, units] each.
 State = tuple[Float[Array, "B units"], Float[Array, "B units"]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackOptions:
+  """Options of the LSTM layers, which all language models have; raises a ConfigError for a value out of range."""
+
+  units: int  # hidden units of a layer
+  layers: int
+  dropout: float  # rate after each layer, in [0, 1)
+  init_scale: float  # parameters, biases included, are initialised uniformly in [-init_scale, init_scale)
+  cudnn: bool  # compute the layers with cuDNN, from the same parameters: float32 on NVIDIA GPUs only
+
+  def __post_init__(self):
+    common.check_positive(units=self.units, layers=self.layers)
+    common.check_dropout(self.dropout)
+    common.check_finite_positive(init_scale=self.init_scale)
+    common.check_bool(cudnn=self.cudnn)
+
+
 def uniform(scale: float) -> nn.initializers.Initializer:
-  """Returns an initialiser that draws evenly from [-scale, scale)."""
+  """Returns an initialiser that samples uniformly from [-scale, scale)."""
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -scale, scale)
 
 
 def _cell(gates: Float[Array, "B gates"], cell: Float[Array, "B units"]) -> State:
-  """Returns output and cell after a step; the gates are input, forget, candidate and output, in cuDNN's order."""
-  enter, keep, candidate, leave = jnp.split(gates, 4, axis=-1)  # [B, units] each
-  cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
-  return jax.nn.sigmoid(leave) * jnp.tanh(cell), cell
+  """Returns hidden state and cell after a step; the gates are in cuDNN's order: input, forget, candidate, output."""
+  i, f, g, o = jnp.split(gates, 4, axis=-1)  # [B, units] each
+  cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+  return jax.nn.sigmoid(o) * jnp.tanh(cell), cell
 
 
 @jax.custom_vjp
 def recur(
   kernel: Float[Array, "units gates"], projected: Float[Array, "T B gates"], state: State
 ) -> tuple[Float[Array, "T B units"], State]:
-  """Returns an LSTM's outputs and its last state, given what the inputs add to the gates of all steps.
+  """Returns an LSTM's outputs and final state; `projected` is the inputs' contribution to the gates of all steps.
 
-  Products are in `kernel`'s dtype, all else is float32. The gradient is written out for two reasons of speed. That of
-  `kernel` is one product over all steps: differentiating the scan would add one up at every step, and read and write
-  all of it T times. And the loop multiplies by a kernel that was transposed before it.
+  Matrix products are in `kernel`'s dtype, everything else in float32. The gradient is written by hand for speed: the
+  kernel's gradient is one product over all steps, where differentiating the scan would accumulate it in every step, and
+  the kernel is transposed once, before the loop.
   """
   return _recur_forward(kernel, projected, state)[0]
 
@@ -52,33 +67,33 @@ def _recur_forward(kernel, projected, state):
     hidden, cell = _cell(gates, cell)
     return (hidden, cell), (hidden.astype(kernel.dtype), cell, gates)
 
-  last, (outputs, cells, gates) = jax.lax.scan(step, state, projected)
-  return (outputs, last), (kernel, state, outputs, cells, gates)
+  final, (outputs, cells, gates) = jax.lax.scan(step, state, projected)
+  return (outputs, final), (kernel, state, outputs, cells, gates)
 
 
 def _recur_backward(residuals, gradients):
   kernel, (hidden, cell), outputs, cells, gates = residuals
-  output_gradients, last_gradients = gradients
+  output_gradients, final_gradients = gradients
   transposed = kernel.T
-  # What each step began with, [T, B, units].
+  # The state before each step, [T, B, units].
   hiddens = jnp.concatenate([hidden.astype(outputs.dtype)[None], outputs[:-1]])
   cells = jnp.concatenate([cell[None], cells[:-1]])
 
-  def step(state_gradients, now):
+  def step(state_gradients, inputs):
     hidden_gradient, cell_gradient = state_gradients
-    output_gradient, gates, cell = now
-    _, pull_back = jax.vjp(_cell, gates, cell)
-    gates_gradient, cell_gradient = pull_back((hidden_gradient + output_gradient.astype(jnp.float32), cell_gradient))
+    output_gradient, gates, cell = inputs
+    _, cell_vjp = jax.vjp(_cell, gates, cell)
+    gates_gradient, cell_gradient = cell_vjp((hidden_gradient + output_gradient.astype(jnp.float32), cell_gradient))
     gates_gradient = gates_gradient.astype(kernel.dtype)
     return ((gates_gradient @ transposed).astype(jnp.float32), cell_gradient), gates_gradient
 
-  state_gradients, gates_gradients = jax.lax.scan(step, last_gradients, (output_gradients, gates, cells), reverse=True)
+  state_gradients, gates_gradients = jax.lax.scan(step, final_gradients, (output_gradients, gates, cells), reverse=True)
   kernel_gradient = _rows(hiddens).T @ _rows(gates_gradients)
   return kernel_gradient, gates_gradients, state_gradients
 
 
 def _rows(x: Float[Array, "... D"]) -> Float[Array, "N D"]:
-  """Returns the rows of all leading axes in one: XLA's CPU back end is slow at sums over two axes of a product."""
+  """Merges all leading axes: XLA's CPU back end is slow at products that contract two axes."""
   return x.reshape(-1, x.shape[-1])
 
 
@@ -88,28 +103,23 @@ recur.defvjp(_recur_forward, _recur_backward)
 def pack_weights(
   input_kernel: Float[Array, "D gates"], recurrent_kernel: Float[Array, "units gates"], bias: Float[Array, " gates"]
 ) -> Float[Array, " weights"]:
-  """Returns a layer's weights in cuDNN's order; of its two biases, which are only ever added, the second is zero."""
+  """Returns a layer's weights in cuDNN's order; cuDNN adds two biases, and the second is zero here."""
   return jnp.concatenate([input_kernel.T.ravel(), recurrent_kernel.T.ravel(), bias, jnp.zeros_like(bias)])
 
 
 class LSTMLayer(nn.Module):
-  """An LSTM layer: one kernel [D, 4 units] for all gates of the input, one [units, 4 units] for the state, one bias.
+  """An LSTM layer: an input kernel [D, 4 units], a recurrent kernel [units, 4 units] and one bias [4 units]."""
 
-  With `cudnn` cuDNN computes it from the same parameters.
-  """
-
-  units: int
-  init_scale: float
-  cudnn: bool
+  options: StackOptions
   dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"], state: State) -> tuple[Float[Array, "B T units"], State]:
-    draw = uniform(self.init_scale)
-    input_kernel = self.param("input_kernel", draw, (x.shape[-1], 4 * self.units))
-    recurrent_kernel = self.param("recurrent_kernel", draw, (self.units, 4 * self.units))
-    bias = self.param("bias", draw, (4 * self.units,))
-    if self.cudnn:
+    units, init = self.options.units, uniform(self.options.init_scale)
+    input_kernel = self.param("input_kernel", init, (x.shape[-1], 4 * units))
+    recurrent_kernel = self.param("recurrent_kernel", init, (units, 4 * units))
+    bias = self.param("bias", init, (4 * units,))
+    if self.options.cudnn:
       hidden, cell = state
       outputs, hidden, cell = rnn.lstm(
         x,
@@ -118,7 +128,7 @@ class LSTMLayer(nn.Module):
         pack_weights(input_kernel, recurrent_kernel, bias),
         jnp.full(len(x), x.shape[1], jnp.int32),
         input_size=x.shape[-1],
-        hidden_size=self.units,
+        hidden_size=units,
         num_layers=1,
         dropout=0.0,
         bidirectional=False,
@@ -134,49 +144,44 @@ class LSTMLayer(nn.Module):
 
 
 class LSTMStack(nn.Module):
-  """LSTM layers on top of each other, dropout behind each of them."""
+  """Stacked LSTM layers with dropout after each."""
 
-  units: int
-  layers: int
-  dropout: float
-  init_scale: float
-  cudnn: bool
+  options: StackOptions
   dtype: Any
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B T D"], carry: tuple[State, ...], *, train: bool, positions: Int[Array, " B"] | None
   ) -> tuple[Float[Array, "B T units"], tuple[State, ...]]:
-    last = []
+    final = []
     for number, state in enumerate(carry, 1):
-      layer = LSTMLayer(self.units, self.init_scale, self.cudnn, self.dtype, name=f"layer{number}")
-      x, state = layer(x, state)
-      x = common.Dropout(self.dropout, name=f"dropout{number}")(x, train=train, positions=positions)
-      last.append(state)
-    return x, tuple(last)
+      x, state = LSTMLayer(self.options, self.dtype, name=f"layer{number}")(x, state)
+      x = common.Dropout(self.options.dropout, name=f"dropout{number}")(x, train=train, positions=positions)
+      final.append(state)
+    return x, tuple(final)
 
 
 def from_token_module(
   name: str,
   module: nn.Module,
   spec: InputSpec,
+  options: StackOptions,
   *,
-  units: int,
-  layers: int,
   read: Callable[[Int[Array, "B T"]], Array] = lambda inputs: inputs,
 ) -> Model:
-  """Returns the Model behind which `module(read(inputs), carry, train=, positions=)` stands.
+  """Wraps a Flax module, called as `module(read(inputs), carry, train=, positions=)`, as a Model.
 
-  Its carry is a tuple of one State a layer, zeros at a text's beginning. A window's gradient ends at its first token,
-  since what came before enters only as the carry.
+  The carry is a tuple of one State per layer, zeros at the beginning of a text. Gradients stop at the first token of a
+  window, because earlier windows enter only through the carry.
   """
 
   def init_carry(batch: int) -> tuple[State, ...]:
-    return tuple((jnp.zeros((batch, units)), jnp.zeros((batch, units))) for _ in range(layers))
+    shape = (batch, options.units)
+    return tuple((jnp.zeros(shape), jnp.zeros(shape)) for _ in range(options.layers))
 
   @jax.jit
   def init(key):
-    # No parameter's shape depends on the window's length.
+    # No parameter's shape depends on the window's length, so a single token is enough.
     inputs = read(jnp.zeros((1, 1), jnp.int32))
     variables = module.init({"params": key}, inputs, init_carry(1), train=False, positions=None)
     return {"params": variables["params"], "batch_stats": {}}
@@ -195,23 +200,8 @@ def from_token_module(
   return Model(name, spec, init, init_carry, apply)
 
 
-def check_options(*, units: int, layers: int, dropout: float, init_scale: float, cudnn: bool, dtype: Any) -> None:
-  """Raises a ConfigError for an option out of range, and where cuDNN is asked for and cannot be had."""
-  common.check_positive(units=units, layers=layers)
-  common.check_dropout(dropout)
-  if not isinstance(init_scale, numbers.Real) or not 0 < init_scale < math.inf:
-    raise ConfigError(f"model.init_scale={init_scale}: a finite number above 0 is expected")
-  float32 = np.finfo(np.float32)
-  if not float(float32.tiny) <= 2 * init_scale <= float(float32.max):
-    raise ConfigError(f"model.init_scale={init_scale}: the width of the range drawn from, twice it, must fit float32")
-  if not isinstance(cudnn, bool):
-    raise ConfigError(f"model.cudnn={cudnn}: True or False is expected")
-  if cudnn:
-    check_cudnn(dtype)
-
-
 def check_cudnn(dtype: Any) -> None:
-  """Raises a ConfigError unless cuDNN can compute an LSTM here: in float32, on an NVIDIA GPU."""
+  """Raises a ConfigError unless cuDNN can compute an LSTM here, that is in float32 on an NVIDIA GPU."""
   advice = "choose model.cudnn=False, which runs everywhere"
   device = jax.devices()[0]
   if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():

@@ -1,5 +1,6 @@
 """Wide-ResNet (Zagoruyko & Komodakis 2016), the networks of Table 1 and Table 3 of Furlanello et al. 2018."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,10 +12,29 @@ from ban_jax.models import common
 from ban_jax.types import InputSpec, Model
 
 
-class WideBlock(nn.Module):
-  """Pre-activation block: BN-ReLU-3x3 conv, BN-ReLU, dropout, 3x3 conv, and the shortcut.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WideResNetOptions:
+  """Options of `wide_resnet`; raises a ConfigError for a value out of range."""
 
-  Where the width changes, the shortcut is a 1x1 convolution of the activated input; elsewhere it is the input itself.
+  depth: int  # number of layers: 6n + 4, with n >= 1 blocks per stage
+  width: int  # width factor: the stages have 16, 32 and 64 times as many channels
+  dropout: float  # rate between the two convolutions of a block, in [0, 1)
+
+  def __post_init__(self):
+    if self.depth < 10 or self.depth % 6 != 4:
+      raise ConfigError(
+        f"model.depth={self.depth}: a Wide-ResNet has depth 6n + 4 with n >= 1: 10, 16, 22, 28, 40, ..."
+      )
+    if self.width < 1:
+      raise ConfigError(f"model.width={self.width}: a Wide-ResNet's width factor is at least 1")
+    common.check_positive(depth=self.depth, width=self.width)
+    common.check_dropout(self.dropout)
+
+
+class WideBlock(nn.Module):
+  """Pre-activation block: BN-ReLU-3x3 conv, BN-ReLU, dropout, 3x3 conv, plus the shortcut.
+
+  The shortcut is the input, or where the width changes a 1x1 convolution of the activated input.
   """
 
   width: int
@@ -35,11 +55,9 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-  """Three stages of widths 16w, 32w, 64w after a 3x3 stem; BN-ReLU, global average and a linear classifier behind."""
+  """A 3x3 stem, three stages of widths 16w, 32w and 64w, BN-ReLU, global average pooling and a linear classifier."""
 
-  depth: int
-  width: int
-  dropout: float
+  options: WideResNetOptions
   num_classes: int
   dtype: Any
   axis_name: str | None
@@ -50,31 +68,22 @@ class WideResNet(nn.Module):
   ) -> Float[Array, "B n"]:
     x = common.conv(16, 3, dtype=self.dtype, name="stem")(x)
     for stage in range(3):
-      for unit in range((self.depth - 4) // 6):
-        x = WideBlock(
-          16 * 2**stage * self.width,
-          2 if stage and not unit else 1,
-          self.dropout,
-          self.dtype,
-          self.axis_name,
+      for unit in range((self.options.depth - 4) // 6):
+        block = WideBlock(
+          width=16 * 2**stage * self.options.width,
+          stride=2 if stage > 0 and unit == 0 else 1,
+          dropout=self.options.dropout,
+          dtype=self.dtype,
+          axis_name=self.axis_name,
           name=f"stage{stage + 1}_unit{unit + 1}",
-        )(x, train=train, positions=positions)
+        )
+        x = block(x, train=train, positions=positions)
     x = common.norm_relu(x, train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
     return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 
-def wide_resnet(spec: InputSpec, *, dtype: Any, axis_name: str | None, depth: int, width: int, dropout: float) -> Model:
-  """Returns Wide-ResNet-`depth`-`width`, with `dropout` between the two convolutions of a block.
-
-  Raises a ConfigError unless depth is 6n + 4 with n >= 1, width >= 1 and 0 <= dropout < 1.
-  """
-  name = f"wide_resnet_{depth}_{width}"
+def wide_resnet(spec: InputSpec, options: WideResNetOptions, *, dtype: Any, axis_name: str | None) -> Model:
+  """Returns Wide-ResNet-depth-width; raises a ConfigError for a data set of text."""
+  name = f"wide_resnet_{options.depth}_{options.width}"
   common.require_kind(name, "images", spec)
-  if depth < 10 or depth % 6 != 4:
-    raise ConfigError(f"model.depth={depth}: a Wide-ResNet has depth 6n + 4 with n >= 1: 10, 16, 22, 28, 40, ...")
-  if width < 1:
-    raise ConfigError(f"model.width={width}: a Wide-ResNet's width factor is at least 1")
-  common.check_positive(depth=depth, width=width)
-  common.check_dropout(dropout)
-  module = WideResNet(depth, width, dropout, spec.num_classes, dtype, axis_name)
-  return common.from_image_module(name, module, spec)
+  return common.from_image_module(name, WideResNet(options, spec.num_classes, dtype, axis_name), spec)
