@@ -249,7 +249,7 @@ def identity_digest(values: Mapping[str, Any], generation: int) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], generation: int) -> list[str]:
   """Returns "key: old there, new here" for each value of the identity in which two records differ."""
-  one, other = identity(old, generation), identity(new, generation)
+  one, other = ({**NEUTRAL, **identity(values, generation)} for values in (old, new))
   return [
     f"{key}: {json.dumps(one.get(key))} there, {json.dumps(other.get(key))} here"
     for key in sorted(one.keys() | other.keys())

@@ -13,7 +13,7 @@ from configs import pydoc
 
 QUIET = {"progress": False}
 # 10 steps an epoch, and a rate that falls after the second.
-EPOCHS = {"train.epochs": 3, "optim.threshold": 1000.0}
+EPOCHS = {"train.epochs": 3, "train.checkpoint_every": 1000, "optim.threshold": 1000.0}
 
 
 def text(steps, **changes):
@@ -81,7 +81,7 @@ def test_a_stop_between_chunks_is_resumed_from(teacher, students, tmp_path):
 
 
 def test_a_diverged_step_within_a_chunk_is_named(teacher):
-  cfg = text(7, optim__learning_rate=1e30, optim__clip_norm=0.0)
+  cfg = text(7, optim__learning_rate=1e38, optim__clip_norm=0.0)
   with pytest.raises(TrainingError, match=r"generation 1 diverged in epoch 1 at step [123]: ") as chunked:
     ban_jax.train_generation(teacher, cfg, **QUIET)
   cfg.train.steps_per_dispatch = 1
