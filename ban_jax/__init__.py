@@ -12,6 +12,7 @@ from ban_jax.errors import (
   TrainingError,
 )
 from ban_jax.evaluate import compare, evaluate, reliability
+from ban_jax.memory import keep_freed_memory
 from ban_jax.train import run, train_generation
 from ban_jax.types import Generation
 from ban_jax.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
   "__version__",
   "compare",
   "evaluate",
+  "keep_freed_memory",
   "reliability",
   "run",
   "train_generation",

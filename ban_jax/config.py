@@ -14,6 +14,7 @@ import flax
 from ml_collections import ConfigDict
 
 from ban_jax import data, losses, models, optim
+from ban_jax.data import noise
 from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.trees import json_digest
 from ban_jax.types import Dataset, Devices
@@ -51,6 +52,7 @@ def _is_rising(shares: Any) -> bool:
   return inside and list(shares) == sorted(set(shares))
 
 
+FINITE = real(lambda value: True, "a finite number")
 POSITIVE = real(lambda value: value > 0, "a finite number above 0")
 NOT_NEGATIVE = real(lambda value: value >= 0, "a finite number of at least 0")
 SHARE = real(lambda value: 0 <= value < 1, "a share in [0, 1)")
@@ -73,10 +75,13 @@ RULES = {
   "data.pad": whole(0),
   "data.flip": FLAG,
   "data.window": whole(0),
+  "data.label_noise": SHARE,
+  "data.noise_kind": NAME,
+  "data.noise_seed": whole(0),
   "loss.name": NAME,
   "loss.temperature": POSITIVE,
-  "loss.label_weight": NOT_NEGATIVE,
-  "loss.teacher_weight": NOT_NEGATIVE,
+  "loss.label_weight": FINITE,
+  "loss.teacher_weight": FINITE,
   "loss.smoothing": real(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
   "optim.learning_rate": POSITIVE,
   "optim.schedule": NAME,
@@ -103,6 +108,7 @@ UNUSED = {
   "pad": (0, "is text, and no image is cropped"),
   "flip": (False, "is text, and no image is flipped"),
   "window": (0, "holds images, and no text is cut into windows"),
+  "label_noise": (0.0, "is text, and has no labels to replace"),
 }
 
 # Keys that no byte of a generation depends on: labels, places, and what is only logged, saved or evaluated.
@@ -112,7 +118,7 @@ FREE = (
 )
 # Keys that were added after the first runs, each with its neutral value: the one under which a run is as it was before
 # the key existed. While a key has it, the identity leaves the key out, so every earlier run and table is still found.
-NEUTRAL: dict[str, Any] = {}
+NEUTRAL: dict[str, Any] = {"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0}
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -162,6 +168,7 @@ def check_data(group: Mapping[str, Any]) -> None:
   for name, (neutral, why) in UNUSED.items():
     if name not in taken and group[name] != neutral:
       raise ConfigError(f"data.{name}={group[name]!r}: expected {neutral!r}, because {group['name']} {why}")
+  look_up(noise.KINDS, group["noise_kind"], "data.noise_kind")
   if "window" in taken and not group["window"]:
     raise ConfigError(f"data.window=0: expected at least 1, the tokens of a window of {group['name']}")
 

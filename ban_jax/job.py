@@ -69,6 +69,7 @@ class Job(NamedTuple):
       "config": values,
       "identity": config.identity_digest(values, self.generation),
       "dataset": self.dataset.digest,
+      "data": dict(self.dataset.record),
       # Bytes depend on it too; it is recorded, and another one is no reason to refuse to resume.
       "layout": {**devices_lib.layout(self.devices), "steps_per_dispatch": self.steps_per_dispatch},
     }

@@ -340,6 +340,7 @@ def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
   last = epoch == cfg.train.epochs
   due = last or cfg.train.evaluate_every and epoch % cfg.train.evaluate_every == 0
   splits = [split for split in ("validation", "test") if split in job.dataset.splits] if due else []
+  splits += [split for split in job.dataset.splits if split not in ("train", "validation", "test")] if last else []
   if cfg.optim.schedule == "plateau":
     splits = splits or ["validation"]
   if not splits:

@@ -70,6 +70,7 @@ class Dataset(NamedTuple):
   fetch: Callable[..., Batch]
   train_order: Callable[[PRNGKeyArray, int], np.ndarray]
   eval_order: Callable[[str, int], np.ndarray]
+  record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
 
 
 class TrainState(NamedTuple):

@@ -35,6 +35,11 @@ def get_config() -> ConfigDict:
   config.data.flip = True
   # For text: tokens per window, the length of truncated backpropagation through time; 0 for images.
   config.data.window = 0
+  # Share of the training labels replaced by another class: "symmetric" (any other class) or "pairwise" (the next
+  # class). The seed alone decides which labels are replaced, and by what. Test and validation labels stay true.
+  config.data.label_noise = 0.0
+  config.data.noise_kind = "symmetric"
+  config.data.noise_seed = 0
 
   # The students' network: a key of ban_jax.models.MODELS and that network's options, which its file describes. These
   # are Wide-ResNet's.

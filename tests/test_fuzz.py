@@ -172,7 +172,7 @@ MENDED = [
   (IMAGES, {"optim.factor": math.inf}, "optim.factor=inf: expected a finite number above 0"),
   (IMAGES, {"loss.temperature": 0.0}, "loss.temperature=0.0: expected a finite number above 0"),
   (IMAGES, {"loss.temperature": math.inf}, "loss.temperature=inf: expected a finite number above 0"),
-  (IMAGES, {"loss.label_weight": -1.0}, "loss.label_weight=-1.0: expected a finite number of at least 0"),
+  (IMAGES, {"loss.label_weight": math.inf}, "loss.label_weight=inf: expected a finite number"),
   (IMAGES, {"loss.smoothing": 1.5}, "loss.smoothing=1.5: expected a share from 0 to 1"),
   (IMAGES, {"loss.smoothing": math.nan}, "loss.smoothing=nan: expected a share from 0 to 1"),
   (TEXT, {"loss.label_weight": 0.0, "loss.teacher_weight": 0.0}, "label_weight and loss.teacher_weight cannot both be"),

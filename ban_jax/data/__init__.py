@@ -79,7 +79,8 @@ def _arguments(group: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the loader's arguments."""
   parameters = _parameters(group["name"])
   options = parameters["options"].annotation
-  arguments = {"options": options(**{key: group[key] for key in options._fields})}
+  # A group that was recorded before a key existed lacks it: the field's default is neutral.
+  arguments = {"options": options(**{key: group[key] for key in options._fields if key in group})}
   return arguments | ({"directory": group["dir"]} if "directory" in parameters else {})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
 from ban_jax import errors
-from ban_jax.data import augment
+from ban_jax.data import augment, noise
 from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
 from ban_jax.errors import ConfigError
 from ban_jax.types import Batch, Dataset, InputSpec
@@ -28,6 +28,9 @@ class Options(NamedTuple):
   train_examples: int  # class-balanced choice of the others to train on; 0: all
   pad: int  # pixels of reflection padding before the random crop; 0: no crop
   flip: bool  # random horizontal flips
+  label_noise: float = 0.0  # share of the training labels that are replaced by another class, in [0, 1)
+  noise_kind: str = "symmetric"  # a key of noise.KINDS
+  noise_seed: int = 0  # which labels are replaced, and by what
 
 
 class Examples(NamedTuple):
@@ -65,6 +68,10 @@ def build(name: str, pool: Examples, test: Examples, *, num_classes: int, option
   pool's order. Every split's arrays are `images` uint8 [N, H, W, C], `labels` int32 [N], and the training examples'
   `mean` and `std` float32 [C] of images / 255. Raises ConfigError if the pool is too small for the options, or the
   images for the padding.
+
+  With label noise there are four more splits, for the metrics of a finished generation on what it was trained on:
+  "train_seen" and "train_true", the training examples with the labels it saw and with the true ones, and "wrong_seen"
+  and "wrong_true", those of them whose labels are wrong.
   """
   shape = pool.images.shape[1:]
   held_out, chosen = _divide(name, len(pool.labels), shape, options)
@@ -74,6 +81,14 @@ def build(name: str, pool: Examples, test: Examples, *, num_classes: int, option
     parts["train"] = take(pool, order[held_out : held_out + chosen])
     if held_out:
       parts["validation"] = take(pool, order[:held_out])
+  record = {}
+  if options.label_noise:
+    true = parts["train"]
+    labels = noise.corrupt(true.labels, num_classes, options.label_noise, options.noise_kind, options.noise_seed)
+    seen, wrong = true._replace(labels=labels), np.flatnonzero(labels != true.labels)
+    parts |= {"train": seen, "train_seen": seen, "train_true": true}
+    parts |= {"wrong_seen": take(seen, wrong), "wrong_true": take(true, wrong)}
+    record = noise.record(true.labels, labels, num_classes)
   mean, std = channel_statistics(parts["train"].images)
   splits = {
     split: {"images": part.images, "labels": part.labels, "mean": mean, "std": std} for split, part in parts.items()
@@ -89,6 +104,7 @@ def build(name: str, pool: Examples, test: Examples, *, num_classes: int, option
     fetch=make_fetch(options.pad, options.flip),
     train_order=functools.partial(_train_order, name, sizes["train"]),
     eval_order=functools.partial(_eval_order, name, sizes),
+    record=record,
   )
 
 

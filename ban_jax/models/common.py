@@ -20,7 +20,9 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
   """Returns batch normalisation with momentum 0.9 and epsilon 1e-5, which the paper does not state (docs/design.md).
 
-  Statistics are float32; with `axis_name` they are those of the global mini-batch.
+  Statistics are float32; with `axis_name` they are those of the global mini-batch. The variance is E[x^2] - E[x]^2,
+  which takes one all-reduce where two passes over x would take two. It loses digits where a channel's mean is large:
+  4 % at 300 standard deviations, half at 1,000; in networks trained here the ratio stayed below 1.8.
   """
   return nn.BatchNorm(
     use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name
@@ -29,13 +31,19 @@ def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.Bat
 
 def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
   """Returns relu(norm(x)); call it in a compact module, where it creates the submodule `name`."""
-  return nn.relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
+  return _computed_once(nn.relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x)))
+
+
+def _computed_once(x: Array) -> Array:
+  """Returns x, behind a barrier on CPU: XLA would compute it anew inside each strided copy that a convolution needs."""
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
   """Returns a `size` x `size` convolution to `width` channels, He-initialised and without bias.
 
-  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride.
+  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride. A 1x1 convolution is computed as a matrix
+  product, which XLA's CPU back end does a quarter faster (DenseNet-40-12).
   """
   return nn.Conv(
     width,
@@ -45,8 +53,15 @@ def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn
     use_bias=False,
     dtype=dtype,
     kernel_init=he_normal,
+    conv_general_dilated=_product if size == 1 else jax.lax.conv_general_dilated,
     name=name,
   )
+
+
+def _product(x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C D"], strides, padding, **_) -> Array:
+  """Returns a 1x1 convolution, in the form in which flax calls jax.lax.conv_general_dilated."""
+  x = x[:, :: strides[0], :: strides[1]]
+  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
 
 def avg_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
