@@ -1,4 +1,4 @@
-"""What experiments/figures.py reads, measures, draws and writes."""
+"""What experiments/figures.py reads, measures, plots and writes."""
 
 import json
 import shutil
@@ -99,9 +99,9 @@ def test_a_run_is_drawn_and_its_numbers_are_those_of_the_library(run):
   text = (workdir / "figures.md").read_text()
   assert text in printed
   assert f"| BAN-1   | {found['generations'][1]['metrics']['error']:.2f} " in text
-  assert f"| teacher | 100.00 | {100 * found['agreement'][0][1]:.2f} |" in text
-  assert f"| teacher | 0.0000 | {found['kl'][0][1]:.4f} |" in text
-  assert f"| BAN-1 | 2 | {networks[1].history[-1]['dark_share']:.4f} |" in text
+  assert f"| teacher | 100.00  | {100 * found['agreement'][0][1]:<6.2f} |" in text
+  assert f"| teacher | 0.0000  | {found['kl'][0][1]:.4f} |" in text
+  assert f"| BAN-1 | 2     | {networks[1].history[-1]['dark_share']:<20.4f} |" in text
   for name in PNGS:
     assert f"]({name})" in text
     assert matplotlib.image.imread(workdir / name).std() > 0.05, f"{name} is blank"
@@ -233,7 +233,7 @@ def measured(run):
 
 def test_the_drawings_show_the_numbers(measured):
   _, shown, found = measured
-  axes = figures.draw_calibration(found, "examples").get_axes()
+  axes = figures.plot_calibration(found, "examples").get_axes()
   panels, charts = axes[:-3], axes[-3:]
   assert [panel.get_title() for panel in panels if panel.get_visible()] == ["teacher", "BAN-1"]
   for panel, reliability in zip(panels, found.reliability, strict=False):
@@ -248,14 +248,14 @@ def test_the_drawings_show_the_numbers(measured):
     assert [bar.get_width() for bar in chart.patches] == [each[metric] for each in found.metrics.values()]
     assert chart.yaxis_inverted()
 
-  agreement, kl = figures.draw_agreement(found, "examples").get_axes()
+  agreement, kl = figures.plot_agreement(found, "examples").get_axes()
   np.testing.assert_array_equal(agreement.get_images()[0].get_array(), 100 * found.pairs["agreement"])
   np.testing.assert_array_equal(kl.get_images()[0].get_array(), found.pairs["kl"])
   places = {text.get_position(): text.get_text() for text in kl.texts}
   assert places[1, 0] == f"{found.pairs['kl'][0, 1]:.3g}", "a column is a place along the x axis"
 
   curve = figures.dark_knowledge(shown[1].generation.history)
-  share, correct = figures.draw_dark_knowledge({"BAN-1": curve}, ["teacher", "BAN-1"]).get_axes()
+  share, correct = figures.plot_dark_knowledge({"BAN-1": curve}, ["teacher", "BAN-1"]).get_axes()
   np.testing.assert_array_equal(share.get_lines()[0].get_xydata(), np.array([curve["epoch"], curve["dark_share"]]).T)
   np.testing.assert_array_equal(correct.get_lines()[0].get_ydata(), curve["correct_gradient"])
 
