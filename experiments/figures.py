@@ -46,6 +46,11 @@ NEEDED = (
 )
 # Metric and axis label of each bar chart.
 CALIBRATION = (("ece", "ECE (share)"), ("nll", "NLL (nats)"), ("brier", "Brier score"))
+# Recorded key and axis label of each dark-knowledge plot (ban_jax/gradient.py).
+DARK_KNOWLEDGE = (
+  ("dark_share", "dark-knowledge share\nof the squared gradient"),
+  ("correct_gradient", "mean correct-class term\n$q_* - p_*$ (probability)"),
+)
 HOW_TO_RECORD = (
   "No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss "
   "that has a teacher."
@@ -67,8 +72,9 @@ class Measured(NamedTuple):
   """The measurements of several generations, in display order."""
 
   metrics: results.Results
-  reliability: Sequence[Mapping[str, np.ndarray]]  # of `ban_jax.reliability`
+  reliability: Mapping[str, Mapping[str, np.ndarray]]  # of `ban_jax.reliability`, by name
   pairs: Mapping[str, Any]  # of `ban_jax.compare`
+  examples: str  # "examples" or "tokens", whichever was counted
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -167,23 +173,20 @@ def measure(shown: Sequence[Shown], dataset: Dataset, devices: Sequence[jax.Devi
   # For text the smallest batch is the most exact: it has the fewest streams that begin with a zero state.
   rows = min(each.cfg.evaluate.batch_size for each in shown)
   trees = [checkpoint.thaw(each.generation.params) for each in shown]
-  sums = [
-    sum_predictions((each.model,), (tree,), dataset, SPLIT, rows, devices)
+  sums = {
+    each.name: sum_predictions((each.model,), (tree,), dataset, SPLIT, rows, devices)
     for each, tree in zip(shown, trees, strict=True)
-  ]
-  metrics = {each.name: summarise(total) for each, total in zip(shown, sums, strict=True)}
+  }
+  metrics, reliability = ({name: of(total) for name, total in sums.items()} for of in (summarise, bins))
   pairs = compare_trees(tuple(each.model for each in shown), trees, dataset, SPLIT, rows, devices)
-  return Measured(metrics, [bins(total) for total in sums], pairs)
+  return Measured(metrics, reliability, pairs, "tokens" if dataset.spec.kind == "tokens" else "examples")
 
 
 def dark_knowledge(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]] | None:
-  """Returns a student's dark-knowledge share and correct-class term by epoch, or None if they were not recorded.
-
-  They are "dark_share" and "correct_gradient" of the history (ban_jax/gradient.py).
-  """
+  """Returns a student's dark-knowledge share and correct-class term by epoch, or None if they were not recorded."""
   if not all("dark_share" in row for row in history):
     return None
-  return {name: [row[name] for row in history] for name in ("epoch", "dark_share", "correct_gradient")}
+  return {key: [row[key] for row in history] for key in ("epoch", *(key for key, _ in DARK_KNOWLEDGE))}
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def _colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
   return {name: matplotlib.colormaps["viridis"](0.8 * place / steps) for place, name in enumerate(names)}
 
 
-def plot_calibration(measured: Measured, examples: str) -> "matplotlib.figure.Figure":
+def plot_calibration(measured: Measured) -> "matplotlib.figure.Figure":
   """Plots a reliability diagram of each generation, and bar charts of ECE, NLL and Brier score."""
   names = list(measured.metrics)
   colors = _colors(names)
@@ -204,12 +207,10 @@ def plot_calibration(measured: Measured, examples: str) -> "matplotlib.figure.Fi
   heights = (2.9 * rows, 0.3 * len(names) + 0.8)  # in inches
   figure = plots.figure(3 * columns, sum(heights))
   above, below = figure.subfigures(2, 1, height_ratios=heights)
-  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-  for place, axes in enumerate(panels.flat):
-    if place >= len(names):
-      axes.set_visible(False)
-      continue
-    found, name = measured.reliability[place], names[place]
+  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+  for axes in panels[len(names) :]:
+    axes.set_visible(False)
+  for place, (axes, (name, found)) in enumerate(zip(panels, measured.reliability.items(), strict=False)):
     shares = found["count"] / found["count"].sum()
     edges = np.linspace(0, 1, len(shares) + 1)
     axes.bar(edges[:-1], shares, edges[1], align="edge", color="0.85")
@@ -224,7 +225,7 @@ def plot_calibration(measured: Measured, examples: str) -> "matplotlib.figure.Fi
     axes.xaxis.set_tick_params(labelbottom=place + columns >= len(names))
     plots.tidy(axes)
   above.supxlabel("confidence (largest probability), mean of a bin", size="medium")
-  above.supylabel(f"accuracy of a bin (line);\nshare of {examples} in it (bars)", size="medium")
+  above.supylabel(f"accuracy of a bin (line);\nshare of {measured.examples} in it (bars)", size="medium")
   for axes, (metric, label) in zip(below.subplots(1, len(CALIBRATION), sharey=True), CALIBRATION, strict=True):
     bars = axes.barh(names, [measured.metrics[name][metric] for name in names], color=colors.values())
     axes.bar_label(bars, fmt="%.3g", size="small", padding=2)
@@ -235,14 +236,14 @@ def plot_calibration(measured: Measured, examples: str) -> "matplotlib.figure.Fi
   return figure
 
 
-def plot_agreement(measured: Measured, examples: str) -> "matplotlib.figure.Figure":
+def plot_agreement(measured: Measured) -> "matplotlib.figure.Figure":
   """Plots two annotated matrices: the share of examples that two generations classify alike, and their mean KL."""
   names = list(measured.metrics)
   slant = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
   size = max(3.2, 0.8 * len(names) + 1.6)
   figure = plots.figure(2.5 * size, size)
   shown = (
-    (100 * measured.pairs["agreement"], f"same top-1 class, % of {examples}", "{:.1f}", "Blues", "", ""),
+    (100 * measured.pairs["agreement"], f"same top-1 class, % of {measured.examples}", "{:.1f}", "Blues", "", ""),
     (measured.pairs["kl"], "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
   )
   for axes, (values, title, form, colors, row, column) in zip(figure.subplots(1, 2), shown, strict=True):
@@ -271,19 +272,15 @@ def plot_dark_knowledge(
   """
   colors = _colors(names)
   figure = plots.figure(10, 3.6)
-  share, correct = figure.subplots(1, 2)
-  for name, curve in curves.items():
-    style = {"color": colors[name], "label": name, "marker": "o" if len(curve["epoch"]) <= 20 else "", "markersize": 4}
-    share.plot(curve["epoch"], curve["dark_share"], **style)
-    correct.plot(curve["epoch"], curve["correct_gradient"], **style)
-  share.set_ylabel("dark-knowledge share\nof the squared gradient")
-  correct.set_ylabel("mean correct-class term\n$q_* - p_*$ (probability)")
-  plots.zero_line(correct)
-  for axes in (share, correct):
-    axes.set_xlabel("epoch")
+  for axes, (key, label) in zip(figure.subplots(1, 2), DARK_KNOWLEDGE, strict=True):
+    for name, curve in curves.items():
+      marker = "o" if len(curve["epoch"]) <= 20 else ""
+      axes.plot(curve["epoch"], curve[key], color=colors[name], label=name, marker=marker, markersize=4)
+    axes.set(xlabel="epoch", ylabel=label)
     axes.locator_params(axis="x", integer=True)
     plots.tidy(axes, grid=True)
-  figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+  plots.zero_line(axes)  # the correct-class term has either sign
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
   return figure
 
 
@@ -299,7 +296,7 @@ def report_of(
   shown: Sequence[Shown], measured: Measured, dataset: Dataset, curves: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:
   """Returns the text of figures.md."""
-  names, examples = list(measured.metrics), _examples(dataset)
+  names, examples = list(measured.metrics), measured.examples
   trained = [results.describe(each.cfg) for each in shown]
   same = len(set(trained)) == 1
   sources = [
@@ -338,10 +335,6 @@ def report_of(
   ]) + "\n"  # fmt: skip
 
 
-def _examples(dataset: Dataset) -> str:
-  return "tokens" if dataset.spec.kind == "tokens" else "examples"
-
-
 def _numbers(values: Any) -> list[Any]:
   """Returns an array as lists for JSON, with None in place of NaN."""
   values = np.asarray(values)
@@ -352,9 +345,8 @@ def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: 
   """Writes the figures and their numbers into `out`; returns the text of figures.md."""
   curves = {each.name: dark_knowledge(each.generation.history) for each in shown}
   recorded = {name: curve for name, curve in curves.items() if curve}
-  examples = _examples(dataset)
-  plots.save(plot_calibration(measured, examples), out / "calibration.png")
-  plots.save(plot_agreement(measured, examples), out / "agreement.png")
+  plots.save(plot_calibration(measured), out / "calibration.png")
+  plots.save(plot_agreement(measured), out / "agreement.png")
   if recorded:
     plots.save(plot_dark_knowledge(recorded, list(curves)), out / "dark_knowledge.png")
   else:
@@ -365,12 +357,12 @@ def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: 
       "directory": str(each.directory),
       "digest": each.digest,
       "metrics": measured.metrics[each.name],
-      "reliability": {name: _numbers(values) for name, values in found.items()},
+      "reliability": {name: _numbers(values) for name, values in measured.reliability[each.name].items()},
       "dark_knowledge": curves[each.name] and {name: _numbers(values) for name, values in curves[each.name].items()},
     }
-    for each, found in zip(shown, measured.reliability, strict=True)
+    for each in shown
   ]
-  pairs = {"agreement": _numbers(measured.pairs["agreement"]), "kl": _numbers(measured.pairs["kl"])}
+  pairs = {name: _numbers(measured.pairs[name]) for name in ("agreement", "kl")}
   found = {"dataset": dataset.name, "split": SPLIT, "generations": generations, **pairs}
   report.write_json(out / "figures.json", found)
   text = report_of(shown, measured, dataset, recorded)

@@ -2,19 +2,18 @@
 
 python experiments/table1.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 48 generations, 19,796 PFLOP (10^15 operations) of training;
-expected 181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+At the paper's scale with three seeds: 48 generations, 19,796 PFLOP; expected, not measured:
+181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8 (--dry_run names the assumptions).
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a row's networks: one that learns from the labels, and one of the same kind that learns from it."""
-  teacher = lab.teacher(row.network)
-  return {"teacher": [teacher], "BAN": [lab.student(teacher, row.network, "ban")]}
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a network that learns from the labels, and one of the same kind that learns from it."""
+  teacher = builder.teacher(row.network)
+  return {"teacher": [teacher], "BAN": [builder.student(teacher, row.network, "ban")]}
 
 
 TABLE = Table(
@@ -32,7 +31,7 @@ TABLE = Table(
     Row("DenseNet-80-120", "densenet_80_120", {"teacher": 3.37, "BAN": 3.54}),
   ),
   columns=columns,
-  controls=tables.label_controls,
+  controls=label_controls,
   parameters={
     "wrn_28_1": "0.38M",
     "wrn_28_2": "1.48M",
@@ -43,8 +42,8 @@ TABLE = Table(
     "densenet_80_80": "22.4M",
     "densenet_80_120": "50.4M",
   },
-  stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1"}},
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

@@ -2,30 +2,29 @@
 
 python experiments/table3.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 36 generations, 8,195 PFLOP (10^15 operations) of training;
-expected 77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+At the paper's scale with three seeds: 36 generations, 8,195 PFLOP; expected, not measured:
+77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8 (--dry_run names the assumptions).
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls
 
 STUDENT = "densenet_90_60"
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a row's networks: a Wide-ResNet, a student of the same kind, and a DenseNet that learns from the same."""
-  teacher = lab.teacher(row.network)
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a Wide-ResNet, a student of the same kind, and a DenseNet student of the same teacher."""
+  teacher = builder.teacher(row.network)
   return {
     "teacher": [teacher],
-    "BAN": [lab.student(teacher, row.network, "ban")],
-    "DenseNet-90-60": [lab.student(teacher, STUDENT, "ban")],
+    "BAN": [builder.student(teacher, row.network, "ban")],
+    "DenseNet-90-60": [builder.student(teacher, STUDENT, "ban")],
   }
 
 
-def controls(lab: Lab, row: Row) -> Columns:
-  """Returns what labels alone can do, for the teacher's network and for the DenseNet."""
-  return tables.label_controls(lab, row) | {"DenseNet-90-60, labels": [lab.teacher(STUDENT)]}
+def controls(builder: Builder, row: Row) -> Columns:
+  """Returns the controls by labels alone, for the teacher's network and for the DenseNet."""
+  return label_controls(builder, row) | {"DenseNet-90-60, labels": [builder.teacher(STUDENT)]}
 
 
 TABLE = Table(
@@ -40,8 +39,8 @@ TABLE = Table(
   ),
   columns=columns,
   controls=controls,
-  stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1", STUDENT: "densenet_10_16"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1", STUDENT: "densenet_10_16"}},
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

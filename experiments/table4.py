@@ -2,15 +2,14 @@
 
     python experiments/table4.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-What the compression is of is a reading (configs/presets.py); the paper's counts of it are not reproduced.
+The paper does not define its compression: configs/presets.py has our reading, which does not reproduce the counts.
 
-The whole table at the paper's scale, three seeds: 24 generations, 14,797 PFLOP (10^15 operations) of training;
-expected 134 h on one A100, 44 h on one H100, 21 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+At the paper's scale with three seeds: 24 generations, 14,797 PFLOP; expected, not measured:
+134 h on one A100, 44 h on one H100, 21 h on one TPU v4-8 (--dry_run names the assumptions).
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import Builder, Columns, Row, Table
 
 STUDENTS = {
   "0.5x depth": "densenet_90_60_depth_0_5",
@@ -23,19 +22,20 @@ STUDENTS = {
 }
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns the teacher and its students, as many as there are at the scale."""
-  teacher = lab.teacher(row.network)
-  students = {column: network for column, network in STUDENTS.items() if lab.has(network)}
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns the teacher and those of its students that exist at the scale."""
+  teacher = builder.teacher(row.network)
+  students = {column: network for column, network in STUDENTS.items() if builder.has(network)}
   return {
     "teacher": [teacher],
-    **{column: [lab.student(teacher, network, "ban")] for column, network in students.items()},
+    **{column: [builder.student(teacher, network, "ban")] for column, network in students.items()},
   }
 
 
-def controls(lab: Lab, row: Row) -> Columns:
-  """Returns the students' networks as they come out from the labels alone."""
-  return {f"{column}, labels": [lab.teacher(network)] for column, network in STUDENTS.items() if lab.has(network)}
+def controls(builder: Builder, row: Row) -> Columns:
+  """Returns the students' networks, trained from the labels alone."""
+  students = {column: network for column, network in STUDENTS.items() if builder.has(network)}
+  return {f"{column}, labels": [builder.teacher(network)] for column, network in students.items()}
 
 
 TABLE = Table(
@@ -61,7 +61,7 @@ TABLE = Table(
     "densenet_90_60_compression_0_75": "10.1M",
     "densenet_90_60_compression_1_5": "80.5M",
   },
-  stand_ins={
+  substitutes={
     "cpu": {
       "densenet_90_60": "densenet_16_8",
       "densenet_90_60_depth_0_5": "densenet_10_16",
@@ -72,7 +72,7 @@ TABLE = Table(
       "densenet_90_60_compression_0_75": "densenet_16_8_compression_0_75",
       "densenet_90_60_compression_1_5": "densenet_16_8_compression_1_5",
     },
-    # One unit a stage; half of one is none, so the variant in depth is the one with two.
+    # The teacher has one unit per stage, so the only possible variant in depth is the one with two.
     "smoke": {
       "densenet_90_60": "densenet_10_16",
       "densenet_90_60_depth_2": "densenet_16_8",
@@ -83,4 +83,4 @@ TABLE = Table(
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

@@ -2,33 +2,32 @@
 
     python experiments/table5.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-First and last layer are copied from the teacher and frozen, for the baseline, which learns from the labels, too. A
-name's numbers are units a stage and the ratio of the stages' widths. The bottleneck students are a reading
-(ban_jax/models/matched_resnet.py). The Pre-activation ResNet-1001 is quoted there from He et al. 2016.
+First and last layer are copied from the teacher and frozen, also in the baseline, which learns from the labels. The
+numbers in a name are the units per stage and the ratio of the stages' widths. ban_jax/models/matched_resnet.py explains
+our reading of the bottleneck students. The paper quotes the Pre-activation ResNet-1001 from He et al. 2016.
 
-The whole table at the paper's scale, three seeds: 39 generations, 24,720 PFLOP (10^15 operations) of training;
-expected 224 h on one A100, 74 h on one H100, 35 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+At the paper's scale with three seeds: 39 generations, 24,720 PFLOP; expected, not measured:
+224 h on one A100, 74 h on one H100, 35 h on one TPU v4-8 (--dry_run names the assumptions).
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import Builder, Columns, Row, Table
 
 TEACHER = "densenet_90_60"
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a student by the labels alone and one by BAN, both between the same teacher's layers."""
-  teacher = lab.teacher(TEACHER)
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a student by labels alone and one by BAN, both with the teacher's first and last layer."""
+  teacher = builder.teacher(TEACHER)
   return {
-    "baseline": [lab.student(teacher, row.network, "label")],
-    "BAN": [lab.student(teacher, row.network, "ban")],
+    "baseline": [builder.student(teacher, row.network, "label")],
+    "BAN": [builder.student(teacher, row.network, "ban")],
   }
 
 
-def controls(lab: Lab, row: Row) -> Columns:
+def controls(builder: Builder, row: Row) -> Columns:
   """Returns the teacher itself."""
-  return {"teacher, DenseNet-90-60": [lab.teacher(TEACHER)]}
+  return {"teacher, DenseNet-90-60": [builder.teacher(TEACHER)]}
 
 
 TABLE = Table(
@@ -54,7 +53,7 @@ TABLE = Table(
     "wide_match_4_0_5": "24.3M",
     "wide_match_4_1": "87.3M",
   },
-  stand_ins={
+  substitutes={
     "cpu": {
       TEACHER: "densenet_16_8",
       "pre_resnet_14_0_5": "small_pre_resnet_2_0_5",
@@ -74,4 +73,4 @@ TABLE = Table(
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

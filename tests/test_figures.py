@@ -233,10 +233,10 @@ def measured(run):
 
 def test_the_drawings_show_the_numbers(measured):
   _, shown, found = measured
-  axes = figures.plot_calibration(found, "examples").get_axes()
+  axes = figures.plot_calibration(found).get_axes()
   panels, charts = axes[:-3], axes[-3:]
   assert [panel.get_title() for panel in panels if panel.get_visible()] == ["teacher", "BAN-1"]
-  for panel, reliability in zip(panels, found.reliability, strict=False):
+  for panel, reliability in zip(panels, found.reliability.values(), strict=False):
     diagonal, line = panel.get_lines()
     full = reliability["count"] > 0
     np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
@@ -248,7 +248,7 @@ def test_the_drawings_show_the_numbers(measured):
     assert [bar.get_width() for bar in chart.patches] == [each[metric] for each in found.metrics.values()]
     assert chart.yaxis_inverted()
 
-  agreement, kl = figures.plot_agreement(found, "examples").get_axes()
+  agreement, kl = figures.plot_agreement(found).get_axes()
   np.testing.assert_array_equal(agreement.get_images()[0].get_array(), 100 * found.pairs["agreement"])
   np.testing.assert_array_equal(kl.get_images()[0].get_array(), found.pairs["kl"])
   places = {text.get_position(): text.get_text() for text in kl.texts}

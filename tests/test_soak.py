@@ -31,9 +31,9 @@ def test_runs_that_differ_are_told():
   code = """
 from experiments import soak
 same = {"evaluations": "x", "generation 0": ("digest", "rows", "metrics")}
-soak._compare(dict(same), same, "run 1, killed 3 times,")
+soak.compare(dict(same), same, "run 1, killed 3 times,")
 print("equal", flush=True)
-soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
+soak.compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
 """
   # In a process of its own, since each script defines its flags anew.
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -45,7 +45,7 @@ soak._compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run
 
 
 def soaked(code, *arguments):
-  """Runs code behind an import of soak, in a process of its own, since each script defines its flags anew."""
+  """Runs code after an import of soak, in a process of its own, since each script defines its flags anew."""
   begin = "import pathlib, sys\nfrom absl import flags\nfrom ban_jax.errors import TrainingError\n"
   begin += "from experiments import soak\nflags.FLAGS(sys.argv)\n"
   command = [sys.executable, "-c", begin + code, *arguments]

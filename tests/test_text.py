@@ -18,7 +18,7 @@ from ban_jax.errors import ConfigError, DataError
 from ban_jax.evaluate import evaluate_trees
 from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
 from ban_jax.types import InputSpec, Model
-from experiments import programs
+from experiments.analysis import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
