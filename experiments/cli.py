@@ -1,6 +1,5 @@
 """What the entry points share: starting JAX, parsing flags, and reporting a user's mistake without a traceback."""
 
-import contextlib
 import logging
 import os
 import pathlib
@@ -11,7 +10,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -22,25 +22,14 @@ from ban_jax import devices as devices_lib
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
-  "devices",
-  0,
-  "Number of devices; 0 takes all accelerators, or on a CPU one device per core (2, 4 or 8 at most). With several "
-  "processes: the number of CPU devices of this process; accelerators are all used.",
+  "devices", 0, "Number of devices of this process; 0: all accelerators, or one CPU device per core (at most 8)."
 )
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Run as one of several processes that find each other automatically (TPU pods, Slurm)."
-)
-COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0, if the processes do not find each other automatically."
-)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes that find each other.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; without --distributed.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address: the number of processes.")
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator_address: the number of this process, from 0.")
-START_TIMEOUT = flags.DEFINE_integer(
-  "start_timeout", 300, "With several processes: seconds to wait for the others at the start."
-)
-PEER_TIMEOUT = flags.DEFINE_integer(
-  "peer_timeout", 60, "With several processes: seconds without a sign of life from one of them until the run ends."
-)
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes at the start.")
+PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 60, "Seconds without a sign of another process until the run ends.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress on standard error.")
 
 # Found in the messages of JAX, its CPU collectives and Orbax when another process is gone.
@@ -171,81 +160,68 @@ def lost_peer(error: BaseException) -> bool:
   return False
 
 
-@contextlib.contextmanager
-def _peer_errors() -> Iterator[None]:
-  """Turns the errors of JAX and Orbax about another process that has gone into a PeerError."""
-  try:
-    yield
-  except Exception as error:
-    if not lost_peer(error):
-      raise
-    raise PeerError(
-      f"lost another process of the run ({_first_line(error)}); start all of them again: the run continues from the "
-      "last checkpoint"
-    ) from error
-
-
-@contextlib.contextmanager
-def _ending_promptly() -> Iterator[None]:
-  """Ends one of several processes as soon as it fails: JAX's own shutdown would wait for the others, even forever."""
-  try:
-    yield
-  except BaseException as error:
-    if not jax.distributed.is_initialized():
-      raise
-    if isinstance(error, SystemExit):  # its message is printed already
-      status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    else:
-      traceback.print_exc()
-      status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # If all processes end for the same reason, they meet in this shutdown at once. Otherwise process 0 stays a little,
-    # so that the others can print their messages: they are aborted when it goes.
-    if status != PeerError.exit_status or devices_lib.is_primary():
-      end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-      end.start()
-      end.join(PATIENCE)
-    os._exit(status)
-
-
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; a wrong flag ends with its message and status 2, a BanError with its own."""
-
-  def parse(arguments: list[str]) -> list[str]:
-    try:
-      rest = flags.FLAGS(arguments)
-      if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
-        raise ConfigError(_missing_config(arguments))
-    except OSError:
-      _fail(_missing_config(arguments))
-    except Exception as error:  # a wrong flag, or anything that the configuration file raises
-      message = _cause(error) or _wrong_key(arguments) or _without_traceback(str(error))
-      _fail(message or type(error).__name__)
-    if len(rest) > 1:
-      _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
-    return rest
 
   def guarded(_) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
     try:
-      with _peer_errors():
-        main()
-    except BanError as error:
-      _fail(str(error), error.exit_status)
-    except OSError as error:  # a table or a plot on a full disk
-      _fail(str(error), StorageError.exit_status)
-    except KeyboardInterrupt:
-      print("interrupted; rerun the command to continue from the last checkpoint", file=sys.stderr)
-      sys.exit(130)
+      main()
+    except BaseException as error:
+      _end(_explain(error))
 
-  def started(arguments: list[str]) -> None:
-    with _ending_promptly():
-      guarded(arguments)
+  app.run(guarded, flags_parser=_parse)
 
-  app.run(started, flags_parser=parse)
+
+def _explain(error: BaseException) -> int:
+  """Prints the message of an error, or the traceback of an unexpected one; returns the exit status."""
+  if isinstance(error, SystemExit):  # its message is printed already
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+  if isinstance(error, KeyboardInterrupt):
+    print("interrupted; rerun the command to continue from the last checkpoint", file=sys.stderr)
+    return 130
+  if lost_peer(error):
+    error = PeerError(
+      f"lost another process of the run ({_first_line(error)}); start all of them again: the run continues from the "
+      "last checkpoint"
+    )
+  if not isinstance(error, OSError | BanError):
+    traceback.print_exception(error)
+    return 1
+  print(f"error: {error}", file=sys.stderr)
+  return error.exit_status if isinstance(error, BanError) else StorageError.exit_status  # a plot on a full disk
+
+
+def _end(status: int) -> NoReturn:
+  """Ends this process; one of several at once, since JAX's own shutdown would wait for the others, even forever."""
+  if not jax.distributed.is_initialized():
+    sys.exit(status)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # If all processes end for the same reason, they meet in this shutdown at once. Otherwise process 0 stays a little, so
+  # that the others can print their messages: they are aborted when it goes.
+  if status != PeerError.exit_status or devices_lib.is_primary():
+    end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    end.start()
+    end.join(PATIENCE)
+  os._exit(status)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+  """Returns the arguments that are no flags; a mistake ends with one line and status 2."""
+  try:
+    rest = flags.FLAGS(arguments)
+    if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
+      raise ConfigError(_missing_config(arguments))
+  except OSError:
+    _fail(_missing_config(arguments))
+  except Exception as error:  # a wrong flag, or anything that the configuration file raises
+    _fail(_cause(error) or _wrong_key(arguments) or _without_traceback(str(error)) or type(error).__name__)
+  if len(rest) > 1:
+    _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
+  return rest
 
 
 def _cause(error: BaseException) -> str | None:

@@ -30,10 +30,7 @@ from experiments import cli, plots, results
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run directory of experiments/train.py; shows all its generations.")
 GENERATIONS = flags.DEFINE_list(
-  "generations",
-  None,
-  "Instead of --workdir: directories of generations (RUN/gen_K), in display order. Their networks may differ; their "
-  "data must be the same.",
+  "generations", None, "Instead of --workdir: directories RUN/gen_K of the same data, in display order."
 )
 OUT = flags.DEFINE_string("out", None, "Output directory; by default the workdir.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Data directory, if it is not the one that the runs recorded.")
@@ -51,10 +48,9 @@ DARK_KNOWLEDGE = (
   ("dark_share", "dark-knowledge share\nof the squared gradient"),
   ("correct_gradient", "mean correct-class term\n$q_* - p_*$ (probability)"),
 )
-HOW_TO_RECORD = (
-  "No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss "
-  "that has a teacher."
-)
+HOW_TO_RECORD = """\
+No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss that \
+has a teacher."""
 
 
 class Shown(NamedTuple):
@@ -143,9 +139,7 @@ def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Datas
   for directory in directories:
     if not (directory / "manifest.json").exists():
       state = "is not finished" if directory.exists() else "does not exist"
-      raise CheckpointError(
-        f"{directory} {state}: rerun the command that trains it; to show others, name them by --generations"
-      )
+      raise CheckpointError(f"{directory} {state}: rerun its command, or name finished ones by --generations")
   for cfg in configs if data_dir is not None else ():
     cfg.data.dir = data_dir
   dataset = data.load(configs[0].data)
@@ -160,9 +154,7 @@ def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Datas
       where = f"{configs[0].data.name} as {directories[0].parent / 'config.json'} has it"
       raise CheckpointError(f"{directory} was trained on other data than those found: {where}; expected the same")
     if data.load(cfg.data).spec != dataset.spec:
-      raise CheckpointError(
-        f"{directory} and {directories[0]} read their data differently: compare data.window of both"
-      )
+      raise CheckpointError(f"{directory} and {directories[0]} differ in how they read the data: compare data.window")
     (model,) = fit_models([generation.params], make_models(cfg, dataset.spec), str(directory))
     shown.append(Shown(name, directory, cfg, generation, manifest["digest"], model))
   return dataset, shown

@@ -56,7 +56,7 @@ def rows() -> list[Row]:
   printed: dict[str, str] = {}
   numbers: dict[tuple[str, str], list[str]] = {}
   for table in TABLES:
-    printed |= table.parameters
+    printed |= table.parameters()
     cells = table.cells("paper", 1, "", controls=False)
     nodes = topological_order(node for cell in cells for members in cell.members for node in members)
     for network in dict.fromkeys(node.paper_network for node in nodes):
@@ -139,7 +139,7 @@ def language_table() -> str:
   for name, printed in LANGUAGE.items():
     options = presets.MODELS[name]
     count = sum(trained_sizes(make_model(options, spec)).values()) / 1e6
-    paper = table6.TABLE.parameters[printed].removesuffix("M")
+    paper = table6.TABLE.parameters()[printed].removesuffix("M")
     lines.append(
       [name, "6", f"{options.layers:11}", f"{count:10.3f}", f"{paper:>5}", f"{count / float(paper) - 1:+10.1%}"]
     )

@@ -14,12 +14,11 @@ from etils import epath
 
 from ban_jax import checkpoint
 from ban_jax.devices import is_primary
-from ban_jax.errors import ConfigError
 from configs import digits
 from experiments import cli, plots, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the runs, the table and the plot.")
-SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds to average over.")
+SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds to average over.", lower_bound=1)
 WORDS = flags.DEFINE_string("words", "digits,wrn_10_1,cpu", "Configuration words, as in configs/digits.py.")
 
 
@@ -54,8 +53,6 @@ def plot(per_seed: Sequence[results.Results], title: str, path: epath.Path) -> N
 
 def main() -> None:
   """Trains what is missing, then prints the table and the path of the plot."""
-  if SEEDS.value < 1:
-    raise ConfigError(f"--seeds must be at least 1, not {SEEDS.value}")
   start = time.monotonic()
   devices = cli.start_jax()
   workdir = checkpoint.resolve_workdir(WORKDIR.value)

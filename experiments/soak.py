@@ -22,13 +22,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from ban_jax import checkpoint
-from ban_jax.errors import ConfigError, TrainingError
+from ban_jax.errors import TrainingError
 from experiments import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py:digits,wrn_10_1,smoke", "What to train.")
-KILLS = flags.DEFINE_integer("kills", 100, "Number of kills.")
+KILLS = flags.DEFINE_integer("kills", 100, "Number of kills.", lower_bound=1)
 SECONDS = flags.DEFINE_float(
-  "seconds", 3600.0, "Time limit for the kills; also for each of the three undisturbed runs, two before and one after."
+  "seconds", 3600.0, "Time limit of the kills, and of each of the three undisturbed runs.", lower_bound=1.0
 )
 SEED = flags.DEFINE_integer("soak_seed", 0, "Random seed of the kill times.")
 TRAIN = pathlib.Path(__file__).with_name("train.py")
@@ -152,11 +152,7 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
 
 
 def main() -> None:
-  """Checks the flags, runs the soak and prints its result."""
-  if KILLS.value < 1:
-    raise ConfigError(f"--kills must be at least 1, not {KILLS.value}")
-  if not SECONDS.value > 0:
-    raise ConfigError(f"--seconds must be above 0, not {SECONDS.value}")
+  """Runs the soak and prints its result."""
   begin = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     kills, runs, reached = soak(pathlib.Path(folder))

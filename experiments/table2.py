@@ -2,12 +2,20 @@
 
 python experiments/table2.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-At the paper's scale with three seeds: 93 generations, 69,160 PFLOP; expected, not measured:
-626 h on one A100, 204 h on one H100, 97 h on one TPU v4-8 (--dry_run names the assumptions).
+Paper scale: 93 generations, 69,160 PFLOP; expected (--dry_run) 626 h on an A100, 204 h on an H100, 97 h on a TPU v4-8.
 """
 
 from experiments.tables import run
-from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, independent_ensembles, label_controls
+from experiments.tables.spec import (
+  SUBSTITUTES,
+  Builder,
+  Columns,
+  Row,
+  Table,
+  independent_ensembles,
+  label_controls,
+  make_rows,
+)
 
 # Losses of the direct students of the teacher; BAN is BAN-1 with another seed.
 LOSSES = {"BAN": "ban", "BAN+L": "ban_label", "CWTM": "cwtm", "DKPP": "dkpp"}
@@ -20,7 +28,7 @@ def columns(builder: Builder, row: Row) -> Columns:
   # The paper has no BAN-3 of DenseNet-80-120; its Ens*3 is the teacher, BAN-1 and BAN-2.
   short = row.name == "DenseNet-80-120"
   sequence = builder.sequence(teacher, row.network, "ban", 2 if short else 3)
-  generations = {f"BAN-{number}": [part] for number, part in enumerate(sequence, 1)}
+  generations = {f"BAN-{number}": [node] for number, node in enumerate(sequence, 1)}
   ensembles = {"Ens*2": sequence[:2], "Ens*3": [teacher, *sequence] if short else sequence}
   return {"teacher": [teacher], **students, **generations, **ensembles}
 
@@ -30,23 +38,16 @@ def controls(builder: Builder, row: Row) -> Columns:
   return label_controls(builder, row, variant=1) | independent_ensembles(builder, row, (2, 3))
 
 
-def make_row(name: str, network: str, *numbers: float | None) -> Row:
-  """Returns a row with the paper's numbers in the order of the columns."""
-  columns = ("teacher", *LOSSES, "BAN-1", "BAN-2", "BAN-3", "Ens*2", "Ens*3")
-  return Row(name, network, {key: value for key, value in zip(columns, numbers, strict=True) if value is not None})
-
-
 TABLE = Table(
   number=2,
   title="every loss, generations and ensembles",
   dataset="cifar100",
-  rows=(
-    make_row(
-      "DenseNet-112-33", "densenet_112_33", 18.25, 16.95, 17.68, 17.84, 17.84, 17.61, 17.22, 16.59, 15.77, 15.68
-    ),
-    make_row("DenseNet-90-60", "densenet_90_60", 17.69, 16.69, 16.93, 17.42, 17.43, 16.62, 16.44, 16.72, 15.39, 15.74),
-    make_row("DenseNet-80-80", "densenet_80_80", 17.16, 16.36, 16.5, 17.16, 16.84, 16.26, 16.30, 15.5, 15.46, 15.14),
-    make_row("DenseNet-80-120", "densenet_80_120", 16.87, 16.00, 16.41, 17.12, 16.34, 16.13, 16.13, None, 15.13, 14.9),
+  rows=make_rows(
+    ("teacher", *LOSSES, "BAN-1", "BAN-2", "BAN-3", "Ens*2", "Ens*3"),
+    ("DenseNet-112-33", "densenet_112_33", "", 18.25, 16.95, 17.68, 17.84, 17.84, 17.61, 17.22, 16.59, 15.77, 15.68),
+    ("DenseNet-90-60", "densenet_90_60", "", 17.69, 16.69, 16.93, 17.42, 17.43, 16.62, 16.44, 16.72, 15.39, 15.74),
+    ("DenseNet-80-80", "densenet_80_80", "", 17.16, 16.36, 16.5, 17.16, 16.84, 16.26, 16.30, 15.5, 15.46, 15.14),
+    ("DenseNet-80-120", "densenet_80_120", "", 16.87, 16.00, 16.41, 17.12, 16.34, 16.13, 16.13, None, 15.13, 14.9),
   ),
   columns=columns,
   controls=controls,

@@ -2,12 +2,11 @@
 
 python experiments/table3.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-At the paper's scale with three seeds: 36 generations, 8,195 PFLOP; expected, not measured:
-77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8 (--dry_run names the assumptions).
+Paper scale: 36 generations, 8,195 PFLOP; expected (--dry_run) 77 h on an A100, 27 h on an H100, 14 h on a TPU v4-8.
 """
 
 from experiments.tables import run
-from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls
+from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls, make_rows
 
 STUDENT = "densenet_90_60"
 
@@ -31,11 +30,12 @@ TABLE = Table(
   number=3,
   title="students of Wide-ResNets",
   dataset="cifar100",
-  rows=(
-    Row("Wide-ResNet-28-1", "wrn_28_1", {"teacher": 30.05, "BAN": 29.43, "DenseNet-90-60": 24.93}),
-    Row("Wide-ResNet-28-2", "wrn_28_2", {"teacher": 25.32, "BAN": 24.38, "DenseNet-90-60": 18.49}),
-    Row("Wide-ResNet-28-5", "wrn_28_5", {"teacher": 20.88, "BAN": 20.93, "DenseNet-90-60": 17.52}),
-    Row("Wide-ResNet-28-10", "wrn_28_10", {"teacher": 19.08, "BAN": 18.25, "DenseNet-90-60": 16.79}),
+  rows=make_rows(
+    ("teacher", "BAN", "DenseNet-90-60"),
+    ("Wide-ResNet-28-1", "wrn_28_1", "", 30.05, 29.43, 24.93),
+    ("Wide-ResNet-28-2", "wrn_28_2", "", 25.32, 24.38, 18.49),
+    ("Wide-ResNet-28-5", "wrn_28_5", "", 20.88, 20.93, 17.52),
+    ("Wide-ResNet-28-10", "wrn_28_10", "", 19.08, 18.25, 16.79),
   ),
   columns=columns,
   controls=controls,

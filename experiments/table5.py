@@ -6,12 +6,11 @@ First and last layer are copied from the teacher and frozen, also in the baselin
 numbers in a name are the units per stage and the ratio of the stages' widths. ban_jax/models/matched_resnet.py explains
 our reading of the bottleneck students. The paper quotes the Pre-activation ResNet-1001 from He et al. 2016.
 
-At the paper's scale with three seeds: 39 generations, 24,720 PFLOP; expected, not measured:
-224 h on one A100, 74 h on one H100, 35 h on one TPU v4-8 (--dry_run names the assumptions).
+Paper scale: 39 generations, 24,720 PFLOP; expected (--dry_run) 224 h on an A100, 74 h on an H100, 35 h on a TPU v4-8.
 """
 
 from experiments.tables import run
-from experiments.tables.spec import Builder, Columns, Row, Table
+from experiments.tables.spec import Builder, Columns, Row, Table, make_rows
 
 TEACHER = "densenet_90_60"
 
@@ -34,25 +33,18 @@ TABLE = Table(
   number=5,
   title="ResNets taught by DenseNet-90-60, whose first and last layer they keep",
   dataset="cifar100",
-  rows=(
-    Row("Pre-activation ResNet-1001", None, {"baseline": 22.71}),
-    Row("BAN-Pre-ResNet-14-0.5", "pre_resnet_14_0_5", {"baseline": 20.28, "BAN": 18.8}),
-    Row("BAN-Pre-ResNet-14-1", "pre_resnet_14_1", {"baseline": 18.84, "BAN": 17.39}),
-    Row("BAN-Wide-ResNet-1-1", "wide_match_1_1", {"baseline": 20.4, "BAN": 19.12}),
-    Row("BAN-Match-Wide-ResNet-2-1", "wide_match_2_1", {"baseline": 18.83, "BAN": 17.42}),
-    Row("BAN-Wide-ResNet-4-0.5", "wide_match_4_0_5", {"baseline": 19.63, "BAN": 17.13}),
-    Row("BAN-Wide-ResNet-4-1", "wide_match_4_1", {"baseline": 18.77, "BAN": 17.18}),
+  rows=make_rows(
+    ("baseline", "BAN"),
+    ("Pre-activation ResNet-1001", None, "", 22.71, None),
+    ("BAN-Pre-ResNet-14-0.5", "pre_resnet_14_0_5", "7.3M", 20.28, 18.8),
+    ("BAN-Pre-ResNet-14-1", "pre_resnet_14_1", "17.7M", 18.84, 17.39),
+    ("BAN-Wide-ResNet-1-1", "wide_match_1_1", "20.9M", 20.4, 19.12),
+    ("BAN-Match-Wide-ResNet-2-1", "wide_match_2_1", "43.1M", 18.83, 17.42),
+    ("BAN-Wide-ResNet-4-0.5", "wide_match_4_0_5", "24.3M", 19.63, 17.13),
+    ("BAN-Wide-ResNet-4-1", "wide_match_4_1", "87.3M", 18.77, 17.18),
   ),
   columns=columns,
   controls=controls,
-  parameters={
-    "pre_resnet_14_0_5": "7.3M",
-    "pre_resnet_14_1": "17.7M",
-    "wide_match_1_1": "20.9M",
-    "wide_match_2_1": "43.1M",
-    "wide_match_4_0_5": "24.3M",
-    "wide_match_4_1": "87.3M",
-  },
   substitutes={
     "cpu": {
       TEACHER: "densenet_16_8",

@@ -4,12 +4,11 @@
 
 PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which you supply.
 
-At the paper's scale with three seeds: 12 generations, 110 PFLOP; expected, not measured:
-1.7 h on one A100, 1 h on one H100, 0.86 h on one TPU v4-8 (--dry_run names the assumptions).
+Paper scale: 12 generations, 110 PFLOP; expected (--dry_run) 1.7 h on an A100, 1 h on an H100, 0.86 h on a TPU v4-8.
 """
 
 from experiments.tables import run
-from experiments.tables.spec import Builder, Columns, Row, Table, label_controls
+from experiments.tables.spec import Builder, Columns, Row, Table, label_controls, make_rows
 
 
 def columns(builder: Builder, row: Row) -> Columns:
@@ -22,13 +21,13 @@ TABLE = Table(
   number=6,
   title="language models and their born-again students",
   dataset="ptb",
-  rows=(
-    Row("CNN-LSTM", "cnn_lstm", {"teacher val": 83.69, "BAN+L val": 80.27, "teacher test": 80.05, "BAN+L test": 76.97}),
-    Row("LSTM", "lstm", {"teacher val": 75.11, "BAN+L val": 71.19, "teacher test": 71.87, "BAN+L test": 68.56}),
+  rows=make_rows(
+    ("teacher val", "BAN+L val", "teacher test", "BAN+L test"),
+    ("CNN-LSTM", "cnn_lstm", "19M", 83.69, 80.27, 80.05, 76.97),
+    ("LSTM", "lstm", "52M", 75.11, 71.19, 71.87, 68.56),
   ),
   columns=columns,
   controls=label_controls,
-  parameters={"cnn_lstm": "19M", "lstm": "52M"},
   substitutes={"cpu": {"cnn_lstm": "cnn_lstm_32", "lstm": "lstm_200"}, "smoke": {"cnn_lstm": "cnn_lstm_32"}},
   metrics={"val": "validation_perplexity", "test": "perplexity"},
   unit="perplexity",

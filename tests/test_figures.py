@@ -159,7 +159,7 @@ def test_what_is_not_finished_is_refused_by_name(run, tmp_path):
   shutil.copytree(run[0], workdir)
   (workdir / "gen_1" / "manifest.json").unlink()
   given, _ = figures.chosen(str(workdir), None, None)
-  with pytest.raises(CheckpointError, match=r"gen_1 is not finished: .* name them by --generations"):
+  with pytest.raises(CheckpointError, match=r"gen_1 is not finished: .* name finished ones by --generations"):
     figures.read(given, None)
   shutil.rmtree(workdir / "gen_1")  # it is asked for by the configuration
   given, _ = figures.chosen(str(workdir), None, None)

@@ -48,23 +48,16 @@ class Node(NamedTuple):
 
 
 def make_node(
-  words: str,
-  paper_network: str,
-  changes: Mapping[str, object],
-  seed: int,
-  *,
-  teacher: Node | None = None,
-  loss: str = "label",
+  words: str, paper_network: str, changes: Mapping[str, object], seed: int, teacher: Node | None, loss: str
 ) -> Node:
-  """Returns a generation 0, or with a `teacher`, itself a generation 0, its student by `loss`.
+  """Returns a generation 0 or, with a generation 0 as `teacher`, its student by `loss`.
 
   `words` are "data set,network,scale"; `changes` are configuration values by dotted key.
   """
   dataset, network, scale = words.split(",")
   crossed = teacher is not None and teacher.network != network
-  cfg = presets.compose(
-    ",".join([words, *([loss] if teacher else []), *([f"teacher={teacher.network}"] if crossed else [])])
-  )
+  more = ([loss] if teacher else []) + ([f"teacher={teacher.network}"] if crossed else [])
+  cfg = presets.compose(",".join([words, *more]))
   cfg.update_from_flattened_dict(dict(changes))
   cfg.seed = seed
   # Costs almost nothing beside a convolution, and figures.py plots it; over 10,000 words it would cost time.

@@ -143,14 +143,8 @@ def _entry(entry: Entry, seeds: int) -> list[str]:
   if difference is not None:
     interval = "" if math.isnan(difference.low) else f" [{difference.low:+.2f}, {difference.high:+.2f}]"
     compared = f"{difference.mean:+.2f}{interval}{_of_seeds(difference.seeds, seeds)}"
-  return [
-    cell.column,
-    paper,
-    ours,
-    _number(entry.from_paper, "+.2f"),
-    _number(entry.paper_difference, "+.2f"),
-    compared,
-  ]
+  numbers = [_number(number, "+.2f") for number in (entry.from_paper, entry.paper_difference)]
+  return [cell.column, paper, ours, *numbers, compared]
 
 
 def _of_seeds(count: int, seeds: int) -> str:
@@ -163,7 +157,7 @@ def _networks(table: Table, cells: Iterable[Cell]) -> list[list[str]]:
   for cell in cells:
     if cell.members:
       node = cell.members[0][-1]
-      printed = table.parameters.get(node.paper_network)
+      printed = table.parameters().get(node.paper_network)
       paper = node.paper_network + (f", {printed}" if printed else "")
       columns.setdefault((cell.row, node.network, f"{_parameters(node):,}", paper), []).append(cell.column)
   header = ["row", "network", "trained parameters", "the paper's network, parameters", "columns"]

@@ -26,24 +26,14 @@ from experiments.tables.values import evaluate_ensemble
 
 def define_flags() -> None:
   """Defines the flags of all six scripts; in a function, so that several scripts can be imported together."""
-  flags.DEFINE_string(
-    "scale",
-    "smoke",
-    "paper (exact), quick (one accelerator), cpu (two cores, small networks on real data) or smoke (seconds: small "
-    "networks on embedded data, to check that everything runs).",
-  )
+  scales = "paper (exact), quick (one accelerator), cpu (small networks, real data) or smoke (seconds, embedded data)."
+  flags.DEFINE_string("scale", "smoke", scales)
   flags.DEFINE_list("rows", None, "Names of the rows to train, separated by commas; by default all.")
   flags.DEFINE_integer("seeds", None, "Number of seeds, counted from 0; by default that of the scale.")
   flags.DEFINE_string("workdir", None, "Directory of runs and tables, common to all tables (runs/tables/SCALE).")
   flags.DEFINE_string("data_dir", "", "Data directory: that of TFDS for CIFAR, that of the three text files for PTB.")
-  flags.DEFINE_string(
-    "shard", "1/1", "K/N: this is the K-th of N processes on one workdir and trains every N-th row and seed."
-  )
-  flags.DEFINE_bool(
-    "controls",
-    False,
-    "Also train controls for cheaper causes of a born-again gain (smoothed labels, longer training...).",
-  )
+  flags.DEFINE_string("shard", "1/1", "K/N: as the K-th of N processes on one workdir, train every N-th row and seed.")
+  flags.DEFINE_bool("controls", False, "Also train the controls (smoothed labels, longer training...).")
   flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and exit.")
   flags.DEFINE_bool("dry_run", False, "Show what would be trained and its cost, and exit.")
   for module in (__name__, cli.__name__):  # a script's --help shows its key flags only

@@ -40,6 +40,16 @@ class Row(NamedTuple):
   name: str
   network: str | None
   paper: Mapping[str, float]  # by column
+  parameters: str = ""  # of the network, as the paper's table prints them
+
+
+def make_rows(columns: Sequence[str], *rows: tuple[str | float | None, ...]) -> tuple[Row, ...]:
+  """Returns rows from (name, network, printed parameters, *numbers); None is a number that the paper does not have."""
+  made = []
+  for name, network, parameters, *numbers in rows:
+    paper = {column: number for column, number in zip(columns, numbers, strict=True) if number is not None}
+    made.append(Row(name, network, paper, parameters))
+  return tuple(made)
 
 
 class Cell(NamedTuple):
@@ -70,12 +80,12 @@ class Builder(NamedTuple):
     """Returns a network that learns from the labels; `longer` multiplies its epochs."""
     words = self._words(network)
     epochs = self.changes.get("train.epochs") or presets.compose(words).train.epochs
-    return graph.make_node(words, network, {**self.changes, "train.epochs": longer * epochs}, self._seed(variant))
+    changes = {**self.changes, "train.epochs": longer * epochs}
+    return graph.make_node(words, network, changes, self._seed(variant), None, "label")
 
   def student(self, teacher: Node, network: str, loss: str, *, variant: int = 0) -> Node:
     """Returns a network that learns from a teacher; variants differ in their seed only."""
-    seed = self._seed(variant)
-    return graph.make_node(self._words(network), network, self.changes, seed, teacher=teacher, loss=loss)
+    return graph.make_node(self._words(network), network, self.changes, self._seed(variant), teacher, loss)
 
   def sequence(self, teacher: Node, network: str, loss: str, length: int) -> list[Node]:
     """Returns BAN-1 to BAN-`length`: `teacher` teaches the first, each of them the next (Eq. 3)."""
@@ -105,11 +115,15 @@ class Table(NamedTuple):
   columns: Callable[[Builder, Row], Columns]
   controls: Callable[[Builder, Row], Columns]
   substitutes: Mapping[str, Mapping[str, str]]  # scale -> the paper's network -> its substitute
-  parameters: Mapping[str, str] = {}  # network -> trained parameters, as the paper's table prints them
+  more_parameters: Mapping[str, str] = {}  # network -> parameters as printed, if it is not the network of a row
   metrics: Mapping[str, str] = {"": "error"}  # column suffix -> metric of experiments/results.py
   unit: str = "test error, %"
   reference: str = "teacher"  # the column that the others are compared with
   by_row: bool = True  # the plot groups by row; otherwise it has a panel for each row
+
+  def parameters(self) -> dict[str, str]:
+    """Returns the trained parameters that the paper's table prints, by network."""
+    return {row.network: row.parameters for row in self.rows if row.parameters} | self.more_parameters
 
   def builder(self, scale: str, seed: int, data_dir: str) -> Builder:
     """Returns the builder of the table's nodes at a scale and seed."""

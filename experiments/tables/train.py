@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 from etils import epath
 
 import ban_jax
@@ -11,7 +10,7 @@ from ban_jax import checkpoint
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, InUseError, PeerError, StorageError
 from ban_jax.train import load_finished
-from ban_jax.types import Generation
+from ban_jax.types import Devices, Generation
 from experiments.tables import graph
 from experiments.tables.graph import Node
 
@@ -20,12 +19,7 @@ PATIENCE = 5.0
 
 
 def train(
-  nodes: Sequence[Node],
-  workdir: epath.Path,
-  *,
-  devices: Sequence[jax.Device],
-  progress: bool,
-  log: Callable[[str], None],
+  nodes: Sequence[Node], workdir: epath.Path, *, devices: Devices, progress: bool, log: Callable[[str], None]
 ) -> int:
   """Trains the unfinished nodes of a topological order and returns how many it trained.
 
