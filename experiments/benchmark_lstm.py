@@ -161,13 +161,9 @@ def main() -> None:
 
   devices = cli.start_jax()
   if devices[0].platform != "cpu":
-    raise ConfigError(
-      f"this benchmark compares on processors, and JAX runs on {devices[0].device_kind}: set JAX_PLATFORMS=cpu"
-    )
+    raise ConfigError(f"this benchmark needs a CPU, not {devices[0].device_kind}: set JAX_PLATFORMS=cpu")
   if PROCESSOR_TIME.value and devices_lib.cores() > 1:
-    raise ConfigError(
-      "--processor_time counts one thread a side; start the benchmark on one core: taskset -c 0 python ..."
-    )
+    raise ConfigError("--processor_time needs a single core: taskset -c 0 python ...")
   layouts = [devices[:count] for count in sorted({1, len(devices)})]
   for layout in layouts:
     devices_lib.check_batch_size(BATCH.value, layout)

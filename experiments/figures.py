@@ -102,7 +102,7 @@ def chosen(
   that contradict each other, and a CheckpointError if there is no run.
   """
   if (workdir is None) == (generations is None):
-    raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which say what is to be shown")
+    raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which select what to show")
   if workdir is not None:
     run = checkpoint.resolve_workdir(workdir)
     numbers = set(range(read_config(run).generations + 1))

@@ -1,7 +1,7 @@
-"""The programs of a configuration's training and evaluation steps, with their arguments' shapes and their operations.
+"""The training and evaluation steps of a configuration as programs, and their floating-point operations.
 
-Nothing is trained: what a step costs is counted on the traced program. Of CIFAR and the Penn Treebank not even the data
-are needed.
+Nothing is run: operations are counted on the traced program. CIFAR and the Penn Treebank are not needed, only their
+shapes.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.extend import core
 from ml_collections import ConfigDict
 
@@ -21,9 +22,10 @@ from ban_jax.evaluate import make_models
 from ban_jax.step import make_eval_step, make_train_step
 from ban_jax.types import Batch, Devices, InputSpec, Model, TrainState
 
+# CIFAR's and the Penn Treebank's sizes, which ban_jax.data does not export: it knows them only once they are loaded.
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 _CIFAR_EXAMPLES = 50_000
-# The Penn Treebank's training tokens, its words, and the characters that these are written in.
+# Training tokens, words, and the characters of the words.
 _PTB_TOKENS, WORDS, CHARACTERS = 929_589, 10_000, 46
 
 
@@ -35,7 +37,7 @@ class Program(NamedTuple):
 
 
 class Described(NamedTuple):
-  """What the steps must know of a data set, its arrays' shapes, and how many steps an epoch of training has."""
+  """A data set as the steps see it: its inputs, its fetch function, its arrays' shapes, and the steps of an epoch."""
 
   spec: InputSpec
   fetch: Callable[..., Batch]
@@ -44,16 +46,25 @@ class Described(NamedTuple):
 
 
 class Work(NamedTuple):
-  """What an epoch of training is: its steps, and the floating-point operations of each."""
+  """The work of an epoch of training: its steps, and the floating-point operations of each."""
 
   steps_per_epoch: int
   flops: int
 
 
-def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
-  """Returns a configuration's training step, a student's or (not `taught`) generation 0's, with its arguments' shapes.
+def initial_state(
+  student: Model, frozen: Sequence[str], optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """Returns a student's state before the first step; the optimizer does not see its frozen layers."""
+  variables = student.init(key)
+  trainable = {name: tree for name, tree in variables["params"].items() if name not in frozen}
+  return TrainState(np.int32(0), variables["params"], variables.get("batch_stats", {}), optimizer.init(trainable))
 
-  Of CIFAR and PTB only the shapes are needed; others are loaded. Raises a ConfigError or DataError as a run would.
+
+def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
+  """Returns the training step of a student, or without `taught` of generation 0, with its arguments' shapes.
+
+  Loads the data set, except for CIFAR and PTB. Raises a ConfigError or DataError as a run would.
   """
   devices_lib.check_batch_size(cfg.train.batch_size, devices)
   spec, fetch, arrays, _ = describe(cfg)
@@ -76,11 +87,8 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
   rows = cfg.train.batch_size // len(devices)
 
   def initial(key):
-    variables = student.init(key)
-    trained = {name: tree for name, tree in variables["params"].items() if name not in frozen}
-    state = TrainState(np.int32(0), variables["params"], variables.get("batch_stats", {}), optimizer.init(trained))
     carry = (student.init_carry(rows), tuple(model.init_carry(rows) for model in teachers))
-    return state, carry, tuple(model.init(key) for model in teachers)
+    return initial_state(student, frozen, optimizer, key), carry, tuple(model.init(key) for model in teachers)
 
   state, carry, teacher_variables = jax.eval_shape(initial, jax.random.key(0))
   index = jax.ShapeDtypeStruct((rows,), np.int32)
@@ -90,7 +98,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
 
 
 def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
-  """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
+  """Returns the evaluation step of one student with its arguments' shapes; data and errors as for `train_program`."""
   devices_lib.check_batch_size(cfg.train.batch_size, devices)
   spec, fetch, arrays, _ = describe(cfg)
   _, model = make_models(cfg, spec)
@@ -103,13 +111,13 @@ def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
 
 
 def work(cfg: ConfigDict, devices: Sequence[jax.Device], *, taught: bool = True) -> Work:
-  """Returns what an epoch of training is, by all devices together; arguments and errors are `train_program`'s."""
+  """Returns the work of an epoch on all devices together; arguments and errors as for `train_program`."""
   flops = count_flops(train_program(cfg, tuple(devices), taught=taught)) * len(devices)
   return Work(describe(cfg).steps_per_epoch, flops)
 
 
 def describe(cfg: ConfigDict) -> Described:
-  """Returns what is to be known of a configuration's data set; raises a DataError where it is needed and missing."""
+  """Describes a configuration's data set; raises a DataError if it must be loaded and is missing."""
   batch = cfg.train.batch_size
   if cfg.data.name in _CLASSES:
     shapes = {"images": (_CIFAR_EXAMPLES, 32, 32, 3), "labels": (_CIFAR_EXAMPLES,), "mean": (3,), "std": (3,)}
@@ -130,7 +138,7 @@ def describe(cfg: ConfigDict) -> Described:
 
 @functools.cache
 def made_up_words() -> tuple[str, ...]:
-  """Returns as many words as the Penn Treebank has, in as many characters: all that a network's shapes depend on."""
+  """Returns as many words as the Penn Treebank has, in as many characters: they determine a network's shapes."""
   characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
   words = ("<eos>", "<unk>", *characters)
   return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
@@ -138,28 +146,28 @@ def made_up_words() -> tuple[str, ...]:
 
 @functools.cache
 def trained_sizes(model: Model) -> dict[str, int]:
-  """Returns the parameters of each top-level layer that is trained, not copied from the teacher."""
+  """Returns the number of parameters of each top-level layer, except those copied from the teacher."""
   params = jax.eval_shape(model.init, jax.random.key(0))["params"]
   trained = {name: tree for name, tree in params.items() if name not in model.inherits}
   return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
 
 
 def _on_each(devices: Devices, tree: Any) -> Any:
-  """Returns the shapes of a tree that every device has a row of."""
+  """Returns a tree's shapes with a leading device axis."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
 
 def count_flops(program: Program) -> int:
-  """Returns the floating-point operations of one device's share of a step: products and convolutions, nothing else."""
+  """Returns the floating-point operations of one device's share of a step: products and convolutions only."""
   return _flops(jax.jit(program.step).trace(*program.arguments).jaxpr.jaxpr)
 
 
 def _flops(jaxpr: core.Jaxpr) -> int:
-  """Returns the operations of a traced function, a multiplication and an addition being two.
+  """Returns the operations of a traced function; a multiplication and an addition count as two.
 
-  A convolution counts every tap of its kernel, those on padding too, but none on the zeros that a stride's backward
-  pass puts between its inputs: so a gradient counts as much as the convolution itself. Raises a ValueError for products
-  in a loop of unknown length.
+  A convolution counts every tap of its kernel, including taps on padding, but not the zeros that the backward pass of a
+  stride inserts between inputs: so its gradient counts as much as the convolution itself. Raises a ValueError for
+  products in a loop of unknown length.
   """
   total = 0
   for equation in jaxpr.eqns:
