@@ -1,1 +1,1 @@
-"""Command lines: training, the quickstart and the scripts behind the paper's tables."""
+"""Entry points: training, the quickstart, the paper's tables and figures, analyses and tools."""

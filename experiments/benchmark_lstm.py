@@ -1,15 +1,14 @@
-"""Tokens per second of the LSTM's training step, beside PyTorch's nn.LSTM doing the same work on the same processor.
+"""Tokens per second of the LSTM's training step, and of the same work with PyTorch's nn.LSTM on the same processor.
 
     pip install -e '.[benchmark]'
-    python experiments/benchmark_lstm.py                        2x200 and 2x650 units, batch 20, 35 tokens a window
+    python experiments/benchmark_lstm.py                        2x200 and 2x650 units, batch 20, windows of 35 tokens
     python experiments/benchmark_lstm.py --units=200 --batch=32
-    taskset -c 0 python experiments/benchmark_lstm.py --processor_time    on a machine that is busy with other things
+    taskset -c 0 python experiments/benchmark_lstm.py --processor_time    on a machine that is busy otherwise
 
-Both sides: embedding, dropout, the LSTM layers with dropout behind each, the embedding once more as the output's
-kernel, cross-entropy with the label, gradient, clipping by the global norm, SGD, float32, state carried from window to
-window. Ours is the very step that trains, on one device and on as many as --devices says; it also counts errors and
-checks that all is finite. The sides take turns, and a ratio is one of neighboring turns. Tokens are random, for the
-work does not depend on them.
+Both sides: embedding, dropout, LSTM layers each followed by dropout, an output that shares the embedding, cross-entropy
+with the label, gradient, clipping by the global norm, SGD, float32, state carried from window to window. Our side is
+the training step itself, on one device and on --devices; it also counts errors and checks for finite values. The sides
+take turns, and each ratio is of two neighboring turns. Tokens are random, since the work does not depend on them.
 """
 
 import importlib.util
@@ -28,34 +27,35 @@ from ban_jax import config, losses, models, optim, step
 from ban_jax import devices as devices_lib
 from ban_jax.data.text import make_fetch
 from ban_jax.errors import ConfigError
-from ban_jax.types import Devices, InputSpec, TrainState
+from ban_jax.teacher import none
+from ban_jax.types import Devices, InputSpec
 from configs import base
-from experiments import cli
+from experiments import cli, results
 
-UNITS = flags.DEFINE_multi_integer("units", [200, 650], "Units of the LSTM layers; give it again for several sizes.")
+UNITS = flags.DEFINE_multi_integer(
+  "units", [200, 650], "Units of the LSTM layers; repeat it for several sizes.", lower_bound=1
+)
 LAYERS = flags.DEFINE_integer("layers", 2, "LSTM layers.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 20, "Windows in a mini-batch.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 35, "Tokens in a window.", lower_bound=1)
 WORDS = flags.DEFINE_integer("words", 10_000, "Words in the vocabulary.", lower_bound=2)
 DROPOUT = flags.DEFINE_float("dropout", 0.5, "Dropout rate.", lower_bound=0.0, upper_bound=0.9)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns that each side takes.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each side.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 6, "Steps in a turn.", lower_bound=1)
-PROCESSOR_TIME = flags.DEFINE_bool(
-  "processor_time", False, "Count seconds of processor time, of one thread a side, in place of seconds on the clock."
-)
+PROCESSOR_TIME = flags.DEFINE_bool("processor_time", False, "Measure processor time, with one thread on each side.")
 
 CLIP, RATE, SCALE = 0.25, 1.0, 0.05
 Turn = Callable[[], None]
 
 
 def tokens() -> np.ndarray:
-  """Returns random tokens, int32, enough for a turn: every step reads windows of its own."""
+  """Returns random int32 tokens for a turn, in which every step reads new windows."""
   size = BATCH.value * WINDOW.value * STEPS.value + 1
   return np.random.default_rng(0).integers(0, WORDS.value, size).astype(np.int32)
 
 
 def ours(units: int, devices: Devices) -> Turn:
-  """Returns a function that trains for `STEPS` steps of our training step on these devices, and waits for the end."""
+  """Returns a function that runs `STEPS` of our training steps on these devices and waits for the last."""
   group = {"name": "lstm", "units": units, "layers": LAYERS.value, "dropout": DROPOUT.value, "init_scale": SCALE}
   model = models.make_model(group | {"cudnn": False}, InputSpec("tokens", (WINDOW.value,), WORDS.value))
   cfg = base.get_config()
@@ -63,18 +63,17 @@ def ours(units: int, devices: Devices) -> Turn:
   optimizer = optim.make_optimizer(cfg.optim.to_dict() | plain | {"clip_norm": CLIP}, 1)
   train_step = step.make_train_step(
     student=model,
-    teachers=(),
+    teaching=none(),
     frozen=(),
-    loss=losses.make_loss(cfg.loss.to_dict() | {"name": "label"}),
+    loss=losses.make_loss({"name": "label"}),
     optimizer=optimizer,
     fetch=make_fetch(WINDOW.value),
     devices=devices,
     sync_batch_stats=True,
     gradient_split=False,
   )
-  variables = jax.device_get(model.init(jax.random.key(0)))
-  state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))
-  state = devices_lib.replicate(jax.device_get(state), devices)
+  state = jax.device_get(step.initial_state(model, optimizer, jax.random.key(0), {}))
+  state = devices_lib.replicate(state, devices)
   carry = devices_lib.split_rows((model.init_carry(BATCH.value), ()), devices)
   arrays = devices_lib.broadcast({"tokens": tokens()}, devices)
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.key(1, impl="threefry2x32")), devices)
@@ -83,7 +82,8 @@ def ours(units: int, devices: Devices) -> Turn:
   def turn() -> None:
     nonlocal state, carry
     for index in order:
-      state, carry, sums = train_step(state, (), carry, arrays, devices_lib.split_rows(index, devices), key_data)
+      batches = devices_lib.split_batches(index[None], devices)
+      state, carry, sums = train_step.run(state, (), carry, arrays, batches, key_data)
       devices_lib.unreplicate(sums)
     jax.block_until_ready(state)
 
@@ -91,7 +91,7 @@ def ours(units: int, devices: Devices) -> Turn:
 
 
 def theirs(units: int, torch: Any) -> Turn:
-  """Returns a function that trains for `STEPS` steps in PyTorch."""
+  """Returns a function that runs `STEPS` training steps in PyTorch."""
   nn = torch.nn
   embedding = nn.Embedding(WORDS.value, units)
   lstm = nn.LSTM(units, units, LAYERS.value, dropout=DROPOUT.value if LAYERS.value > 1 else 0.0)
@@ -123,7 +123,7 @@ def theirs(units: int, torch: Any) -> Turn:
 
 
 def measure(turns: dict[str, Turn]) -> dict[str, list[float]]:
-  """Returns each side's tokens per second in every round; a turn that compiles and warms up goes before."""
+  """Returns each side's tokens per second in every round, after a turn that compiles and warms up."""
   for turn in turns.values():
     turn()
   clock = time.process_time if PROCESSOR_TIME.value else time.perf_counter
@@ -136,19 +136,18 @@ def measure(turns: dict[str, Turn]) -> dict[str, list[float]]:
   return rates
 
 
-def row(units: int, rates: dict[str, list[float]]) -> str:
-  """Returns a line of the table: median rates, and the median ratio of our best layout with its range over rounds."""
+def row(units: int, rates: dict[str, list[float]]) -> list[str]:
+  """Returns a row of the table: median rates, and the median ratio of our best layout with its range over rounds."""
   medians = {name: statistics.median(values) for name, values in rates.items()}
   *layouts, torch = rates
   best = max(layouts, key=medians.get)
   ratios = [mine / other for mine, other in zip(rates[best], rates[torch], strict=True)]
-  cells = [f"{LAYERS.value}x{units}", *(f"{medians[name]:,.0f}" for name in rates)]
   ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {best}"
-  return f"| {' | '.join([*cells, ratio])} |"
+  return [f"{LAYERS.value}x{units}", *(f"{medians[name]:,.0f}" for name in rates), ratio]
 
 
 def processor() -> str:
-  """Returns the processor's name, or its architecture where the system does not tell."""
+  """Returns the processor's name, or its architecture if the system does not give the name."""
   information = pathlib.Path("/proc/cpuinfo")
   lines = information.read_text().splitlines() if information.exists() else []
   names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -163,16 +162,9 @@ def main() -> None:
 
   devices = cli.start_jax()
   if devices[0].platform != "cpu":
-    raise ConfigError(
-      f"this benchmark compares on processors, and JAX runs on {devices[0].device_kind}: set JAX_PLATFORMS=cpu"
-    )
+    raise ConfigError(f"this benchmark needs a CPU, not {devices[0].device_kind}: set JAX_PLATFORMS=cpu")
   if PROCESSOR_TIME.value and devices_lib.cores() > 1:
-    raise ConfigError(
-      "--processor_time counts one thread a side; start the benchmark on one core: taskset -c 0 python ..."
-    )
-  for units in UNITS.value:
-    if units < 1:
-      raise ConfigError(f"--units={units}: at least 1 is expected")
+    raise ConfigError("--processor_time needs a single core: taskset -c 0 python ...")
   layouts = [devices[:count] for count in sorted({1, len(devices)})]
   for layout in layouts:
     config.check_batch_size(BATCH.value, layout)
@@ -184,11 +176,11 @@ def main() -> None:
     f"{second}, medians of {ROUNDS.value} rounds of {STEPS.value} steps. {processor()}, cores: {devices_lib.cores()};\n"
     f"PyTorch {torch.__version__} threads: {torch.get_num_threads()}; JAX {jax.__version__}.\n"
   )
-  header = ["LSTM", *names, "PyTorch", "ours / PyTorch (range), best layout"]
-  print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+  rows = [["LSTM", *names, "PyTorch", "ours / PyTorch (range), best layout"]]
   for units in UNITS.value:
     turns = {name: ours(units, layout) for name, layout in zip(names, layouts, strict=True)}
-    print(row(units, measure(turns | {"PyTorch": theirs(units, torch)})), flush=True)
+    rows.append(row(units, measure(turns | {"PyTorch": theirs(units, torch)})))
+  print(results.markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""What the command lines share: starting JAX, reading flags, and answering a user's mistake without a traceback."""
+"""What the entry points share: starting JAX, parsing flags, and reporting a user's mistake without a traceback."""
 
-import contextlib
 import logging
 import os
 import pathlib
@@ -11,7 +10,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -23,39 +23,28 @@ from ban_jax import processes
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
-  "devices",
-  0,
-  "How many devices to run on; 0 takes all accelerators, or on CPU one device a core (2, 4 or 8 at most). With several "
-  "processes: how many CPU devices this process has; each then takes all accelerators that it sees.",
+  "devices", 0, "Number of devices of this process; 0: all accelerators, or one CPU device per core (at most 8)."
 )
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Start as one of several processes that find each other by themselves (TPU pods, Slurm)."
-)
-COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0, where they do not find each other."
-)
-PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address: how many processes there are.")
-PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator_address: which of them this is, from 0.")
-START_TIMEOUT = flags.DEFINE_integer(
-  "start_timeout", 300, "With several processes: how many seconds to wait for the others at the start."
-)
-PEER_TIMEOUT = flags.DEFINE_integer(
-  "peer_timeout", 60, "With several processes: after how many seconds without a sign of life from one a run ends."
-)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes that find each other.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; without --distributed.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address: the number of processes.")
+PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator_address: the number of this process, from 0.")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes at the start.")
+PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 60, "Seconds without a sign of another process until the run ends.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress on standard error.")
 
-# What the messages of JAX, its CPU collectives and Orbax have in them when another process is gone.
+# Found in the messages of JAX, its CPU collectives and Orbax when another process is gone.
 PEER_SIGNS = ("Gloo", "coordination service", "CoordinationService")
-# Seconds that a failing process waits for the others to end with it.
+# Seconds that a failing process waits for the others to end, too.
 PATIENCE = 3.0
-# Exit status of a mistake that the user can mend.
+# Exit status of a mistake that the user can correct.
 USAGE = 2
 
 
 def cpu_devices(cores: int) -> int:
   """Returns how many CPU devices to run on: the largest power of two up to the cores and 8.
 
-  XLA splits a convolution poorly over threads: one device a core is about 1.5 times faster than one device with all.
+  XLA splits a convolution poorly over threads: one device per core is about 1.5 times faster than one device with all.
   """
   return 1 << (min(cores, 8).bit_length() - 1)
 
@@ -68,7 +57,7 @@ def use_compilation_cache() -> None:
 
 
 def start_jax() -> tuple[jax.Device, ...]:
-  """Sets JAX up as the flags say, before its first computation, and returns the devices to run on."""
+  """Configures JAX by the flags, before its first computation, and returns the devices to run on."""
   _check_processes()
   use_compilation_cache()
   if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
@@ -90,7 +79,7 @@ def start_jax() -> tuple[jax.Device, ...]:
 
 
 def _check_processes() -> None:
-  """Raises a ConfigError where the flags of a run of several processes do not fit together."""
+  """Raises a ConfigError if the flags for several processes contradict each other."""
   given = {flag.name: flag.value for flag in (COORDINATOR, PROCESSES, PROCESS) if flag.value is not None}
   if DISTRIBUTED.value and given:
     raise ConfigError(f"--distributed finds the other processes by itself; leave out --{' and --'.join(given)}")
@@ -115,7 +104,7 @@ def _check_processes() -> None:
 
 
 def _join_processes() -> None:
-  """Waits for the other processes; where they do not all come, ends this one (JAX would abort it without a word)."""
+  """Waits for the other processes; ends this one if some do not come, where JAX would abort it without a message."""
 
   def give_up() -> None:
     where = f" at {COORDINATOR.value}" if COORDINATOR.value else ""
@@ -137,25 +126,25 @@ def _join_processes() -> None:
       COORDINATOR.value,
       PROCESSES.value,
       PROCESS.value,
-      initialization_timeout=START_TIMEOUT.value + 60,  # behind the timer's end
+      initialization_timeout=START_TIMEOUT.value + 60,  # the timer ends first
       heartbeat_timeout_seconds=PEER_TIMEOUT.value,
       shutdown_timeout_seconds=PEER_TIMEOUT.value,
     )
-    # gloo connects at the first collective, and waits half a minute: the others must not be preparing data by then.
+    # gloo connects at the first collective and waits half a minute, so no process may start preparing data before it.
     processes.wait_for_all("start")
   except ValueError as error:
     raise ConfigError(
-      f"the processes of the run cannot meet ({_told(error)}); --distributed is for TPU pods, Slurm and Open MPI: "
-      "elsewhere give --coordinator_address, --num_processes and --process_id"
+      f"the processes of the run cannot meet ({_first_line(error)}); --distributed is for TPU pods, Slurm and Open "
+      "MPI: elsewhere give --coordinator_address, --num_processes and --process_id"
     ) from error
   finally:
     timer.cancel()
 
 
 def _check_port(port: int) -> None:
-  """Raises a ConfigError where process 0 cannot open its port; JAX, asked for a taken one, may crash."""
+  """Raises a ConfigError if process 0 cannot open its port; JAX may crash on a port that is taken."""
   with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what closed connections left behind is no hindrance
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX does: closed connections do not block it
     try:
       probe.bind(("", port))
     except OSError as error:
@@ -163,7 +152,7 @@ def _check_port(port: int) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-  """Returns whether an error of a run of several processes, or what is behind it, says that another one has gone."""
+  """Returns whether an error, or one of its causes, means that another process of the run has gone."""
   link = error if jax.distributed.is_initialized() else None
   while link is not None:
     if isinstance(link, PeerError) or any(sign in str(link) for sign in PEER_SIGNS):
@@ -172,85 +161,72 @@ def lost_peer(error: BaseException) -> bool:
   return False
 
 
-@contextlib.contextmanager
-def _peer_errors() -> Iterator[None]:
-  """Turns what JAX and Orbax raise when another process has gone into a PeerError."""
-  try:
-    yield
-  except Exception as error:
-    if not lost_peer(error):
-      raise
-    raise PeerError(
-      f"lost another process of the run ({_told(error)}); start all of them again: the run goes on from the last "
-      "checkpoint"
-    ) from error
-
-
-@contextlib.contextmanager
-def _ending_promptly() -> Iterator[None]:
-  """Ends one of several processes as soon as it fails: JAX's own end would wait for others that may never come."""
-  try:
-    yield
-  except BaseException as error:
-    if not jax.distributed.is_initialized():
-      raise
-    if isinstance(error, SystemExit):  # its message is told already
-      status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    else:
-      traceback.print_exc()
-      status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Where all end alike they meet in here at once. Otherwise process 0 stays a little, for the others to say what they
-    # have to: they are aborted when it goes.
-    if status != PeerError.exit_status or processes.is_primary():
-      end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-      end.start()
-      end.join(PATIENCE)
-    os._exit(status)
-
-
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; a wrong flag ends with its message and status 2, a BanError with its own."""
 
-  def parse(arguments: list[str]) -> list[str]:
-    try:
-      rest = flags.FLAGS(arguments)
-      if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
-        raise ConfigError(_missing_config(arguments))
-    except OSError:
-      _fail(_missing_config(arguments))
-    except Exception as error:  # flags, or whatever the configuration file raises
-      told = _cause(error) or _wrong_key(arguments) or _repeated_config(arguments) or _endless(arguments, error)
-      _fail(told or _without_traceback(str(error)) or type(error).__name__)
-    if len(rest) > 1:
-      _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
-    return rest
-
   def guarded(_) -> None:
     signal.signal(signal.SIGTERM, _terminated)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns at each start that OpenCV would decode faster
+    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
     try:
-      with _peer_errors():
-        main()
-    except BanError as error:
-      _fail(str(error), error.exit_status)
-    except OSError as error:  # a table or a plot on a full disk
-      _fail(str(error), StorageError.exit_status)
-    except KeyboardInterrupt:
-      print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-      sys.exit(130)
+      main()
+    except BaseException as error:
+      _end(_explain(error))
 
-  def started(arguments: list[str]) -> None:
-    with _ending_promptly():
-      guarded(arguments)
+  app.run(guarded, flags_parser=_parse)
 
-  app.run(started, flags_parser=parse)
+
+def _explain(error: BaseException) -> int:
+  """Prints the message of an error, or the traceback of an unexpected one; returns the exit status."""
+  if isinstance(error, SystemExit):  # its message is printed already
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+  if isinstance(error, KeyboardInterrupt):
+    print("interrupted; rerun the command to continue from the last checkpoint", file=sys.stderr)
+    return 130
+  if lost_peer(error):
+    error = PeerError(
+      f"lost another process of the run ({_first_line(error)}); start all of them again: the run continues from the "
+      "last checkpoint"
+    )
+  if not isinstance(error, OSError | BanError):
+    traceback.print_exception(error)
+    return 1
+  print(f"error: {error}", file=sys.stderr)
+  return error.exit_status if isinstance(error, BanError) else StorageError.exit_status  # a plot on a full disk
+
+
+def _end(status: int) -> NoReturn:
+  """Ends this process; one of several at once, since JAX's own shutdown would wait for the others, even forever."""
+  if not jax.distributed.is_initialized():
+    sys.exit(status)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # If all processes end for the same reason, they meet in this shutdown at once. Otherwise process 0 stays a little, so
+  # that the others can print their messages: they are aborted when it goes.
+  if status != PeerError.exit_status or processes.is_primary():
+    end = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    end.start()
+    end.join(PATIENCE)
+  os._exit(status)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+  """Returns the arguments that are no flags; a mistake ends with one line and status 2."""
+  try:
+    rest = flags.FLAGS(arguments)
+    if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
+      raise ConfigError(_missing_config(arguments))
+  except OSError:
+    _fail(_missing_config(arguments))
+  except Exception as error:  # a wrong flag, or anything that the configuration file raises
+    _fail(_cause(error) or _wrong_key(arguments) or _without_traceback(str(error)) or type(error).__name__)
+  if len(rest) > 1:
+    _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
+  return rest
 
 
 def _cause(error: BaseException) -> str | None:
-  """Returns our own message where there is one behind the flag library's, which prints a traceback around it."""
+  """Returns the message of a BanError among the causes, which the flag library wraps into a traceback."""
   link, message = error, None
   while link is not None:
     message = str(link) if isinstance(link, BanError) else message
@@ -259,13 +235,13 @@ def _cause(error: BaseException) -> str | None:
 
 
 def _without_traceback(message: str) -> str:
-  """Returns a message's first and last line where the flag library has put a traceback between them."""
+  """Returns a message without the traceback that the flag library puts between its first and last line."""
   lines = message.strip().splitlines()
   return f"{lines[0]} {lines[-1]}" if "Traceback" in message else message
 
 
 def _config_argument(arguments: list[str]) -> str:
-  """Returns what --config was given, as --config=FILE or as --config FILE."""
+  """Returns the value of --config, given as --config=FILE or as --config FILE."""
   given = ""
   for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
     name, equals, value = argument.partition("=")
@@ -275,15 +251,15 @@ def _config_argument(arguments: list[str]) -> str:
 
 
 def _missing_config(arguments: list[str]) -> str:
-  """Returns what is wrong with a configuration file that could not be loaded."""
+  """Returns why a configuration file could not be loaded."""
   path = _config_argument(arguments).partition(":")[0]
   return f"--config={path}: there is no such file" if not os.path.exists(path) else f"--config={path} cannot be read"
 
 
 def _wrong_key(arguments: list[str]) -> str | None:
-  """Returns which `--config.group.key` (or `--noconfig...`) names nothing, or no single value, and what could be there.
+  """Returns a message for a `--config.group.key` (or `--noconfig...`) that names nothing, or a whole group.
 
-  Or what the configuration file raises, where it cannot be loaded at all.
+  If the configuration file itself fails to load, returns its error.
   """
   keys = [found.group(1) for found in (re.match(r"--?(?:no)?config\.([^=]*)", given) for given in arguments) if found]
   for key in keys:
@@ -295,7 +271,7 @@ def _wrong_key(arguments: list[str]) -> str | None:
   try:
     config = flags.FLAGS["config"].parser.parse(given)
   except Exception as error:
-    # The library raises a TypeError or ValueError anew, with the traceback in its text.
+    # The library wraps a TypeError or ValueError into another one, with the traceback in its text.
     raised = error.__context__ or error
     lines = [frame.lineno for frame in traceback.extract_tb(raised.__traceback__) if frame.filename in given]
     where = f" (line {lines[-1]})" if lines else ""
@@ -313,33 +289,20 @@ def _wrong_key(arguments: list[str]) -> str | None:
     if isinstance(value, ConfigDict) or path == ["teacher", "model"]:
       keys = f" with the keys: {choices(value)}" if value else ""
       return (
-        f"--config.{'.'.join(path)} is a group{keys}; networks are chosen by the words behind the configuration file "
+        f"--config.{'.'.join(path)} is a group{keys}; networks are chosen by the words after the configuration file "
         '("data set,network,scale,teacher=network")'
       )
   return None
 
 
-def _repeated_config(arguments: list[str]) -> str | None:
-  """Returns that there are several configurations: the library checks the keys by the first and changes the last."""
-  count = sum(argument.partition("=")[0] in ("--config", "-config") for argument in arguments)
-  return f"--config is given {count} times; give it once" if count > 1 else None
-
-
-def _endless(arguments: list[str], error: Exception) -> str | None:
-  """Returns which argument is so long that the flag library, which looks for names like it, goes too deep."""
-  longest = max(arguments, key=len)
-  is_it = isinstance(error, RecursionError)
-  return f"an argument of {len(longest):,} characters is no option: {longest[:40]}..." if is_it else None
-
-
-def _told(error: BaseException) -> str:
-  """Returns an error's first line, cut short."""
+def _first_line(error: BaseException) -> str:
+  """Returns the first line of an error, cut short."""
   return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _terminated(*_) -> None:
-  """Ends a process that gets SIGTERM while it trains nothing: all that is finished is on the disk."""
-  _fail("asked to end by SIGTERM; the same command goes on from there", Preempted.exit_status)
+  """Ends a process that gets SIGTERM between trainings, when all results are on the disk."""
+  _fail("asked to end by SIGTERM; rerun the command to continue", Preempted.exit_status)
 
 
 def _fail(message: str, status: int = USAGE) -> None:

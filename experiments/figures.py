@@ -1,63 +1,61 @@
-"""What generations know: their calibration, how far they agree with each other, and the dark knowledge in training.
+"""Compares finished generations: calibration, agreement with each other, and dark knowledge during training.
 
     python experiments/figures.py --workdir=runs/c100
     python experiments/figures.py --generations=runs/losses/teacher/gen_0,runs/losses/ban/gen_1 --out=runs/losses
 
-Reads finished generations, evaluates them on the test split, and draws calibration.png, agreement.png and
-dark_knowledge.png; figures.md and figures.json hold the numbers. It trains nothing.
+Evaluates the generations on the test split and writes calibration.png, agreement.png and dark_knowledge.png, with the
+numbers in figures.md and figures.json. It trains nothing.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import numpy as np
 from absl import flags
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
-from ban_jax import data, storage, trees
+from ban_jax import data, metrics, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.evaluate import bins, compare_trees, fit_models, make_models, sum_predictions, summarise
+from ban_jax.evaluate import Subject, measure_pairs, sum_predictions
+from ban_jax.job import make_models
 from ban_jax.processes import is_primary
 from ban_jax.types import Dataset, Generation, Model
-from experiments import cli, results
+from experiments import cli, plots, results
 
-if TYPE_CHECKING:  # it is heavy, and imported where it is needed
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "A run directory, as experiments/train.py leaves it: all of it is shown."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "A run directory of experiments/train.py; shows all its generations.")
 GENERATIONS = flags.DEFINE_list(
-  "generations",
-  None,
-  "Instead: directories of single generations (RUN/gen_K), in the order in which they are to be shown. Their networks "
-  "may differ, their data may not.",
+  "generations", None, "Instead of --workdir: directories RUN/gen_K of the same data, in display order."
 )
-OUT = flags.DEFINE_string("out", None, "Where to write; by default the workdir.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are now, where that is not what the runs recorded.")
+OUT = flags.DEFINE_string("out", None, "Output directory; by default the workdir.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Data directory, if it is not the one that the runs recorded.")
 
 SPLIT = "test"
-# What a run's record must hold for its networks to be evaluated; a data set's own keys are checked when it is loaded.
+# Keys that a recorded configuration needs for evaluation; `data.load` checks the other keys of the data set.
 NEEDED = (
   *("generations", "data.name", "data.dir", "model.name", "compute_dtype"),
   *("train.sync_batch_stats", "evaluate.batch_size"),
 )
-# Of a bar chart: a metric, and its axis with the unit.
+# Metric and axis label of each bar chart.
 CALIBRATION = (("ece", "ECE (share)"), ("nll", "NLL (nats)"), ("brier", "Brier score"))
-HOW_TO_RECORD = (
-  "No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss "
-  "that has a teacher."
+# Recorded key and axis label of each dark-knowledge plot (ban_jax/gradient.py).
+DARK_KNOWLEDGE = (
+  ("dark_share", "dark-knowledge share\nof the squared gradient"),
+  ("correct_gradient", "mean correct-class term\n$q_* - p_*$ (probability)"),
 )
+HOW_TO_RECORD = """\
+No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss that \
+has a teacher."""
 
 
 class Shown(NamedTuple):
-  """A generation to be shown: what it is called, where it comes from, and the network behind it."""
+  """A generation to be shown: its display name, its origin, and its network."""
 
   name: str
   directory: epath.Path
@@ -68,18 +66,19 @@ class Shown(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """What was found out about generations, in their order."""
+  """The measurements of several generations, in display order."""
 
   metrics: results.Results
-  reliability: Sequence[Mapping[str, np.ndarray]]  # of `ban_jax.reliability`
+  reliability: Mapping[str, Mapping[str, np.ndarray]]  # of `ban_jax.reliability`, by name
   pairs: Mapping[str, Any]  # of `ban_jax.compare`
+  examples: str  # "examples" or "tokens", whichever was counted
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-  """Returns the locked configuration that a run directory records; raises a CheckpointError where it is no such."""
+  """Returns the locked configuration that a run directory records; raises a CheckpointError if there is none."""
   record = workdir / "config.json"
   try:
     values = dict(json.loads(record.read_text()))
@@ -90,27 +89,21 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   missing = [key for key in NEEDED if key not in values]
   if missing:
     raise CheckpointError(f"{record} lacks {', '.join(missing)}; expected what this version of the program records")
-  nested: dict[str, Any] = {"teacher": {"model": None}}
-  for key, value in values.items():
-    *groups, name = key.split(".")
-    node = nested
-    for group in groups:
-      node[group] = node.get(group) or {}
-      node = node[group]
-    node[name] = value
+  nested = traverse_util.unflatten_dict(values, sep=".")
+  nested.setdefault("teacher", {}).setdefault("model", None)
   return ConfigDict(nested).lock()
 
 
 def chosen(
   workdir: str | None, generations: Sequence[str] | None, out: str | None
 ) -> tuple[list[epath.Path], epath.Path]:
-  """Returns the directories of the generations that the flags name, and the one to write to.
+  """Returns the directories of the generations that the flags name, and the output directory.
 
-  Of a run they are those that its configuration asks for and any others that it has. Raises a ConfigError for flags
-  that do not fit together, and a CheckpointError where there is no run.
+  For a run these are the generations of its configuration and any others found in it. Raises a ConfigError for flags
+  that contradict each other, and a CheckpointError if there is no run.
   """
   if (workdir is None) == (generations is None):
-    raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which say what is to be shown")
+    raise ConfigError("expected one of --workdir=RUN and --generations=RUN/gen_K,..., which select what to show")
   if workdir is not None:
     run = storage.resolve_workdir(workdir)
     numbers = set(range(read_config(run).generations + 1))
@@ -128,28 +121,26 @@ def chosen(
 
 
 def names_of(directories: Sequence[epath.Path], indices: Sequence[int]) -> list[str]:
-  """Returns the paper's names of generations, behind as much of their paths as it takes to tell them apart."""
+  """Returns the paper's names of generations, each after as many parent directories as make the names unique."""
   names = [results.name_of(index) for index in indices]
   parents = [directory.parent.parts for directory in directories]
   depth = 0
-  while len(set(names)) < len(names):  # no two share both their directory and their number
+  while len(set(names)) < len(names):  # ends, since no two have the same directory and number
     depth += 1
     names = ["/".join([*parts[-depth:], results.name_of(index)]) for parts, index in zip(parents, indices, strict=True)]
   return names
 
 
 def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Dataset, list[Shown]]:
-  """Returns the data set of finished generations, and these, each with its network.
+  """Returns the data set of finished generations, and the generations with their networks.
 
-  Raises a CheckpointError for one that is missing, unfinished, damaged, or was trained on other data than the first.
+  Raises a CheckpointError for one that is missing, unfinished or damaged, or that was trained on different data.
   """
   configs = [read_config(directory.parent) for directory in directories]
   for directory in directories:
     if not (directory / "manifest.json").exists():
       state = "is not finished" if directory.exists() else "does not exist"
-      raise CheckpointError(
-        f"{directory} {state}: the same command that trains it goes on; to show others, name them by --generations"
-      )
+      raise CheckpointError(f"{directory} {state}: rerun its command, or name finished ones by --generations")
   for cfg in configs if data_dir is not None else ():
     cfg.data.dir = data_dir
   dataset = data.load(configs[0].data)
@@ -164,74 +155,58 @@ def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Datas
       where = f"{configs[0].data.name} as {directories[0].parent / 'config.json'} has it"
       raise CheckpointError(f"{directory} was trained on other data than those found: {where}; expected the same")
     if data.load(cfg.data).spec != dataset.spec:
-      raise CheckpointError(f"{directory} reads its data otherwise than {directories[0]}: compare data.window of both")
-    (model,) = fit_models([generation.params], make_models(cfg, dataset.spec), str(directory))
+      raise CheckpointError(f"{directory} and {directories[0]} differ in how they read the data: compare data.window")
+    (model,) = trees.models_of([generation.params], make_models(cfg, dataset.spec), str(directory))
     shown.append(Shown(name, directory, cfg, generation, manifest["digest"], model))
   return dataset, shown
 
 
 def measure(shown: Sequence[Shown], dataset: Dataset, devices: Sequence[jax.Device]) -> Measured:
   """Evaluates each generation, and all pairs of them, on every example of the test split."""
-  # Of text the most exact batch is the smallest: the fewest stretches begin without a hidden state.
+  # For text the smallest batch is the most exact: it has the fewest streams that begin with a zero state.
   rows = min(each.cfg.evaluate.batch_size for each in shown)
-  trees = [trees.to_plain(each.generation.params) for each in shown]
-  sums = [
-    sum_predictions((each.model,), (tree,), dataset, SPLIT, rows, devices)
-    for each, tree in zip(shown, trees, strict=True)
-  ]
-  metrics = {each.name: summarise(total) for each, total in zip(shown, sums, strict=True)}
-  pairs = compare_trees(tuple(each.model for each in shown), trees, dataset, SPLIT, rows, devices)
-  return Measured(metrics, [bins(total) for total in sums], pairs)
+  plain = [trees.to_plain(each.generation.params) for each in shown]
+  every = Subject(tuple(each.model for each in shown), tuple(plain), dataset, tuple(devices))
+  sums = {
+    each.name: sum_predictions(every._replace(models=(each.model,), variables=(tree,)), SPLIT, rows)
+    for each, tree in zip(shown, plain, strict=True)
+  }
+  summarised, reliability = (
+    {name: of(total) for name, total in sums.items()} for of in (metrics.summarise, metrics.bins)
+  )
+  pairs = measure_pairs(every, SPLIT, rows)
+  return Measured(summarised, reliability, pairs, "tokens" if dataset.spec.kind == "tokens" else "examples")
 
 
 def dark_knowledge(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]] | None:
-  """Returns by epoch a student's dark-knowledge share and correct-class term, or None where it has not recorded them.
-
-  They are the history's "dark_share" and "correct_gradient" (ban_jax/gradient.py).
-  """
+  """Returns a student's dark-knowledge share and correct-class term by epoch, or None if they were not recorded."""
   if not all("dark_share" in row for row in history):
     return None
-  return {name: [row[name] for row in history] for name in ("epoch", "dark_share", "correct_gradient")}
+  return {key: [row[key] for row in history] for key in ("epoch", *(key for key, _ in DARK_KNOWLEDGE))}
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> "Figure":
-  import matplotlib.figure
-
-  return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+# --- plots ----------------------------------------------------------------------------------------------------------
 
 
 def _colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-  """Returns a color for each name, dark to light, of which the lightest is still read on white."""
-  import matplotlib
-
-  return {
-    name: matplotlib.colormaps["viridis"](0.8 * place / max(len(names) - 1, 1)) for place, name in enumerate(names)
-  }
+  """Returns a color for each name, dark to light; even the lightest can be read on white."""
+  steps = max(len(names) - 1, 1)
+  return {name: matplotlib.colormaps["viridis"](0.8 * place / steps) for place, name in enumerate(names)}
 
 
-def _tidy(axes: "Axes") -> None:
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
-
-
-def draw_calibration(measured: Measured, examples: str) -> "Figure":
-  """Draws a reliability diagram of each generation, and ECE, NLL and Brier score beside each other."""
+def plot_calibration(measured: Measured) -> "matplotlib.figure.Figure":
+  """Plots a reliability diagram of each generation, and bar charts of ECE, NLL and Brier score."""
   names = list(measured.metrics)
   colors = _colors(names)
   columns = min(max(len(names), 3), 4)
   rows = math.ceil(len(names) / columns)
   heights = (2.9 * rows, 0.3 * len(names) + 0.8)  # in inches
-  figure = _figure(3 * columns, sum(heights))
+  figure = plots.figure(3 * columns, sum(heights))
   above, below = figure.subfigures(2, 1, height_ratios=heights)
-  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-  for place, axes in enumerate(panels.flat):
-    if place >= len(names):
-      axes.set_visible(False)
-      continue
-    found, name = measured.reliability[place], names[place]
+  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+  for axes in panels[len(names) :]:
+    axes.set_visible(False)
+  for place, (axes, (name, found)) in enumerate(zip(panels, measured.reliability.items(), strict=False)):
     shares = found["count"] / found["count"].sum()
     edges = np.linspace(0, 1, len(shares) + 1)
     axes.bar(edges[:-1], shares, edges[1], align="edge", color="0.85")
@@ -239,37 +214,37 @@ def draw_calibration(measured: Measured, examples: str) -> "Figure":
     full = shares > 0
     line = (found["confidence"][full], found["accuracy"][full])
     axes.plot(*line, color=colors[name], linewidth=1)
-    # What a handful of examples gives is no more than a dot.
+    # The area of a dot grows with its bin, so that bins of a few examples hardly show.
     axes.scatter(*line, s=4 + 60 * np.sqrt(shares[full]), color=colors[name], zorder=3, clip_on=False)
     axes.set(title=name, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
     axes.title.set_size("medium")
     axes.xaxis.set_tick_params(labelbottom=place + columns >= len(names))
-    _tidy(axes)
+    plots.tidy(axes)
   above.supxlabel("confidence (largest probability), mean of a bin", size="medium")
-  above.supylabel(f"accuracy of a bin (line);\nshare of {examples} in it (bars)", size="medium")
+  above.supylabel(f"accuracy of a bin (line);\nshare of {measured.examples} in it (bars)", size="medium")
   for axes, (metric, label) in zip(below.subplots(1, len(CALIBRATION), sharey=True), CALIBRATION, strict=True):
     bars = axes.barh(names, [measured.metrics[name][metric] for name in names], color=colors.values())
     axes.bar_label(bars, fmt="%.3g", size="small", padding=2)
     axes.set_xlabel(label)
     axes.margins(x=0.2)
-    _tidy(axes)
-  axes.invert_yaxis()  # of all three: the first on top
+    plots.tidy(axes)
+  axes.invert_yaxis()  # shared by all three charts: the first name is on top
   return figure
 
 
-def draw_agreement(measured: Measured, examples: str) -> "Figure":
-  """Draws two annotated matrices: for how many examples two generations predict the same, and their mean KL."""
+def plot_agreement(measured: Measured) -> "matplotlib.figure.Figure":
+  """Plots two annotated matrices: the share of examples that two generations classify alike, and their mean KL."""
   names = list(measured.metrics)
   slant = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
   size = max(3.2, 0.8 * len(names) + 1.6)
-  figure = _figure(2.5 * size, size)
+  figure = plots.figure(2.5 * size, size)
   shown = (
-    (100 * measured.pairs["agreement"], f"same top-1 class, % of {examples}", "{:.1f}", "Blues", "", ""),
+    (100 * measured.pairs["agreement"], f"same top-1 class, % of {measured.examples}", "{:.1f}", "Blues", "", ""),
     (measured.pairs["kl"], "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
   )
   for axes, (values, title, form, colors, row, column) in zip(figure.subplots(1, 2), shown, strict=True):
     off = values[~np.eye(len(names), dtype=bool)]
-    # The diagonals are 100 and 0, whatever the networks: the colors are for what lies between the others.
+    # The diagonals are always 100 and 0, so the colors span the other entries.
     low, high = (off.min(), off.max()) if len(off) else (0, 1)
     image = axes.imshow(values, cmap=colors, vmin=low - 0.2 * (high - low), vmax=high + 0.2 * (high - low))
     for i, j in np.ndindex(values.shape):
@@ -284,65 +259,55 @@ def draw_agreement(measured: Measured, examples: str) -> "Figure":
   return figure
 
 
-def draw_dark_knowledge(curves: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> "Figure":
-  """Draws by epoch, a line a student, the dark-knowledge share of the gradient and the mean correct-class term.
+def plot_dark_knowledge(
+  curves: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]
+) -> "matplotlib.figure.Figure":
+  """Plots the dark-knowledge share of the gradient and the mean correct-class term by epoch, one line per student.
 
-  The colors are those that the students have among all `names`.
+  `names` are all generations shown; a student keeps its color among them.
   """
-  import matplotlib.ticker
-
   colors = _colors(names)
-  figure = _figure(10, 3.6)
-  share, correct = figure.subplots(1, 2)
-  for name, curve in curves.items():
-    style = {"color": colors[name], "label": name, "marker": "o" if len(curve["epoch"]) <= 20 else "", "markersize": 4}
-    share.plot(curve["epoch"], curve["dark_share"], **style)
-    correct.plot(curve["epoch"], curve["correct_gradient"], **style)
-  share.set_ylabel("dark-knowledge share\nof the squared gradient")
-  correct.set_ylabel("mean correct-class term\n$q_* - p_*$ (probability)")
-  correct.axhline(0, color="0.5", linewidth=1, linestyle="--")
-  for axes in (share, correct):
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.grid(axis="y", alpha=0.3)
-    _tidy(axes)
-  figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+  figure = plots.figure(10, 3.6)
+  for axes, (key, label) in zip(figure.subplots(1, 2), DARK_KNOWLEDGE, strict=True):
+    for name, curve in curves.items():
+      marker = "o" if len(curve["epoch"]) <= 20 else ""
+      axes.plot(curve["epoch"], curve[key], color=colors[name], label=name, marker=marker, markersize=4)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.locator_params(axis="x", integer=True)
+    plots.tidy(axes, grid=True)
+  plots.zero_line(axes)  # the correct-class term has either sign
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
   return figure
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _markdown(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-  lines = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _matrix(names: Sequence[str], values: np.ndarray, form: str) -> str:
-  rows = {name: [form.format(value) for value in row] for name, row in zip(names, values, strict=True)}
-  return _markdown("", names, rows)
+  rows = [[name, *map(form.format, row)] for name, row in zip(names, values, strict=True)]
+  return results.markdown([["", *names], *rows])
 
 
 def report_of(
   shown: Sequence[Shown], measured: Measured, dataset: Dataset, curves: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:
-  """Returns figures.md."""
-  names, examples = list(measured.metrics), _examples(dataset)
+  """Returns the text of figures.md."""
+  names, examples = list(measured.metrics), measured.examples
   trained = [results.describe(each.cfg) for each in shown]
   same = len(set(trained)) == 1
-  where = [
-    f"- {each.name}: {each.directory}" + ("" if same else f"; {told}")
-    for each, told in zip(shown, trained, strict=True)
+  sources = [
+    f"- {each.name}: {each.directory}" + ("" if same else f"; {description}")
+    for each, description in zip(shown, trained, strict=True)
   ]
   if curves:
     unrecorded = [each.name for each in shown if each.generation.index and each.name not in curves]
-    rows = {
-      name: [str(curve["epoch"][-1]), f"{curve['dark_share'][-1]:.4f}", f"{curve['correct_gradient'][-1]:+.4f}"]
+    rows = [
+      [name, str(curve["epoch"][-1]), f"{curve['dark_share'][-1]:.4f}", f"{curve['correct_gradient'][-1]:+.4f}"]
       for name, curve in curves.items()
-    }
+    ]
     dark = [
-      "By epoch, of the plain BAN gradient between a student and its teacher, whatever loss trains it; in the last:",
-      _markdown("", ("epoch", "dark-knowledge share", "mean correct-class term"), rows),
+      "The plain BAN gradient between a student and its teacher, whatever loss trains the student, in the last epoch:",
+      results.markdown([["", "epoch", "dark-knowledge share", "mean correct-class term"], *rows]),
       *([f"Not recorded by: {', '.join(unrecorded)}."] if unrecorded else []),
       "![Dark knowledge](dark_knowledge.png)",
     ]
@@ -351,7 +316,7 @@ def report_of(
   return "\n\n".join([
     "# Generations compared",
     f"{dataset.name}, {SPLIT} split, {measured.pairs['count']} {examples}." + (f" {trained[0]}." if same else ""),
-    "\n".join(where),
+    "\n".join(sources),
     "## Calibration",
     results.table([measured.metrics]),
     "![Calibration](calibration.png)",
@@ -366,54 +331,43 @@ def report_of(
   ]) + "\n"  # fmt: skip
 
 
-def _examples(dataset: Dataset) -> str:
-  return "tokens" if dataset.spec.kind == "tokens" else "examples"
-
-
 def _numbers(values: Any) -> list[Any]:
-  """Returns an array as JSON has it, with null for what is not a number."""
+  """Returns an array as lists for JSON, with None in place of NaN."""
   values = np.asarray(values)
   return np.where(np.isnan(values), None, values).tolist() if values.dtype.kind == "f" else values.tolist()
 
 
 def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: Dataset) -> str:
-  """Writes the figures and their numbers into `out`, and returns figures.md."""
+  """Writes the figures and their numbers into `out`; returns the text of figures.md."""
   curves = {each.name: dark_knowledge(each.generation.history) for each in shown}
   recorded = {name: curve for name, curve in curves.items() if curve}
-  examples = _examples(dataset)
-  drawings: dict[str, Callable[[], "Figure"] | None] = {
-    "calibration.png": lambda: draw_calibration(measured, examples),
-    "agreement.png": lambda: draw_agreement(measured, examples),
-    "dark_knowledge.png": (lambda: draw_dark_knowledge(recorded, list(curves))) if recorded else None,
-  }
-  for name, draw in drawings.items():
-    if draw is None:
-      (out / name).unlink(missing_ok=True)  # an earlier one's would be taken for this one's
-      continue
-    with (out / name).open("wb") as file:
-      draw().savefig(file, format="png", dpi=150)
+  plots.save(plot_calibration(measured), out / "calibration.png")
+  plots.save(plot_agreement(measured), out / "agreement.png")
+  if recorded:
+    plots.save(plot_dark_knowledge(recorded, list(curves)), out / "dark_knowledge.png")
+  else:
+    (out / "dark_knowledge.png").unlink(missing_ok=True)  # it would be of other generations
   generations = [
     {
       "name": each.name,
       "directory": str(each.directory),
       "digest": each.digest,
       "metrics": measured.metrics[each.name],
-      "reliability": {name: _numbers(values) for name, values in found.items()},
+      "reliability": {name: _numbers(values) for name, values in measured.reliability[each.name].items()},
       "dark_knowledge": curves[each.name] and {name: _numbers(values) for name, values in curves[each.name].items()},
     }
-    for each, found in zip(shown, measured.reliability, strict=True)
+    for each in shown
   ]
-  pairs = {"agreement": _numbers(measured.pairs["agreement"]), "kl": _numbers(measured.pairs["kl"])}
-  storage.write_json(
-    out / "figures.json", {"dataset": dataset.name, "split": SPLIT, "generations": generations, **pairs}
-  )
+  pairs = {name: _numbers(measured.pairs[name]) for name in ("agreement", "kl")}
+  found = {"dataset": dataset.name, "split": SPLIT, "generations": generations, **pairs}
+  storage.write_json(out / "figures.json", found)
   text = report_of(shown, measured, dataset, recorded)
-  (out / "figures.md").write_text(text)
+  results.write(out / "figures.md", text)
   return text
 
 
 def main() -> None:
-  """Draws what the flags name."""
+  """Compares the generations that the flags name."""
   directories, out = chosen(WORKDIR.value, GENERATIONS.value, OUT.value)
   devices = cli.start_jax()
   dataset, shown = read(directories, DATA_DIR.value)

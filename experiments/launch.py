@@ -1,11 +1,11 @@
-"""Runs one command as several processes of this machine's CPU, for tests and for trying out what a cluster would do.
+"""Runs one command as several CPU processes on this machine, for tests and to try out what a cluster would do.
 
 python -m experiments.launch --processes=2 -- experiments/train.py --config=configs/digits.py --workdir=runs/digits
 
-Every process gets `--coordinator_address`, `--num_processes`, `--process_id`, `--devices` and `--peer_timeout` behind
-the command. What process 0 prints goes through; what process K prints stands behind `[K]`. SIGTERM and SIGINT go to
-all. The exit status is that of the first process that failed, 128 + N where signal N killed it. Accelerators need no
-launcher: one process feeds all of a machine.
+Appends `--coordinator_address`, `--num_processes`, `--process_id`, `--devices` and `--peer_timeout` to the command of
+each process. Output of process 0 is passed through; that of process K is prefixed with `[K]`. SIGTERM and SIGINT go to
+all. The exit status is that of the first process that failed, 128 + N if signal N killed it. Accelerators need no
+launcher: one process uses all of a machine's.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-# Seconds beyond --peer_timeout that the others get for ending by themselves.
+# Seconds beyond --peer_timeout that the other processes get to end by themselves.
 MARGIN = 15.0
-# What the launcher gives to the command, so that the command must not.
+# Flags that the launcher sets, so that the command must not.
 OWN_FLAGS = ("coordinator_address", "num_processes", "process_id", "devices", "peer_timeout", "distributed")
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command behind `--` and returns the exit status."""
+  """Runs the command after `--` and returns the exit status."""
   options, command = _parse(list(arguments))
   processes: list[subprocess.Popen] = []
   port = _free_port()
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(number, forward)
   for place in range(options.processes):
     processes.append(_start(place, port, options, command))
-  _tell(f"process ids {' '.join(str(process.pid) for process in processes)}")
+  _log(f"process ids {' '.join(str(process.pid) for process in processes)}")
   readers = [_show(place, process) for place, process in enumerate(processes) if place]
   status = _wait(processes, options.peer_timeout + MARGIN)
   for reader in (thread for pair in readers for thread in pair):
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """Returns (the launcher's options, the command); a mistake ends with one line and exit status 2."""
+  """Returns (the launcher's options, the command); a mistake ends with one line and status 2."""
 
   def at_least(least: int):
     def number(text: str) -> int:
@@ -90,7 +90,7 @@ def _free_port() -> int:
 
 
 def _start(place: int, port: int, options: argparse.Namespace, command: list[str]) -> subprocess.Popen:
-  """Starts a process, in a group of its own: a terminal's Ctrl-C reaches it through the launcher alone, and once."""
+  """Starts a process in a group of its own, so that a terminal's Ctrl-C reaches it once, through the launcher."""
   own = {
     "coordinator_address": f"localhost:{port}",
     "num_processes": options.processes,
@@ -98,23 +98,18 @@ def _start(place: int, port: int, options: argparse.Namespace, command: list[str
     "devices": options.devices_per_process,
     "peer_timeout": options.peer_timeout,
   }
+  line = [sys.executable, *command, *(f"--{name}={value}" for name, value in own.items())]
   pipe = subprocess.PIPE if place else None
-  return subprocess.Popen(
-    [sys.executable, *command, *(f"--{name}={value}" for name, value in own.items())],
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    stdin=subprocess.DEVNULL,
-    stdout=pipe,
-    stderr=pipe,
-    process_group=0,
-  )
+  streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+  return subprocess.Popen(line, env={**os.environ, "JAX_PLATFORMS": "cpu"}, process_group=0, **streams)
 
 
 def _show(place: int, process: subprocess.Popen) -> tuple[threading.Thread, threading.Thread]:
-  """Copies what a process prints to the same stream here, line by line behind its number."""
+  """Copies the output of a process to the same streams here, each line after its number."""
 
   def copy(source: IO[bytes], target: int) -> None:
     for line in source:
-      # One write a line, so that lines of several processes do not run into each other.
+      # One write per line, so that lines of several processes do not mix.
       os.write(target, f"[{place}] ".encode() + line.rstrip(b"\n") + b"\n")
 
   streams = ((process.stdout, sys.stdout.fileno()), (process.stderr, sys.stderr.fileno()))
@@ -125,12 +120,11 @@ def _show(place: int, process: subprocess.Popen) -> tuple[threading.Thread, thre
 
 
 def _wait(processes: list[subprocess.Popen], patience: float) -> int:
-  """Waits for all; once one has failed the others get `patience` seconds, then are killed. Returns the exit status."""
+  """Waits for all and returns the exit status; after one has failed, kills the others in `patience` seconds."""
   ended = queue.SimpleQueue()
   for place, process in enumerate(processes):
-    threading.Thread(
-      target=lambda place=place, process=process: ended.put((place, process.wait())), daemon=True
-    ).start()
+    wait = lambda place=place, process=process: ended.put((place, process.wait()))  # noqa: E731
+    threading.Thread(target=wait, daemon=True).start()
   status, deadline = 0, None
   for _ in processes:
     try:
@@ -138,12 +132,12 @@ def _wait(processes: list[subprocess.Popen], patience: float) -> int:
     except queue.Empty:
       for left, process in enumerate(processes):
         if process.poll() is None:
-          _tell(f"process {left} did not end within {patience:g} seconds: killed")
+          _log(f"process {left} did not end within {patience:g} seconds: killed")
           process.kill()
       deadline = None
       place, code = ended.get()
     if code:
-      _tell(f"process {place} {_how_it_ended(code)}")
+      _log(f"process {place} {_how_it_ended(code)}")
     if code and not status:
       status = 128 - code if code < 0 else code
       deadline = time.monotonic() + patience
@@ -151,16 +145,16 @@ def _wait(processes: list[subprocess.Popen], patience: float) -> int:
 
 
 def _how_it_ended(code: int) -> str:
-  """Returns in words what a process's return code means."""
-  if code == -signal.SIGABRT:  # JAX ends a process so, with a stack trace, when the coordination service fails
+  """Returns a description of a return code."""
+  if code == -signal.SIGABRT:  # so JAX ends a process, with a stack trace, when the coordination service fails
     return (
-      "was aborted (SIGABRT): another process of the run had gone, or gave no sign of life; the same command goes on "
-      "from the last checkpoint"
+      "was aborted (SIGABRT): another process of the run had gone, or gave no sign of life; rerun the command to "
+      "continue from the last checkpoint"
     )
   return f"ended with status {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
 
 
-def _tell(message: str) -> None:
+def _log(message: str) -> None:
   print(f"launch: {message}", file=sys.stderr, flush=True)
 
 

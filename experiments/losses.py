@@ -1,8 +1,8 @@
-"""One teacher, and one student of it by each loss, the controls included: that every loss trains, at whatever scale.
+"""One teacher, and a student of it by each loss, controls included: checks that every loss trains, at any scale.
 
     python experiments/losses.py --config=configs/cifar.py:cifar100,wrn_16_1,cpu --workdir=runs/losses
 
-A run shorter than the paper says that a loss works, and nothing about which is best.
+A run shorter than the paper's shows that a loss works, not which loss is best.
 """
 
 from absl import flags
@@ -14,8 +14,8 @@ from ban_jax.losses import LOSSES
 from ban_jax.processes import is_primary
 from experiments import cli, results
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration; its loss is replaced by each in turn.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are kept; what is not finished goes on.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration; each loss in turn replaces its own.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory for the runs; unfinished ones are resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -30,9 +30,9 @@ def main() -> None:
     student_cfg.loss.name = name
     student = ban_jax.train_generation(teacher, student_cfg, workdir=workdir / name, **options)
     rows[name] = ban_jax.evaluate(student, student_cfg, devices=devices)
-  text = f"{results.describe(cfg, 'by row')}\n\n{results.table([rows])}\n"
   if is_primary():
-    (workdir / "losses.md").write_text(text)
+    text = f"{results.describe(cfg, 'by row')}\n\n{results.table([rows])}\n"
+    results.write(workdir / "losses.md", text)
     print(f"{text}\ntable: {workdir / 'losses.md'}")
 
 

@@ -1,7 +1,7 @@
 """Every network of Tables 1-6 with its parameters, beside the count that Furlanello et al. 2018 print.
 
-  python experiments/parameters.py             about 15 seconds: nothing is computed but shapes
-  python experiments/parameters.py --memory    and what a training step of a DenseNet keeps in memory
+  python experiments/parameters.py             about 15 seconds: only shapes are computed
+  python experiments/parameters.py --memory    also the memory of a DenseNet's training step
 
 The table's footnotes say how to read it; docs/design.md and the networks' own files, how the layers were worked out.
 """
@@ -11,57 +11,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.extend import core
 
+from ban_jax.data import ptb
 from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
 from configs import presets
-from experiments import cli
-from experiments.programs import WORDS, made_up_words, subprograms, trained_sizes
+from experiments import cli, results, table1, table2, table3, table4, table5, table6
+from experiments.analysis.memory import count_memory
+from experiments.analysis.programs import trained_sizes
+from experiments.tables.graph import topological_order
 
-_MEMORY = flags.DEFINE_bool("memory", False, "also count the memory of a training step of --network")
+_MEMORY = flags.DEFINE_bool("memory", False, "Also count the memory of a training step of --network.")
 _DENSENETS = sorted(name for name in presets.MODELS if name.startswith("densenet"))
-_NETWORK = flags.DEFINE_enum("network", "densenet_80_120", _DENSENETS, "the DenseNet that --memory counts")
-_BATCH = flags.DEFINE_integer("batch", 128, "images per device in the step that --memory counts", lower_bound=1)
+_NETWORK = flags.DEFINE_enum("network", "densenet_80_120", _DENSENETS, "The DenseNet that --memory counts.")
+_BATCH = flags.DEFINE_integer("batch", 128, "Images per device in the step that --memory counts.", lower_bound=1)
 
-
-class Row(NamedTuple):
-  """A network: its preset, the tables it stands in, and the parameters that the paper prints, in millions."""
-
-  network: str
-  tables: str
-  paper: str
-
-
-ROWS = (
-  Row("wrn_28_1", "1, 3", "0.38"),
-  Row("wrn_28_2", "1, 3", "1.48"),
-  Row("wrn_28_5", "1, 3", "9.16"),
-  Row("wrn_28_10", "1, 3", "36"),
-  Row("densenet_112_33", "1, 2", "6.3"),
-  Row("densenet_90_60", "1, 2, 3", "16.1"),
-  Row("densenet_80_80", "1, 2", "22.4"),
-  Row("densenet_80_120", "1, 2", "50.4"),
-  Row("densenet_90_60", "4, 5", "22.4"),  # the teacher; evidently DenseNet-80-80's count
-  Row("densenet_90_60_depth_0_5", "4", "21.2"),
-  Row("densenet_90_60_depth_2", "4", "13.7"),
-  Row("densenet_90_60_depth_3", "4", "12.9"),
-  Row("densenet_90_60_depth_4", "4", "12.6"),
-  Row("densenet_90_60_compression_0_5", "4", "5.1"),
-  Row("densenet_90_60_compression_0_75", "4", "10.1"),
-  Row("densenet_90_60_compression_1_5", "4", "80.5"),
-  Row("pre_resnet_14_0_5", "5", "7.3"),
-  Row("pre_resnet_14_1", "5", "17.7"),
-  Row("wide_match_1_1", "5", "20.9"),
-  Row("wide_match_2_1", "5", "43.1"),
-  Row("wide_match_4_0_5", "5", "24.3"),
-  Row("wide_match_4_1", "5", "87.3"),
-)
-
-# Table 6, with the millions that the paper prints.
-LANGUAGE_ROWS = (("lstm", "52"), ("lstm_1", "52"), ("cnn_lstm", "19"))
+TABLES = tuple(module.TABLE for module in (table1, table2, table3, table4, table5))
+# Table 6's networks, and those of the paper that they stand beside: `lstm_1` is another reading of the same one.
+LANGUAGE = {"lstm": "lstm", "lstm_1": "lstm", "cnn_lstm": "cnn_lstm"}
 LANGUAGE_FOOTNOTES = """\
 With the Penn Treebank's 10,000 words; the LSTMs' embedding is their output's kernel, the CNN-LSTM's output has its own.
 The paper's text says that its LSTM has one layer; 52M parameters are nearer to two, which is why `lstm` has two."""
@@ -76,8 +44,29 @@ Table 4's compression variants and Table 5's bottleneck students are readings: c
 ban_jax/models/matched_resnet.py give the reasons. Table 5's Pre-activation ResNet-1001 is quoted there, not trained."""
 
 
+class Row(NamedTuple):
+  """A network: its preset, the tables that it is in, and the parameters that the paper prints, in millions."""
+
+  network: str
+  tables: str
+  paper: str
+
+
+def rows() -> list[Row]:
+  """Returns the networks of Tables 1 to 5; a count that a table prints is also that of the tables after it."""
+  printed: dict[str, str] = {}
+  numbers: dict[tuple[str, str], list[str]] = {}
+  for table in TABLES:
+    printed |= table.parameters()
+    cells = table.cells("paper", 1, "", controls=False)
+    nodes = topological_order(node for cell in cells for members in cell.members for node in members)
+    for network in dict.fromkeys(node.paper_network for node in nodes):
+      numbers.setdefault((network, printed[network].partition("M")[0]), []).append(str(table.number))
+  return [Row(network, ", ".join(tables), paper) for (network, paper), tables in numbers.items()]
+
+
 class Network(NamedTuple):
-  """What a network's shapes tell."""
+  """What the shapes of a network show."""
 
   units: int  # per stage
   stages: tuple[int, ...]  # channels at the end of each stage
@@ -103,11 +92,23 @@ def describe(network: str) -> Network:
   model = build(network, 100)
   params = parameter_shapes(model)
   trained = trained_sizes(model)
-  # Nothing but the classifier depends on the number of classes, and all of it in proportion.
+  # Only the classifier depends on the number of classes, and in proportion to it.
   ten = sum(size // 10 if name == "classifier" else size for name, size in trained.items())
   units = sum(name.startswith("stage1_unit") for name in params)
   stages = tuple(_width(params, stage, units) for stage in (1, 2, 3))
   return Network(units, stages, {10: ten, 100: sum(trained.values())})
+
+
+def _width(params: dict[str, Any], stage: int, units: int) -> int:
+  """Returns the channels at the end of a stage: of its closing 1x1 convolution, or else of its last unit."""
+  if f"transition{stage}" in params:
+    kernel = params[f"transition{stage}"]["conv"]["kernel"]
+  elif f"match{stage}" in params:
+    kernel = params[f"match{stage}"]["kernel"]
+  else:
+    unit = params[f"stage{stage}_unit{units}"]
+    kernel = unit[max(name for name in unit if name.startswith("conv"))]["kernel"]
+  return kernel.shape[-1]
 
 
 def difference(paper: str, counts: Sequence[int]) -> tuple[float, bool]:
@@ -119,155 +120,55 @@ def difference(paper: str, counts: Sequence[int]) -> tuple[float, bool]:
   return nearest, any(printed in (round(value), int(value)) for value in shown)
 
 
-def table() -> list[str]:
-  """Returns the lines of the table, in Markdown."""
-  lines = [
-    f"| {'network':<31} | tables  | units | {'stage widths':<15} | 10 cl.  | 100 cl. | paper | difference |",
-    f"|{'-' * 33}|{'-' * 9}|{'-' * 7}|{'-' * 17}|{'-' * 9}|{'-' * 9}|{'-' * 7}|{'-' * 12}|",
-  ]
-  for row in ROWS:
-    network = describe(row.network)
-    share, reproduced = difference(row.paper, tuple(network.parameters.values()))
-    counts = " | ".join(f"{network.parameters[classes] / 1e6:7.3f}" for classes in (10, 100))
+def table(rows: Sequence[Row]) -> str:
+  """Returns a Markdown table of the networks of Tables 1 to 5."""
+  lines = [["network", "tables", "units", "stage widths", "10 cl.", "100 cl.", "paper", "difference"]]
+  for name, tables, paper in rows:
+    network = describe(name)
+    share, reproduced = difference(paper, tuple(network.parameters.values()))
+    counts = [f"{network.parameters[classes] / 1e6:7.3f}" for classes in (10, 100)]
     stages = ", ".join(map(str, network.stages))
+    star = " " if reproduced else "*"
+    lines.append([name, tables, f"{network.units:5}", stages, *counts, f"{paper:>5}", f"{share:+8.1%} {star}"])
+  return results.markdown(lines)
+
+
+def language_table() -> str:
+  """Returns a Markdown table of the networks of Table 6."""
+  spec = InputSpec("tokens", (35,), ptb.WORDS, ptb.made_up_words())
+  lines = [["network", "table", "LSTM layers", "parameters", "paper", "difference"]]
+  for name, printed in LANGUAGE.items():
+    options = presets.MODELS[name]
+    count = sum(trained_sizes(make_model(options, spec)).values()) / 1e6
+    paper = table6.TABLE.parameters()[printed].removesuffix("M")
     lines.append(
-      f"| {row.network:<31} | {row.tables:<7} | {network.units:5} | {stages:<15} | {counts} | {row.paper:>5} | "
-      f"{share:+8.1%} {' ' if reproduced else '*'} |"
+      [name, "6", f"{options.layers:11}", f"{count:10.3f}", f"{paper:>5}", f"{count / float(paper) - 1:+10.1%}"]
     )
-  return lines
+  return results.markdown(lines)
 
 
-def language_table() -> list[str]:
-  """Returns the lines of Table 6's networks, in Markdown."""
-  spec = InputSpec("tokens", (35,), WORDS, made_up_words())
-  lines = [
-    "| network  | table | LSTM layers | parameters | paper | difference |",
-    "|----------|-------|-------------|------------|-------|------------|",
-  ]
-  for network, paper in LANGUAGE_ROWS:
-    count = _size(parameter_shapes(make_model(presets.MODELS[network], spec))) / 1e6
-    layers = presets.MODELS[network].layers
-    lines.append(
-      f"| {network:<8} | 6     | {layers:11} | {count:10.3f} | {paper:>5} | {count / float(paper) - 1:+10.1%} |"
-    )
-  return lines
-
-
-class Memory(NamedTuple):
-  """Bytes of a training step on one device, counted from shapes."""
-
-  weights: int  # parameters and batch statistics, momentum, gradient, and a teacher as large as the student
-  kept: int  # what the forward pass keeps for the backward pass, parameters, images and broadcasts aside
-  peak: int  # the most that is alive at any moment, weights included
-
-
-def count_memory(model: Model, batch: int) -> Memory:
-  """Returns what a training step on `batch` images needs, by the lifetimes of its intermediate results.
-
-  The results are taken to come and go in the order in which JAX traces them, each stored in full but for broadcasts. A
-  compiler that fuses element-wise operations needs less; the convolutions' own workspaces come on top.
-  """
-  variables = jax.eval_shape(model.init, jax.random.key(0))
-  images = jax.ShapeDtypeStruct((batch, *model.spec.shape), jnp.float32)
-
-  def forward(params, batch_stats, images):
-    def logits_of(params):
-      variables = {"params": params, "batch_stats": batch_stats}
-      # The key is for dropout, which DenseNets have none of.
-      logits, _, updated = model.apply(variables, (), images, train=True, key=jax.random.key(0), positions=None)
-      return logits, updated
-
-    return jax.vjp(logits_of, params, has_aux=True)
-
-  def gradient(*arguments):
-    logits, pull_back, updated = forward(*arguments)
-    # What the backward pass closes over; and its results, the logits standing for their own gradient's shape.
-    return jax.tree.leaves(pull_back), (pull_back(logits), updated)
-
-  jaxpr, (closed_over, _) = jax.make_jaxpr(gradient, return_shape=True)(
-    variables["params"], variables["batch_stats"], images
-  )
-  closed_over, results = jaxpr.jaxpr.outvars[: len(closed_over)], jaxpr.jaxpr.outvars[len(closed_over) :]
-  # A result kept for several units is one variable, hence the set; arguments are no results.
-  kept = {variable for variable in closed_over if not isinstance(variable, core.Literal)} - {*jaxpr.jaxpr.invars}
-  kept -= {made for equation in jaxpr.jaxpr.eqns if _is_broadcast(equation) for made in equation.outvars}
-  parameters = _bytes(variables["params"])
-  weights = 4 * parameters + 2 * _bytes(variables["batch_stats"])
-  # The gradient is among the step's own results; the other weights and the images are there all along.
-  standing = 3 * parameters + 2 * _bytes(variables["batch_stats"]) + _bytes(images)
-  peak = standing + _peak(jaxpr.jaxpr, results)
-  return Memory(weights, sum(_bytes(variable.aval) for variable in kept), peak)
-
-
-def memory_table(network: str, batch: int) -> list[str]:
-  """Returns the lines of the memory table, in GiB, in Markdown."""
-  lines = [
-    f"Training step of {network}, {batch} images, GiB:",
-    "",
-    "| compute  | remat | weights | kept for backward | peak |",
-    "|----------|-------|---------|-------------------|------|",
-  ]
+def memory_table(network: str, batch: int) -> str:
+  """Returns a Markdown table of the memory of a training step, in GiB."""
+  lines = [["compute", "remat", "weights", "kept for backward", "peak"]]
   for dtype in ("float32", "bfloat16"):
     for remat in (False, True):
       model = build(network, remat=remat, compute_dtype=dtype)
       weights, kept, peak = (value / 2**30 for value in count_memory(model, batch))
-      lines.append(f"| {dtype:<8} | {'yes' if remat else 'no':<5} | {weights:7.2f} | {kept:17.2f} | {peak:4.1f} |")
-  return [
-    *lines,
-    "",
-    "Weights: parameters, momentum, gradient and a teacher of the same size. Peak: the most alive at any moment, every",
-    "intermediate result stored in full, in the order of the trace; a compiler that fuses needs less.",
-  ]
+      lines.append([dtype, "yes" if remat else "no", f"{weights:7.2f}", f"{kept:17.2f}", f"{peak:4.1f}"])
+  return f"""\
+Training step of {network}, {batch} images, GiB:
 
+{results.markdown(lines)}
 
-def _size(tree: Any) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _width(params: dict[str, Any], stage: int, units: int) -> int:
-  """Returns the channels at a stage's end: of its closing 1x1 convolution, or else of its last unit."""
-  if f"transition{stage}" in params:
-    kernel = params[f"transition{stage}"]["conv"]["kernel"]
-  elif f"match{stage}" in params:
-    kernel = params[f"match{stage}"]["kernel"]
-  else:
-    unit = params[f"stage{stage}_unit{units}"]
-    kernel = unit[max(name for name in unit if name.startswith("conv"))]["kernel"]
-  return kernel.shape[-1]
-
-
-def _peak(jaxpr: core.Jaxpr, results: Sequence[Any]) -> int:
-  """Returns the most bytes alive at once in a traced function that returns `results`, its arguments aside."""
-  last = {variable: None for variable in results if not isinstance(variable, core.Literal)}
-  dying: list[list[Any]] = []
-  for equation in reversed(jaxpr.eqns):
-    used = [v for v in (*equation.invars, *equation.outvars) if not isinstance(v, core.Literal) and v not in last]
-    last.update(dict.fromkeys(used))
-    dying.append(list(dict.fromkeys(used)))
-  alive, peak, sizes = 0, 0, {}
-  for equation, dead in zip(jaxpr.eqns, reversed(dying), strict=True):
-    made = {variable: 0 if _is_broadcast(equation) else _bytes(variable.aval) for variable in equation.outvars}
-    inside = max((_peak(sub, sub.outvars) for sub in subprograms(equation.params)), default=0)
-    peak = max(peak, alive + max(inside, sum(made.values())))
-    sizes |= made
-    alive += sum(made.values()) - sum(sizes.get(variable, 0) for variable in dead)
-  return peak
-
-
-def _is_broadcast(equation: core.JaxprEqn) -> bool:
-  """Tells whether an equation only repeats a smaller array, which compilers do not store."""
-  return equation.primitive.name == "broadcast_in_dim"
+Weights: parameters, momentum, gradient and a teacher of the same size. Peak: the most alive at any moment, every
+intermediate result stored in full, in the order of the trace; a compiler that fuses needs less."""
 
 
 def main() -> None:
   """Prints what the flags ask for."""
-  print("\n".join([*table(), "", FOOTNOTES, "", *language_table(), "", LANGUAGE_FOOTNOTES]))
+  print(f"{table(rows())}\n\n{FOOTNOTES}\n\n{language_table()}\n\n{LANGUAGE_FOOTNOTES}")
   if _MEMORY.value:
-    print("\n".join(["", *memory_table(_NETWORK.value, _BATCH.value)]))
+    print(f"\n{memory_table(_NETWORK.value, _BATCH.value)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a finished run shows: its generations and ensembles evaluated, averaged over seeds, as a table and a plot."""
+"""The results of a run: its generations and ensembles evaluated, averaged over seeds, as a Markdown table."""
 
 import json
 import statistics
+import uuid
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,7 +16,7 @@ from ban_jax.train import run_generations
 from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
-# Of a table: a metric, its title, its digits.
+# Columns of a table: metric, title, decimals.
 COLUMNS = (
   ("validation_perplexity", "validation perplexity", 2),
   ("perplexity", "test perplexity", 2),
@@ -24,7 +25,7 @@ COLUMNS = (
   ("ece", "ECE", 4),
   ("brier", "Brier", 4),
 )
-# Row name -> metrics, in the order in which they are shown.
+# Row name -> metrics, in display order.
 Results = dict[str, Metrics]
 
 
@@ -34,7 +35,7 @@ def name_of(generation: int) -> str:
 
 
 def members(generations: int) -> dict[str, tuple[int, ...]]:
-  """Returns the rows of a run with so many students: each generation, then Ens*k, which is BAN-1 to BAN-k."""
+  """Returns the rows of a run with this many students: each generation, then Ens*k, which is BAN-1 to BAN-k."""
   rows = {name_of(index): (index,) for index in range(generations + 1)}
   return rows | {f"Ens*{size}": tuple(range(1, size + 1)) for size in range(2, generations + 1)}
 
@@ -42,20 +43,18 @@ def members(generations: int) -> dict[str, tuple[int, ...]]:
 def evaluate_run(
   cfg: ConfigDict, workdir: epath.PathLike, *, devices: Sequence[jax.Device], progress: bool
 ) -> tuple[Results, bool]:
-  """Trains what a run still lacks, evaluates every row on the test split, and returns (results, all there already).
+  """Finishes a run, evaluates every row on the test split, and returns (results, whether all of it existed already).
 
-  The evaluations are kept in `workdir/evaluations.json` beside the digests of the networks they belong to.
+  `workdir/evaluations.json` keeps the evaluations beside the digests of the networks that they belong to.
   """
   setup = job.resolve_run(cfg, devices)
   rows, results, fresh = members(cfg.generations), {}, {}
-  with storage.open_workdir(
-    workdir, config.record(cfg)
-  ) as workdir:
+  with storage.open_workdir(workdir, config.record(cfg)) as workdir:  # locked until the evaluations are written, too
     generations = run_generations(setup, workdir, progress)
     record = workdir / "evaluations.json"
     try:
       kept = dict(json.loads(record.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # it can be made again
+    except (FileNotFoundError, ValueError, TypeError):  # evaluated again below
       kept = {}
     digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
     for name, indices in rows.items():
@@ -69,8 +68,8 @@ def evaluate_run(
 
 
 def evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequence[jax.Device]) -> Metrics:
-  """Returns a row's metrics on the test split and, of text, the validation perplexity, as Table 6 has both."""
-  if len(generations) == 1:  # evaluated at its end already
+  """Returns a row's metrics on the test split and, for text, the validation perplexity, since Table 6 shows both."""
+  if len(generations) == 1:  # evaluated when its training ended
     return reported(generations[0].metrics)
   metrics = ban_jax.evaluate(generations, cfg, devices=devices)
   if "perplexity" in metrics:
@@ -79,13 +78,13 @@ def evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequen
 
 
 def reported(own: Metrics) -> Metrics:
-  """Returns a generation's own metrics as a table has them: those on the test split, and the validation perplexity."""
+  """Returns a generation's own metrics under a table's names: the test metrics and the validation perplexity."""
   metrics = {name.removeprefix("test_"): value for name, value in own.items() if name.startswith("test_")}
   return metrics | {name: own[name] for name in ("validation_perplexity",) if name in own}
 
 
 def network(model: ConfigDict) -> str:
-  """Returns a `model` group in short, as "wide_resnet(depth=16, dropout=0.0, width=1)"."""
+  """Returns a `model` group as one line, such as "wide_resnet(depth=16, dropout=0.0, width=1)"."""
   return f"{model.name}({', '.join(f'{name}={value}' for name, value in model.items() if name != 'name')})"
 
 
@@ -101,13 +100,13 @@ def describe(cfg: ConfigDict, loss: str | None = None) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean over seeds and its standard error; a single seed has none (not a number)."""
+  """Returns the mean over seeds and its standard error, which is NaN for a single seed."""
   error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
   return statistics.fmean(values), error
 
 
 def table(per_seed: Sequence[Results]) -> str:
-  """Returns a Markdown table of the test metrics, of text perplexities first, as mean and standard error over seeds."""
+  """Returns a Markdown table of the test metrics (for text, perplexities first): mean and standard error over seeds."""
   columns = [column for column in COLUMNS if column[0] in next(iter(per_seed[0].values()))]
   cells = [["", *(title for _, title, _ in columns)]]
   for name in per_seed[0]:
@@ -126,34 +125,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def plot(per_seed: Sequence[Results], title: str, path: epath.Path) -> None:
-  """Draws test error by generation, ensembles beside it: every seed as a dot, the mean with its standard error."""
-  import matplotlib.figure
-
-  names = list(per_seed[0])
-  single = [name for name in names if not name.startswith("Ens")]
-  figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
-  axes = figure.subplots()
-  for group, color in ((single, "tab:blue"), (names[len(single) :], "tab:orange")):
-    places = [names.index(name) + (name not in single) * 0.5 for name in group]
-    stats = [mean_and_error([results[name]["error"] for results in per_seed]) for name in group]
-    for place, name in zip(places, group, strict=True):
-      values = [results[name]["error"] for results in per_seed]
-      spread = [place + 0.12 * (2 * i / max(len(values) - 1, 1) - 1) for i in range(len(values))]
-      axes.plot(spread, values, ".", color=color, alpha=0.35)
-    means, errors = zip(*stats, strict=True) if stats else ((), ())
-    axes.errorbar(places, means, errors, fmt="o-" if group is single else "s", color=color, capsize=4, zorder=3)
-    for place, mean in zip(places, means, strict=True):
-      box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-      axes.annotate(
-        f"{mean:.2f}", (place, mean), (12, 0), textcoords="offset points", color=color, va="center", bbox=box
-      )
-  axes.set_xticks([names.index(name) + (name not in single) * 0.5 for name in names], names)
-  axes.margins(x=0.12)
-  axes.set_ylabel("test error, % (mean, standard error, seeds)")
-  axes.set_title(title, fontsize="medium")
-  axes.grid(axis="y", alpha=0.3)
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
-  with path.open("wb") as file:
-    figure.savefig(file, format="png", dpi=150)
+def write(path: epath.Path, content: str | bytes) -> None:
+  """Writes a file whole or not at all; where several processes write the same file, the last one wins."""
+  partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+  partial.write_bytes(content.encode() if isinstance(content, str) else content)
+  partial.replace(path)

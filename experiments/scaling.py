@@ -1,12 +1,12 @@
-"""What the devices of a training step tell each other, and what it would cost on a TPU pod: arithmetic, no measurement.
+"""What the devices of a training step exchange, and its expected time on a TPU pod: arithmetic, not measurement.
 
   python experiments/scaling.py --config=configs/cifar.py:cifar100,wrn_28_10,paper
 
-It needs no accelerator and, for CIFAR and PTB, no data. The step is compiled for a few virtual CPU devices: its
-collectives are read from the compiled program, its floating-point operations counted on the traced one. docs/scaling.md
-says how to read the tables. The TPU v4's defaults are those of https://docs.cloud.google.com/tpu/docs/v4 (peak) and of
-https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-book/sharding (interconnect); the share
-of the peak is PaLM's on TPU v4 (arXiv:2204.02311).
+Needs no accelerator and, for CIFAR and PTB, no data. The step is compiled for a few virtual CPU devices: collectives
+are read from the compiled program, floating-point operations counted on the traced one. docs/scaling.md explains the
+tables. Defaults are for TPU v4: peak from https://docs.cloud.google.com/tpu/docs/v4, interconnect from
+https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-book/sharding, share of the peak from
+PaLM (arXiv:2204.02311).
 """
 
 import math
@@ -19,22 +19,21 @@ from absl import flags
 from ml_collections import config_flags
 
 from ban_jax.errors import ConfigError
-from experiments import cli
-from experiments.programs import count_flops, train_program
+from experiments import cli, results
+from experiments.analysis.programs import count_flops, train_program
 
+BOUNDS = (1e-6, 1e6)  # of rates: positive and finite
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A configuration file and its words, as configs/cifar.py:cifar100,wrn_28_10,paper."
 )
-_TEACHER = flags.DEFINE_bool("teacher", True, "Whether a teacher teaches; without it, generation 0's step is counted.")
-_SLICES = flags.DEFINE_list("slices", ["2x2x2", "4x4x4", "8x8x8"], "Slices of the pod, in chips along each axis.")
-_PEAK = flags.DEFINE_float("peak_tflops", 275.0, "Peak of a chip, in 10^12 operations a second, bfloat16 (TPU v4).")
-_UTILIZATION = flags.DEFINE_float(
-  "utilization", 0.462, "The share of the peak that the network reaches; the default is what PaLM reached."
-)
-_LINK = flags.DEFINE_float("link_gbps", 45.0, "Bandwidth of a link between chips, one way, in 10^9 bytes/s (TPU v4).")
-_HOP = flags.DEFINE_float("hop_us", 1.0, "Latency of a hop between neighboring chips, in microseconds.")
+_TEACHER = flags.DEFINE_bool("teacher", True, "Count a student's step; without it, generation 0's.")
+_SLICES = flags.DEFINE_list("slices", ["2x2x2", "4x4x4", "8x8x8"], "Slices of the pod, as chips along each axis.")
+_PEAK = flags.DEFINE_float("peak_tflops", 275.0, "Peak of a chip in 10^12 operations/s, bfloat16 (TPU v4).", *BOUNDS)
+_UTILIZATION = flags.DEFINE_float("utilization", 0.462, "Share of the peak that the network reaches (PaLM).", 1e-6, 1.0)
+_LINK = flags.DEFINE_float("link_gbps", 45.0, "Bandwidth of a link, one way, in 10^9 bytes/s (TPU v4).", *BOUNDS)
+_HOP = flags.DEFINE_float("hop_us", 1.0, "Latency of a hop between neighboring chips, in microseconds.", 0.0, 1e6)
 
-# The collectives do not depend on the number of devices, as long as there are several; every preset's batch is even.
+# Collectives do not depend on the number of devices if there are several; every preset's batch is even.
 VIRTUAL = 2
 _COLLECTIVE = re.compile(
   r" = (?P<shape>.+?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
@@ -44,18 +43,18 @@ _ARRAY = re.compile(r"(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
 
 
 class Collective(NamedTuple):
-  """One operation by which devices, or device and host, exchange data."""
+  """One exchange of data between devices, or between device and host."""
 
   kind: str
   bytes: int
 
 
 class Slice(NamedTuple):
-  """A slice of a pod: its chips along each axis, the rate of one link [bytes/s, one way] and a hop's latency [s]."""
+  """A slice of a pod."""
 
-  axes: tuple[int, ...]
-  link: float
-  hop: float
+  axes: tuple[int, ...]  # chips along each axis
+  link: float  # rate of one link, bytes/s, one way
+  hop: float  # latency of a hop, seconds
 
   @property
   def chips(self) -> int:
@@ -76,11 +75,11 @@ def _bytes(array: re.Match[str]) -> int:
 
 
 def all_reduce_seconds(size: int, pod: Slice) -> float:
-  """Returns the time of an all-reduce of `size` bytes over all chips of a slice, axis after axis.
+  """Returns the time of an all-reduce of `size` bytes over all chips of a slice, one axis after another.
 
-  Each axis reduces what the one before has left over, in a ring where its chips are a multiple of 4 (then it is closed,
-  and both directions carry data), else in a line; then the way back. On one axis this is the ring's
-  2 (n - 1) / n * size / bandwidth, and 2 hops for every chip that lies between a chip and the farthest.
+  An axis reduces the share left by the axis before it, and gathers on the way back. An axis of a multiple of 4 chips is
+  a closed ring, whose links carry data in both directions; others are lines. A ring takes
+  2 (n - 1) / n * size / bandwidth, and a hop for each link to the farthest chip and back.
   """
   seconds, share = 0.0, float(size)
   for chips in pod.axes:
@@ -92,71 +91,54 @@ def all_reduce_seconds(size: int, pod: Slice) -> float:
   return seconds
 
 
-def collectives_table(found: Sequence[Collective]) -> list[str]:
-  """Returns the lines of the table of a step's collectives, in Markdown, the largest one apart."""
+def collectives_table(found: Sequence[Collective]) -> str:
+  """Returns a Markdown table of a step's collectives, the largest one in a line of its own."""
   gradients = max(entry.bytes for entry in found)
   kinds = sorted({(entry.kind, entry.bytes == gradients) for entry in found}, reverse=True)
-  lines = ["| collective | number | bytes |", "|---|---|---|"]
+  rows = [["collective", "number", "bytes"]]
   for kind, largest in kinds:
     sizes = [entry.bytes for entry in found if (entry.kind, entry.bytes == gradients) == (kind, largest)]
     what = "the largest: gradients, loss" if largest else "others: counts, batch norm's statistics"
-    lines.append(f"| {kind}, {what} | {len(sizes)} | {sum(sizes):,} |")
-  return lines
+    rows.append([f"{kind}, {what}", str(len(sizes)), f"{sum(sizes):,}"])
+  return results.markdown(rows)
 
 
 def scaling_table(
   found: Sequence[Collective], flops: float, batch: int, rate: float, slices: Sequence[Slice]
-) -> list[str]:
-  """Returns the lines of the table of efficiencies, in Markdown, for `flops` an example and `rate` a second and chip.
+) -> list[list[str]]:
+  """Returns the rows of the table of efficiencies, for `flops` per example and `rate` per second and chip.
 
-  Once with `batch` as the global mini-batch, once with `batch` examples on each chip; communication waits for
-  computation and the other way round.
+  First with `batch` as the global mini-batch, then with `batch` examples on each chip. Assumes that communication and
+  computation do not overlap.
   """
-  lines = [
-    "| chips | slice | global batch | a chip | compute [ms] | largest [ms] | others [ms] | efficiency | examples/s |",
-    "|---|---|---|---|---|---|---|---|---|",
-  ]
+  times = ("compute [ms]", "largest [ms]", "others [ms]")
+  rows = [["chips", "slice", "global batch", "a chip", *times, "efficiency", "examples/s"]]
   sizes = sorted((entry.bytes for entry in found), reverse=True)
   for fixed in (True, False):
     for pod in slices:
       total = batch if fixed else batch * pod.chips
-      name = "x".join(map(str, pod.axes))
+      row = [str(pod.chips), "x".join(map(str, pod.axes)), f"{total:,}"]
       if total % pod.chips:
-        lines.append(f"| {pod.chips} | {name} | {total:,} | cannot be shared | | | | | |")
+        rows.append([*row, "cannot be shared", *[""] * 5])
         continue
       compute = flops * total / pod.chips / rate
       gradients, *others = (all_reduce_seconds(size, pod) for size in sizes)
       step = compute + gradients + sum(others)
-      times = " | ".join(f"{1e3 * value:.3f}" for value in (compute, gradients, sum(others)))
-      lines.append(
-        f"| {pod.chips} | {name} | {total:,} | {total // pod.chips} | {times} | {compute / step:.0%} | "
-        f"{total / step:,.0f} |"
-      )
-  return lines
+      times = [f"{1e3 * seconds:.3f}" for seconds in (compute, gradients, sum(others))]
+      rows.append([*row, str(total // pod.chips), *times, f"{compute / step:.0%}", f"{total / step:,.0f}"])
+  return rows
 
 
 def parse_slices(names: Sequence[str], link: float, hop: float) -> list[Slice]:
-  """Returns the slices that "4x4x4" and the like name; raises a ConfigError for anything else."""
+  """Returns the slices for names such as "4x4x4"; raises a ConfigError for anything else."""
   for name in names:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", name):
       raise ConfigError(f"--slices={name}: the chips along each axis are expected, as 4x4x4")
   return [Slice(tuple(int(chips) for chips in name.split("x")), link, hop) for name in names]
 
 
-def _check_flags() -> None:
-  """Raises a ConfigError for a rate, a share or a latency out of range."""
-  for flag, most in ((_PEAK, math.inf), (_UTILIZATION, 1), (_LINK, math.inf)):
-    if not 0 < flag.value <= most or math.isinf(flag.value):
-      raise ConfigError(
-        f"--{flag.name}={flag.value}: a number above 0{' and up to 1' if most == 1 else ''} is expected"
-      )
-  if not 0 <= _HOP.value < math.inf:
-    raise ConfigError(f"--hop_us={_HOP.value}: a number of at least 0 is expected")
-
-
 def main() -> None:
   """Prints the collectives, the operations and the expected efficiencies of a configuration's training step."""
-  _check_flags()
   slices = parse_slices(_SLICES.value, _LINK.value * 1e9, _HOP.value * 1e-6)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", VIRTUAL)
@@ -167,14 +149,13 @@ def main() -> None:
   flops = count_flops(program) * VIRTUAL / batch
   found = collectives(program.step.lower(*program.arguments).compile().as_text())
   rate = _PEAK.value * 1e12 * _UTILIZATION.value
+  teacher = "with" if _TEACHER.value else "without"
   print(
-    f"{flops:.4g} floating-point operations a step and example, {'with' if _TEACHER.value else 'without'} a teacher"
+    f"{flops:.4g} floating-point operations a step and example, {teacher} a teacher\n\n{collectives_table(found)}\n"
   )
-  print("\n".join(["", *collectives_table(found), ""]))
-  print(
-    f"At {_UTILIZATION.value:.1%} of {_PEAK.value:g} TFLOP/s, {_LINK.value:g} GB/s a link, {_HOP.value:g} us a hop:"
-  )
-  print("\n".join(["", *scaling_table(found, flops, batch, rate, slices)]))
+  rates = f"{_LINK.value:g} GB/s a link, {_HOP.value:g} us a hop"
+  print(f"At {_UTILIZATION.value:.1%} of {_PEAK.value:g} TFLOP/s, {rates}:\n")
+  print(results.markdown(scaling_table(found, flops, batch, rate, slices)))
 
 
 flags.mark_flag_as_required("config")

@@ -2,49 +2,38 @@
 
 python experiments/table1.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 48 generations, 19,796 PFLOP (10^15 operations) of training;
-expected 181 h on one A100, 61 h on one H100, 30 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+Paper scale: 48 generations, 19,796 PFLOP; expected (--dry_run) 181 h on an A100, 61 h on an H100, 30 h on a TPU v4-8.
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls, make_rows
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a row's networks: one that learns from the labels, and one of the same kind that learns from it."""
-  teacher = lab.teacher(row.network)
-  return {"teacher": [teacher], "BAN": [lab.student(teacher, row.network, "ban")]}
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a network that learns from the labels, and one of the same kind that learns from it."""
+  teacher = builder.teacher(row.network)
+  return {"teacher": [teacher], "BAN": [builder.student(teacher, row.network, "ban")]}
 
 
 TABLE = Table(
   number=1,
   title="a teacher and its born-again student",
   dataset="cifar10",
-  rows=(
-    Row("Wide-ResNet-28-1", "wrn_28_1", {"teacher": 6.69, "BAN": 6.64}),
-    Row("Wide-ResNet-28-2", "wrn_28_2", {"teacher": 5.06, "BAN": 4.86}),
-    Row("Wide-ResNet-28-5", "wrn_28_5", {"teacher": 4.13, "BAN": 4.03}),
-    Row("Wide-ResNet-28-10", "wrn_28_10", {"teacher": 3.77, "BAN": 3.86}),
-    Row("DenseNet-112-33", "densenet_112_33", {"teacher": 3.84, "BAN": 3.61}),
-    Row("DenseNet-90-60", "densenet_90_60", {"teacher": 3.81, "BAN": 3.5}),
-    Row("DenseNet-80-80", "densenet_80_80", {"teacher": 3.48, "BAN": 3.49}),
-    Row("DenseNet-80-120", "densenet_80_120", {"teacher": 3.37, "BAN": 3.54}),
+  rows=make_rows(
+    ("teacher", "BAN"),
+    ("Wide-ResNet-28-1", "wrn_28_1", "0.38M", 6.69, 6.64),
+    ("Wide-ResNet-28-2", "wrn_28_2", "1.48M", 5.06, 4.86),
+    ("Wide-ResNet-28-5", "wrn_28_5", "9.16M", 4.13, 4.03),
+    ("Wide-ResNet-28-10", "wrn_28_10", "36M", 3.77, 3.86),
+    ("DenseNet-112-33", "densenet_112_33", "6.3M", 3.84, 3.61),
+    ("DenseNet-90-60", "densenet_90_60", "16.1M", 3.81, 3.5),
+    ("DenseNet-80-80", "densenet_80_80", "22.4M", 3.48, 3.49),
+    ("DenseNet-80-120", "densenet_80_120", "50.4M", 3.37, 3.54),
   ),
   columns=columns,
-  controls=tables.label_controls,
-  parameters={
-    "wrn_28_1": "0.38M",
-    "wrn_28_2": "1.48M",
-    "wrn_28_5": "9.16M",
-    "wrn_28_10": "36M",
-    "densenet_112_33": "6.3M",
-    "densenet_90_60": "16.1M",
-    "densenet_80_80": "22.4M",
-    "densenet_80_120": "50.4M",
-  },
-  stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1"}},
+  controls=label_controls,
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1"}},
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

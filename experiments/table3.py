@@ -2,46 +2,45 @@
 
 python experiments/table3.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The whole table at the paper's scale, three seeds: 36 generations, 8,195 PFLOP (10^15 operations) of training;
-expected 77 h on one A100, 27 h on one H100, 14 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+Paper scale: 36 generations, 8,195 PFLOP; expected (--dry_run) 77 h on an A100, 27 h on an H100, 14 h on a TPU v4-8.
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls, make_rows
 
 STUDENT = "densenet_90_60"
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a row's networks: a Wide-ResNet, a student of the same kind, and a DenseNet that learns from the same."""
-  teacher = lab.teacher(row.network)
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a Wide-ResNet, a student of the same kind, and a DenseNet student of the same teacher."""
+  teacher = builder.teacher(row.network)
   return {
     "teacher": [teacher],
-    "BAN": [lab.student(teacher, row.network, "ban")],
-    "DenseNet-90-60": [lab.student(teacher, STUDENT, "ban")],
+    "BAN": [builder.student(teacher, row.network, "ban")],
+    "DenseNet-90-60": [builder.student(teacher, STUDENT, "ban")],
   }
 
 
-def controls(lab: Lab, row: Row) -> Columns:
-  """Returns what labels alone can do, for the teacher's network and for the DenseNet."""
-  return tables.label_controls(lab, row) | {"DenseNet-90-60, labels": [lab.teacher(STUDENT)]}
+def controls(builder: Builder, row: Row) -> Columns:
+  """Returns the controls by labels alone, for the teacher's network and for the DenseNet."""
+  return label_controls(builder, row) | {"DenseNet-90-60, labels": [builder.teacher(STUDENT)]}
 
 
 TABLE = Table(
   number=3,
   title="students of Wide-ResNets",
   dataset="cifar100",
-  rows=(
-    Row("Wide-ResNet-28-1", "wrn_28_1", {"teacher": 30.05, "BAN": 29.43, "DenseNet-90-60": 24.93}),
-    Row("Wide-ResNet-28-2", "wrn_28_2", {"teacher": 25.32, "BAN": 24.38, "DenseNet-90-60": 18.49}),
-    Row("Wide-ResNet-28-5", "wrn_28_5", {"teacher": 20.88, "BAN": 20.93, "DenseNet-90-60": 17.52}),
-    Row("Wide-ResNet-28-10", "wrn_28_10", {"teacher": 19.08, "BAN": 18.25, "DenseNet-90-60": 16.79}),
+  rows=make_rows(
+    ("teacher", "BAN", "DenseNet-90-60"),
+    ("Wide-ResNet-28-1", "wrn_28_1", "", 30.05, 29.43, 24.93),
+    ("Wide-ResNet-28-2", "wrn_28_2", "", 25.32, 24.38, 18.49),
+    ("Wide-ResNet-28-5", "wrn_28_5", "", 20.88, 20.93, 17.52),
+    ("Wide-ResNet-28-10", "wrn_28_10", "", 19.08, 18.25, 16.79),
   ),
   columns=columns,
   controls=controls,
-  stand_ins={"cpu": tables.SMALL, "smoke": {"wrn_28_1": "wrn_10_1", STUDENT: "densenet_10_16"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1", STUDENT: "densenet_10_16"}},
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

@@ -2,44 +2,36 @@
 
     python experiments/table6.py --scale=paper --data_dir=PTB --workdir=runs/tables/paper
 
-PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which the user has to supply.
+PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which you supply.
 
-The whole table at the paper's scale, three seeds: 12 generations, 110 PFLOP (10^15 operations) of training;
-expected 1.7 h on one A100, 1 h on one H100, 0.86 h on one TPU v4-8. That is arithmetic, by the assumptions that
---dry_run names, and no measurement; --rows, --seeds and --shard divide it.
+Paper scale: 12 generations, 110 PFLOP; expected (--dry_run) 1.7 h on an A100, 1 h on an H100, 0.86 h on a TPU v4-8.
 """
 
-from experiments import tables
-from experiments.tables import Columns, Lab, Row, Table
+from experiments.tables import run
+from experiments.tables.spec import Builder, Columns, Row, Table, label_controls, make_rows
 
 
-def columns(lab: Lab, row: Row) -> Columns:
-  """Returns a row's networks: a language model, and one of the same kind that learns from it and from the text."""
-  teacher = lab.teacher(row.network)
-  return {"teacher": [teacher], "BAN+L": [lab.student(teacher, row.network, "ban_label")]}
+def columns(builder: Builder, row: Row) -> Columns:
+  """Returns a language model, and one of the same kind that learns from it and from the text."""
+  teacher = builder.teacher(row.network)
+  return {"teacher": [teacher], "BAN+L": [builder.student(teacher, row.network, "ban_label")]}
 
 
 TABLE = Table(
   number=6,
   title="language models and their born-again students",
   dataset="ptb",
-  rows=(
-    Row("CNN-LSTM", "cnn_lstm", {"teacher val": 83.69, "BAN+L val": 80.27, "teacher test": 80.05, "BAN+L test": 76.97}),
-    Row("LSTM", "lstm", {"teacher val": 75.11, "BAN+L val": 71.19, "teacher test": 71.87, "BAN+L test": 68.56}),
+  rows=make_rows(
+    ("teacher val", "BAN+L val", "teacher test", "BAN+L test"),
+    ("CNN-LSTM", "cnn_lstm", "19M", 83.69, 80.27, 80.05, 76.97),
+    ("LSTM", "lstm", "52M", 75.11, 71.19, 71.87, 68.56),
   ),
   columns=columns,
-  controls=tables.label_controls,
-  parameters={
-    "cnn_lstm": "19M",
-    "lstm": "52M",
-  },
-  stand_ins={
-    "cpu": {"cnn_lstm": "cnn_lstm_32", "lstm": "lstm_200"},
-    "smoke": {"cnn_lstm": "cnn_lstm_32"},
-  },
+  controls=label_controls,
+  substitutes={"cpu": {"cnn_lstm": "cnn_lstm_32", "lstm": "lstm_200"}, "smoke": {"cnn_lstm": "cnn_lstm_32"}},
   metrics={"val": "validation_perplexity", "test": "perplexity"},
   unit="perplexity",
 )
 
 if __name__ == "__main__":
-  tables.run(TABLE)
+  run.main(TABLE)

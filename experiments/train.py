@@ -1,4 +1,4 @@
-"""Trains a teacher and its born-again generations as a configuration says, and evaluates them and their ensembles.
+"""Trains a teacher and its born-again generations from a configuration; evaluates them and their ensembles.
 
 python experiments/train.py --config=configs/cifar.py:cifar100,wrn_28_1,paper --workdir=runs/c100
 """
@@ -12,7 +12,7 @@ from experiments import cli, results
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A configuration file and its words, as configs/cifar.py:cifar10,wrn_16_1,cpu."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; a run in it that is not finished goes on.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; an unfinished run in it is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -438,7 +438,6 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 # other is begun.
 DIE_AT = """
 import os, signal, sys
-from ban_jax import storage
 from ban_jax.storage import finished, workdir as workdirs
 write, save, name, saves = storage.write_json, storage.save_step, sys.argv[1], []
 def die(*_):

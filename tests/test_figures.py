@@ -1,4 +1,4 @@
-"""What experiments/figures.py reads, measures, draws and writes."""
+"""What experiments/figures.py reads, measures, plots and writes."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from conftest import ROOT, config
 from etils import epath
 
 import ban_jax
+from ban_jax import config as config_lib
 from ban_jax import data, models, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation
@@ -55,7 +56,7 @@ def leave_untrained(workdir, cfg):
   """Leaves a run directory whose teacher is as it was before its first step; returns it."""
   dataset = data.load(cfg.data)
   variables = jax.device_get(models.make_model(cfg.model, dataset.spec).init(jax.random.key(0)))
-  with storage.open_workdir(workdir, cfg) as opened:
+  with storage.open_workdir(workdir, config_lib.record(cfg)) as opened:
     generation = Generation(0, trees.to_host(variables, 0), {}, ({"epoch": 1},))
     storage.finish(opened / "gen_0", generation, {"generation": 0, "dataset": dataset.digest})
   return workdir
@@ -99,9 +100,9 @@ def test_a_run_is_drawn_and_its_numbers_are_those_of_the_library(run):
   text = (workdir / "figures.md").read_text()
   assert text in printed
   assert f"| BAN-1   | {found['generations'][1]['metrics']['error']:.2f} " in text
-  assert f"| teacher | 100.00 | {100 * found['agreement'][0][1]:.2f} |" in text
-  assert f"| teacher | 0.0000 | {found['kl'][0][1]:.4f} |" in text
-  assert f"| BAN-1 | 2 | {networks[1].history[-1]['dark_share']:.4f} |" in text
+  assert f"| teacher | 100.00  | {100 * found['agreement'][0][1]:<6.2f} |" in text
+  assert f"| teacher | 0.0000  | {found['kl'][0][1]:.4f} |" in text
+  assert f"| BAN-1 | 2     | {networks[1].history[-1]['dark_share']:<20.4f} |" in text
   for name in PNGS:
     assert f"]({name})" in text
     assert matplotlib.image.imread(workdir / name).std() > 0.05, f"{name} is blank"
@@ -137,11 +138,11 @@ def test_a_recorded_configuration_is_that_of_the_run(run, tmp_path):
     **json.loads(config(train__gradient_split=True).to_json())
   }
   cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_16_8")
-  with storage.open_workdir(tmp_path, cfg) as workdir:
+  with storage.open_workdir(tmp_path, config_lib.record(cfg)) as workdir:
     found = figures.read_config(workdir)
   assert found.teacher.model.to_dict() == cfg.teacher.model.to_dict()
   assert found.is_locked
-  assert storage.config_digest(found) == storage.config_digest(cfg)
+  assert config_lib.record(found) == config_lib.record(cfg)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_what_is_not_finished_is_refused_by_name(run, tmp_path):
   shutil.copytree(run[0], workdir)
   (workdir / "gen_1" / "manifest.json").unlink()
   given, _ = figures.chosen(str(workdir), None, None)
-  with pytest.raises(CheckpointError, match=r"gen_1 is not finished: .* name them by --generations"):
+  with pytest.raises(CheckpointError, match=r"gen_1 is not finished: .* name finished ones by --generations"):
     figures.read(given, None)
   shutil.rmtree(workdir / "gen_1")  # it is asked for by the configuration
   given, _ = figures.chosen(str(workdir), None, None)
@@ -233,10 +234,10 @@ def measured(run):
 
 def test_the_drawings_show_the_numbers(measured):
   _, shown, found = measured
-  axes = figures.draw_calibration(found, "examples").get_axes()
+  axes = figures.plot_calibration(found).get_axes()
   panels, charts = axes[:-3], axes[-3:]
   assert [panel.get_title() for panel in panels if panel.get_visible()] == ["teacher", "BAN-1"]
-  for panel, reliability in zip(panels, found.reliability, strict=False):
+  for panel, reliability in zip(panels, found.reliability.values(), strict=False):
     diagonal, line = panel.get_lines()
     full = reliability["count"] > 0
     np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
@@ -248,14 +249,14 @@ def test_the_drawings_show_the_numbers(measured):
     assert [bar.get_width() for bar in chart.patches] == [each[metric] for each in found.metrics.values()]
     assert chart.yaxis_inverted()
 
-  agreement, kl = figures.draw_agreement(found, "examples").get_axes()
+  agreement, kl = figures.plot_agreement(found).get_axes()
   np.testing.assert_array_equal(agreement.get_images()[0].get_array(), 100 * found.pairs["agreement"])
   np.testing.assert_array_equal(kl.get_images()[0].get_array(), found.pairs["kl"])
   places = {text.get_position(): text.get_text() for text in kl.texts}
   assert places[1, 0] == f"{found.pairs['kl'][0, 1]:.3g}", "a column is a place along the x axis"
 
   curve = figures.dark_knowledge(shown[1].generation.history)
-  share, correct = figures.draw_dark_knowledge({"BAN-1": curve}, ["teacher", "BAN-1"]).get_axes()
+  share, correct = figures.plot_dark_knowledge({"BAN-1": curve}, ["teacher", "BAN-1"]).get_axes()
   np.testing.assert_array_equal(share.get_lines()[0].get_xydata(), np.array([curve["epoch"], curve["dark_share"]]).T)
   np.testing.assert_array_equal(correct.get_lines()[0].get_ydata(), curve["correct_gradient"])
 

@@ -272,7 +272,7 @@ VALID = leaves(presets.compose("digits,densenet_16_8,smoke,teacher=wrn_10_1"))
 KEYS = (*VALID, "", ".", "nope", "model", "teacher", "loss", "model.nope", "seed.x", "model.name.x", "data..name", "é")
 ARGUMENTS = (
   *("", "abc", "0", "-1", "1.5", "nan", "inf", "True", "None", "(1,2)", "()", "(", "1,2", "a b", "[1]", "{'a': 1}"),
-  *("1e400", "0x10", " 3 ", "1_000", "'", "--x", "é☃", "\udcff", "9" * 5000, "x" * 5000, "(" * 300, "-" * 3000 + "1"),
+  *("1e400", "0x10", " 3 ", "1_000", "'", "--x", "é☃", "\udcff", "9" * 5000, "x" * 5000, "(" * 300),
 )
 FLAGS = (
   *("devices", "distributed", "coordinator_address", "num_processes", "process_id", "start_timeout", "peer_timeout"),
@@ -321,7 +321,7 @@ def names_an_argument(arguments, message):
     names |= {argument, option, bare.rpartition(".")[2], bare.removeprefix("no")} if bare else set()
     names |= {repr(part) for word in words for part in (word.strip(), *word.split("=", 1))}
     printed = shlex.quote(argument).encode("utf-8", "backslashreplace").decode()
-    names |= {f"unexpected arguments: {printed}", f"line flag {option[2:]!r}", argument[:40] + "..."}
+    names |= {f"unexpected arguments: {printed}", f"line flag {option[2:]!r}"}
   return any(name in message for name in names - {"", "config"})
 
 
@@ -329,7 +329,6 @@ def names_an_argument(arguments, message):
 @given(arguments=command_lines())
 @example(arguments=["--config=README.md", "--workdir=w"])  # no Python
 @example(arguments=["--config=configs/base.py:x", "--workdir=w"])  # takes no words
-@example(arguments=["--config=configs/base.py:x", "--config=nope.py", "--workdir=w"])
 @example(arguments=["--config=configs/presets.py", "--workdir=w"])  # no get_config
 @example(arguments=["-config", "configs/digits.py", "--workdir=w", "--config.model.nope=3"])
 def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
@@ -347,9 +346,7 @@ def test_a_command_line_goes_on_or_is_refused_in_words(answer, arguments):
     ([DIGITS], "error: flag --workdir=None: "),
     ([DIGITS, "--workdir=w", "--devices=abc"], "error: flag --devices=abc: "),
     ([DIGITS, "--workdir=w", "", "a b"], "error: unexpected arguments: '' 'a b'; options begin with --"),
-    (["--config=README.md", "--workdir=w", "--config=x.py"], "error: --config is given 2 times; give it once"),
     (["--config=configs", "--config.seed=1", "--workdir=w"], "error: --config=configs cannot be read"),
-    ([DIGITS, "--workdir=w", "-" * 3000 + "1"], f"error: an argument of 3,001 characters is no option: {'-' * 40}..."),
     ([DIGITS, "--workdir=w", "--bogus"], "error: Unknown command line flag 'bogus'"),
     (
       [DIGITS, "--workdir=w", "--config.model.nope=3"],

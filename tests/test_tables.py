@@ -21,10 +21,15 @@ from etils import epath
 
 import ban_jax
 from ban_jax import lock, storage
-from ban_jax.data import load
+from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
-from experiments import plan, programs, table_report, tables
-from experiments.table_report import Cell, Value
+from experiments import results
+from experiments.analysis import programs
+from experiments.tables import cost, graph, report, run
+from experiments.tables import train as training
+from experiments.tables import values as cell_values
+from experiments.tables.spec import Cell
+from experiments.tables.values import Value
 
 TABLES = {number: importlib.import_module(f"experiments.table{number}").TABLE for number in range(1, 7)}
 # The columns of each table's first row, as the paper has them.
@@ -60,12 +65,14 @@ def written(workdir):
 
 
 def cells(number, scale="paper", seeds=1, **options):
-  return tables.cells_of(TABLES[number], scale, seeds, "", controls=options.get("controls", False))
+  return TABLES[number].cells(scale, seeds, "", controls=options.get("controls", False))
 
 
-def parts(number, *args, **options):
+def nodes(number, *args, **options):
   """Returns all generations behind a table."""
-  return plan.ancestry(part for cell in cells(number, *args, **options) for members in cell.members for part in members)
+  return graph.topological_order(
+    node for cell in cells(number, *args, **options) for members in cell.members for node in members
+  )
 
 
 def members(number, row, column, **options):
@@ -156,7 +163,7 @@ def test_an_ensemble_is_evaluated_as_the_library_does(made, workdir):
   for value, sources in zip(line["values"].split(";"), line["sources"].split(";"), strict=True):
     loaded = [storage.load(epath.Path(workdir) / source)[0] for source in sources.split("+")]
     assert [generation.index for generation in loaded] == [1, 2, 3]
-    cfg = parts(2, "smoke")[0].cfg
+    cfg = nodes(2, "smoke")[0].cfg
     assert float(value) == pytest.approx(ban_jax.evaluate(loaded, cfg)["error"], rel=1e-5)
 
 
@@ -191,8 +198,9 @@ def save_and_die(manager, step, tree, record):
     os.kill(os.getpid(), signal.SIGKILL)
 storage.save_step = save_and_die
 sys.argv = ["table1.py", "--workdir={tmp_path}", "--devices=2"]
-from experiments import table1, tables
-tables.run(table1.TABLE)
+from experiments import table1
+from experiments.tables import run
+run.main(table1.TABLE)
 """
   killed = subprocess.run([sys.executable, "-c", die], cwd=ROOT, capture_output=True, text=True, check=False)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -234,7 +242,7 @@ def test_two_processes_on_one_workdir_divide_a_table(made, workdir, tmp_path):
   for shard, (_, errors) in zip(shards, outputs, strict=True):
     assert shard.returncode == 0, errors
   trained = [int(out.split(" generations were trained")[0].split("\n")[-1].split(" of ")[0]) for out, _ in outputs]
-  assert sum(trained) == len(parts(5, "smoke", 2)) == 10
+  assert sum(trained) == len(nodes(5, "smoke", 2)) == 10
   done = make(5, tmp_path)
   assert "0 of 10 generations were trained" in done.stdout
   for name, line in numbers_of(workdir, 5).items():
@@ -281,13 +289,13 @@ def test_several_processes_make_a_table_together(tmp_path):
 
 
 def test_a_teacher_serves_all_that_learn_from_it():
-  made = parts(2, seeds=1)
+  made = nodes(2, seeds=1)
   assert len(made) == 3 * (1 + 4 + 3) + (1 + 4 + 2)  # of DenseNet-80-120 the paper has no BAN-3
   row = "DenseNet-90-60"
   (teacher,) = members(2, row, "teacher")
   for column in ("BAN", "BAN+L", "CWTM", "DKPP", "BAN-1"):
-    (part,) = members(2, row, column)
-    assert part.teacher.path == teacher.path, column
+    (node,) = members(2, row, column)
+    assert node.teacher.path == teacher.path, column
   (ban,), (first,), (second,) = (members(2, row, column) for column in ("BAN", "BAN-1", "BAN-2"))
   assert second.teacher.path == first.path
   assert (second.generation, second.run) == (2, first.run)
@@ -298,7 +306,7 @@ def test_a_teacher_serves_all_that_learn_from_it():
 
 def test_what_an_ensemble_is():
   def paths(row, column):
-    return [part.path for part in members(2, row, column)]
+    return [node.path for node in members(2, row, column)]
 
   row = "DenseNet-90-60"
   assert paths(row, "Ens*2") == paths(row, "BAN-1") + paths(row, "BAN-2")
@@ -306,8 +314,8 @@ def test_what_an_ensemble_is():
   row = "DenseNet-80-120"
   assert paths(row, "Ens*3") == paths(row, "teacher") + paths(row, "BAN-1") + paths(row, "BAN-2")
   alone = members(2, row, "independent*3", controls=True)
-  assert [part.generation for part in alone] == [0, 0, 0]
-  assert len({part.cfg.seed for part in alone}) == 3
+  assert [node.generation for node in alone] == [0, 0, 0]
+  assert len({node.cfg.seed for node in alone}) == 3
 
 
 def test_tables_ask_for_the_same_teacher():
@@ -318,15 +326,15 @@ def test_tables_ask_for_the_same_teacher():
 
 
 def test_a_students_directory_depends_on_its_teacher_s():
-  lab = tables.lab_of(TABLES[3], "paper", 0, "")
-  teachers = [lab.teacher("wrn_28_1"), lab.teacher("wrn_28_1", variant=1)]
-  students = [lab.student(teacher, "densenet_90_60", "ban") for teacher in teachers]
+  builder = TABLES[3].builder("paper", 0, "")
+  teachers = [builder.teacher("wrn_28_1"), builder.teacher("wrn_28_1", variant=1)]
+  students = [builder.student(teacher, "densenet_90_60", "ban") for teacher in teachers]
   assert students[0].cfg.to_dict() == students[1].cfg.to_dict()
   assert students[0].path != students[1].path
 
 
 def test_every_row_of_the_paper_is_there_at_full_length():
-  assert {number: len(tables.rows_of(table, "paper")) for number, table in TABLES.items()} == {
+  assert {number: len(table.rows_at("paper")) for number, table in TABLES.items()} == {
     1: 8,
     2: 4,
     3: 4,
@@ -336,10 +344,10 @@ def test_every_row_of_the_paper_is_there_at_full_length():
   }
   for number, table in TABLES.items():
     for cell in cells(number):
-      for part in cell.members[0] if cell.members else ():
-        assert part.cfg.scale == "paper"
-        assert part.cfg.train.epochs == (40 if number == 6 else 200)
-        assert part.cfg.data.name == table.dataset
+      for node in cell.members[0] if cell.members else ():
+        assert node.cfg.scale == "paper"
+        assert node.cfg.train.epochs == (40 if number == 6 else 200)
+        assert node.cfg.data.name == table.dataset
     assert {cell.column for cell in cells(number)} == {column for row in table.rows for column in row.paper}
 
 
@@ -347,10 +355,10 @@ def test_every_row_of_the_paper_is_there_at_full_length():
 def test_shards_divide_rows_and_seeds(count):
   made = cells(1, "paper", 2)
   rows = [row.name for row in TABLES[1].rows]
-  shards = [tables.shard_of(made, rows, 2, (number, count)) for number in range(1, count + 1)]
-  paths = [[part.path for members in shard for part in members] for shard in shards]
+  shards = [run.shard_of(made, rows, 2, (number, count)) for number in range(1, count + 1)]
+  paths = [[node.path for members in shard for node in members] for shard in shards]
   together = [path for shard in paths for path in shard]
-  assert sorted(together) == sorted(part.path for part in parts(1, "paper", 2))
+  assert sorted(together) == sorted(node.path for node in nodes(1, "paper", 2))
   # The largest row's seeds fall to different shards.
   large = [sum("densenet_80_120" in path for path in shard) for shard in paths]
   assert max(large) == 2 * math.ceil(2 / count)
@@ -358,31 +366,31 @@ def test_shards_divide_rows_and_seeds(count):
 
 def test_a_teacher_comes_before_its_students():
   seen = set()
-  for part in parts(2, "paper", 2):
-    assert part.teacher is None or part.teacher.path in seen
-    assert part.path not in seen
-    seen.add(part.path)
+  for node in nodes(2, "paper", 2):
+    assert node.teacher is None or node.teacher.path in seen
+    assert node.path not in seen
+    seen.add(node.path)
 
 
 # --- training and waiting --------------------------------------------------------------------------------------------
 
 
 def train(made, workdir):
-  said = []
-  count = plan.train(made, workdir, devices=jax.devices()[:2], progress=False, say=said.append)
-  return count, said
+  messages = []
+  count = training.train(made, workdir, devices=jax.devices()[:2], progress=False, log=messages.append)
+  return count, messages
 
 
 @pytest.fixture
 def pair():
   """A teacher and its student, of seconds."""
-  lab = tables.lab_of(TABLES[1], "smoke", 0, "")
-  teacher = lab.teacher("wrn_28_1")
-  return [teacher, lab.student(teacher, "wrn_28_1", "ban")]
+  builder = TABLES[1].builder("smoke", 0, "")
+  teacher = builder.teacher("wrn_28_1")
+  return [teacher, builder.student(teacher, "wrn_28_1", "ban")]
 
 
 def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
-  monkeypatch.setattr(plan, "PATIENCE", 0.05)
+  monkeypatch.setattr(training, "PATIENCE", 0.05)
   workdir = epath.Path(tmp_path)
   (workdir / pair[0].run).mkdir(parents=True)
   held, release = threading.Event(), threading.Event()
@@ -395,44 +403,44 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
   other = threading.Thread(target=hold)
   other.start()
   held.wait(60)
-  said = []
+  messages = []
 
-  def say(message):
-    said.append(message)
+  def log(message):
+    messages.append(message)
     if "waiting" in message:
       release.set()
       other.join()
 
-  assert plan.train(pair, workdir, devices=jax.devices()[:2], progress=False, say=say) == 2
-  assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in said)
-  assert all(plan.state_of(part, workdir) == "finished" for part in pair)
+  assert training.train(pair, workdir, devices=jax.devices()[:2], progress=False, log=log) == 2
+  assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in messages)
+  assert all(graph.state(node, workdir) == "finished" for node in pair)
 
 
 def test_what_another_process_finished_meanwhile_is_not_counted(pair, tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   train(pair, workdir)
-  looks, find = [], plan.find
+  looks, find = [], graph.find
 
-  def late(part, *arguments):
-    looks.append(part.path)
-    return find(part, *arguments) if looks.count(part.path) > 1 else None
+  def late(node, *arguments):
+    looks.append(node.path)
+    return find(node, *arguments) if looks.count(node.path) > 1 else None
 
-  monkeypatch.setattr(plan, "find", late)
+  monkeypatch.setattr(graph, "find", late)
   assert train(pair, workdir) == (0, [])
 
 
 def test_other_data_are_refused_by_name(pair, tmp_path):
   workdir = epath.Path(tmp_path)
   train(pair[:1], workdir)
-  plan.check(pair, workdir, tuple(jax.devices()[:2]))
+  graph.check(pair, workdir, tuple(jax.devices()[:2]))
   path = tmp_path / pair[0].path / "manifest.json"
   manifest = json.loads(path.read_text())
   path.write_text(json.dumps({**manifest, "dataset": "0" * 64}))
   with pytest.raises(CheckpointError, match="gen_0 was trained on other data than the digits found now .digest 0000"):
-    plan.check(pair, workdir, tuple(jax.devices()[:2]))
+    graph.check(pair, workdir, tuple(jax.devices()[:2]))
   path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "dataset"}))
   with pytest.raises(CheckpointError, match=r"manifest\.json lacks dataset; remove "):
-    plan.check(pair, workdir, tuple(jax.devices()[:2]))
+    graph.check(pair, workdir, tuple(jax.devices()[:2]))
 
 
 def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
@@ -445,26 +453,26 @@ def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
   with pytest.raises(
     CheckpointError, match=f"{pair[1].path} was taught by a teacher with the digest {manifest['digest']}"
   ):
-    plan.find(pair[1], workdir)
+    graph.find(pair[1], workdir)
   path.write_text(json.dumps({**manifest, "config": "0" * 64}))
   with pytest.raises(CheckpointError, match=f"{pair[0].path} holds a generation of another configuration"):
-    plan.find(pair[0], workdir)
+    graph.find(pair[0], workdir)
   path.write_text(json.dumps(manifest))
   (tmp_path / pair[0].path / "metrics.json").write_text("{}")
   with pytest.raises(CheckpointError, match=r"metrics\.json or history\.jsonl was changed"):
-    plan.find(pair[0], workdir)
+    graph.find(pair[0], workdir)
 
 
 def test_an_ensemble_of_other_networks_is_evaluated_anew(pair, tmp_path):
   workdir = epath.Path(tmp_path)
   train(pair, workdir)
-  assert table_report.ensemble_metrics(pair, workdir) is None
-  table_report.evaluate_ensemble(pair, workdir, tuple(jax.devices()[:2]))
-  assert table_report.ensemble_metrics(pair, workdir)["count"] == 1397
+  assert cell_values.ensemble_metrics(pair, workdir) is None
+  cell_values.evaluate_ensemble(pair, workdir, tuple(jax.devices()[:2]))
+  assert cell_values.ensemble_metrics(pair, workdir)["count"] == 1397
   (kept,) = (workdir / "ensembles").iterdir()
   record = json.loads(kept.read_text())
   kept.write_text(json.dumps({**record, "members": dict.fromkeys(record["members"], "0" * 64)}))
-  assert table_report.ensemble_metrics(pair, workdir) is None
+  assert cell_values.ensemble_metrics(pair, workdir) is None
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -476,7 +484,7 @@ def values(*numbers):
 
 def test_differences_are_paired_by_seed_with_student_s_interval():
   students, teachers = (21.0, 19.5, 20.25, 20.5), (20.5, 20.0, 21.0, 20.5)
-  found = table_report.paired(values(*students), values(*teachers))
+  found = cell_values.paired(values(*students), values(*teachers))
   interval = scipy.stats.ttest_rel(students, teachers).confidence_interval(0.95)
   assert found.mean == pytest.approx(-0.1875)
   assert (found.low, found.high) == pytest.approx(tuple(interval))
@@ -484,21 +492,21 @@ def test_differences_are_paired_by_seed_with_student_s_interval():
 
 
 def test_only_seeds_that_both_have_are_compared():
-  found = table_report.paired([Value(0, 5.0, ()), Value(2, 7.0, ())], [Value(1, 1.0, ()), Value(2, 4.0, ())])
+  found = cell_values.paired([Value(0, 5.0, ()), Value(2, 7.0, ())], [Value(1, 1.0, ()), Value(2, 4.0, ())])
   assert (found.mean, found.seeds) == (3.0, 1)
   assert math.isnan(found.low)
-  assert table_report.paired(values(1.0), [Value(1, 1.0, ())]) is None
+  assert cell_values.paired(values(1.0), [Value(1, 1.0, ())]) is None
 
 
 def test_mean_and_standard_error():
-  mean, error = table_report.mean_of(values(1.0, 2.0, 4.0))
+  mean, error = results.mean_and_error([1.0, 2.0, 4.0])
   assert mean == pytest.approx(7 / 3)
   assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
-  assert math.isnan(table_report.mean_of(values(1.0))[1])
+  assert math.isnan(results.mean_and_error([1.0])[1])
 
 
 def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
-  output = table_report.Output(TABLES[4], "smoke", epath.Path(tmp_path))
+  output = report.Output(TABLES[4], "smoke", epath.Path(tmp_path))
   text = output.write(cells(4, "smoke", 2), 2, plot=True)
   assert (
     "| DenseNet-90-60 | teacher      | 17.69 | …           |            |                     |                    |"
@@ -516,13 +524,13 @@ def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):
 
 
 def test_a_plan_is_priced_before_it_is_trained(pair, tmp_path):
-  lines = plan.cost_table(pair, epath.Path(tmp_path))
-  assert lines[-1].startswith("2 generations: 2 to do. Left, at most: 20 steps, ")
-  one, two = (plan.cost(part, {}) for part in pair)
+  text = cost.cost_table(pair, epath.Path(tmp_path))
+  assert text.splitlines()[-1].startswith("2 generations: 2 to do. Left, at most: 20 steps, ")
+  one, two = (cost.cost(node, {}) for node in pair)
   # A student's step is a teacher's forward pass longer, which is less than half of what a step is.
   assert one.steps == two.steps == 10
   assert one.flops < two.flops < 1.5 * one.flops
-  assert one.hours(1e12) == pytest.approx((one.flops / (1e12 * plan.UTILIZATION) + 10 * plan.STEP_SECONDS) / 3600)
+  assert one.hours(1e12) == pytest.approx((one.flops / (1e12 * cost.UTILIZATION) + 10 * cost.STEP_SECONDS) / 3600)
 
 
 def test_work_does_not_depend_on_the_devices_that_share_it(pair):
@@ -537,14 +545,15 @@ SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared")) / "d
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no Penn Treebank in {SHARED}")
 def test_the_penn_treebank_s_shapes_are_known_without_it():
-  (part,) = members(6, "LSTM", "teacher val")
-  described = programs.describe(part.cfg)
-  cfg = part.cfg.copy_and_resolve_references()
+  (node,) = members(6, "LSTM", "teacher val")
+  known = describe(node.cfg.data)
+  cfg = node.cfg.copy_and_resolve_references()
   cfg.data.dir = str(SHARED)
   dataset = load(cfg.data)
-  assert described.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
-  assert described.steps_per_epoch == len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
-  assert (described.spec.shape, described.spec.num_classes) == (dataset.spec.shape, dataset.spec.num_classes)
+  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
+  batch = cfg.train.batch_size
+  assert known.rows // batch == len(dataset.train_order(jax.random.key(0), batch))
+  assert (known.spec.shape, known.spec.num_classes) == (dataset.spec.shape, dataset.spec.num_classes)
 
 
 # --- what cannot be done ---------------------------------------------------------------------------------------------
@@ -606,17 +615,17 @@ def test_missing_data_are_named_before_anything_is_trained(tmp_path):
 
 def test_a_table_never_mixes_scales(tmp_path):
   workdir = epath.Path(tmp_path)
-  output = table_report.Output(TABLES[1], "smoke", workdir)
-  assert output.check() == (0, set(), set())
+  output = report.Output(TABLES[1], "smoke", workdir)
+  assert output.existing() == (0, set(), set())
   output.write(cells(1, "smoke", 2), 2, plot=False)
-  assert output.check() == (0, {"Wide-ResNet-28-1"}, {"teacher", "BAN"})
+  assert output.existing() == (0, {"Wide-ResNet-28-1"}, {"teacher", "BAN"})
   with pytest.raises(ConfigError, match="table1.csv is of the scale smoke, not cpu; give another --workdir"):
-    table_report.Output(TABLES[1], "cpu", workdir).check()
+    report.Output(TABLES[1], "cpu", workdir).existing()
 
 
 @pytest.mark.parametrize("number", TABLES)
 def test_every_cell_is_listed_with_its_network_and_the_paper_s_number(number):
-  lines = [line.strip("|").split("|") for line in tables.overview(TABLES[number], "paper").splitlines()[4:]]
+  lines = [line.strip("|").split("|") for line in run.overview(TABLES[number], "paper").splitlines()[4:]]
   listed = {(row.strip(), column.strip()): (network.strip(), paper.strip()) for row, column, network, paper in lines}
   assert len(listed) == len(lines) == sum(len(row.paper) for row in TABLES[number].rows)
   for row in TABLES[number].rows:
@@ -635,7 +644,7 @@ def test_smoothed_labels_begin_as_the_student_that_they_are_compared_with(number
 
 
 def test_what_differs_between_rows_is_told():
-  assert table_report.setting(cells(6)) == "scale paper, ptb, all training tokens, 40 epochs, batch 20 or 32"
+  assert report.setting(cells(6)) == "scale paper, ptb, all training tokens, 40 epochs, batch 20 or 32"
 
 
 def test_a_cell_that_is_only_quoted_is_not_trained():

@@ -1,7 +1,7 @@
-"""The programs of a configuration's training and evaluation steps, with their arguments' shapes and their operations.
+"""The training and evaluation steps of a configuration as programs, and their floating-point operations.
 
-Nothing is trained: what a step costs is counted on the traced program. Of CIFAR and the Penn Treebank not even the data
-are needed.
+Nothing is run: operations are counted on the traced program. CIFAR and the Penn Treebank are not needed, only their
+shapes.
 """
 
 import functools
@@ -15,16 +15,10 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 from ban_jax import config, data, losses, optim
-from ban_jax.data import images, text
 from ban_jax.job import make_models
 from ban_jax.step import initial_state, make_eval_step, make_train_step
 from ban_jax.teacher import live, none
-from ban_jax.types import Batch, Devices, InputSpec, Model
-
-_CLASSES = {"cifar10": 10, "cifar100": 100}
-_CIFAR_EXAMPLES = 50_000
-# The Penn Treebank's training tokens, its words, and the characters that these are written in.
-_PTB_TOKENS, WORDS, CHARACTERS = 929_589, 10_000, 46
+from ban_jax.types import Devices, Model
 
 
 class Program(NamedTuple):
@@ -34,30 +28,21 @@ class Program(NamedTuple):
   arguments: tuple[Any, ...]
 
 
-class Described(NamedTuple):
-  """What the steps must know of a data set, its arrays' shapes, and how many steps an epoch of training has."""
-
-  spec: InputSpec
-  fetch: Callable[..., Batch]
-  arrays: dict[str, jax.ShapeDtypeStruct]
-  steps_per_epoch: int
-
-
 class Work(NamedTuple):
-  """What an epoch of training is: its steps, and the floating-point operations of each."""
+  """The work of an epoch of training: its steps, and the floating-point operations of each."""
 
   steps_per_epoch: int
   flops: int
 
 
 def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
-  """Returns a configuration's training step, a student's or (not `taught`) generation 0's, with its arguments' shapes.
+  """Returns the training step of a student, or without `taught` of generation 0, with its arguments' shapes.
 
-  Of CIFAR and PTB only the shapes are needed; others are loaded. Raises a ConfigError or DataError as a run would.
+  Loads the data set, except for CIFAR and PTB. Raises a ConfigError or DataError as a run would.
   """
   config.check_batch_size(cfg.train.batch_size, devices)
-  spec, fetch, arrays, _ = describe(cfg)
-  teacher, student = make_models(cfg, spec)
+  known = data.describe(cfg.data)
+  teacher, student = make_models(cfg, known.spec)
   loss = losses.make_loss(cfg.loss if taught else {"name": "label"})
   student, teachers = (student if taught else teacher), ((teacher,) if loss.needs_teacher else ())
   teaching = live(teachers) if teachers else none()
@@ -69,7 +54,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
     frozen=frozen,
     loss=loss,
     optimizer=optimizer,
-    fetch=fetch,
+    fetch=known.fetch,
     devices=devices,
     sync_batch_stats=cfg.train.sync_batch_stats,
     gradient_split=cfg.train.gradient_split,
@@ -85,80 +70,52 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
   index = jax.ShapeDtypeStruct((1, rows), np.int32)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   mapped = functools.partial(_on_each, devices)
-  return Program(step.run, (mapped(state), source, mapped(carry), arrays, mapped(index), key_data))
+  return Program(step.run, (mapped(state), source, mapped(carry), known.arrays, mapped(index), key_data))
 
 
 def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
-  """Returns a configuration's evaluation step of one student with its arguments' shapes; data as `train_program`."""
+  """Returns the evaluation step of one student with its arguments' shapes; data and errors as for `train_program`."""
   config.check_batch_size(cfg.train.batch_size, devices)
-  spec, fetch, arrays, _ = describe(cfg)
-  _, model = make_models(cfg, spec)
+  known = data.describe(cfg.data)
+  _, model = make_models(cfg, known.spec)
   rows = cfg.train.batch_size // len(devices)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   carry = jax.eval_shape(lambda: model.init_carry(rows))
   index = jax.ShapeDtypeStruct((rows,), np.int32)
-  arguments = ((variables,), _on_each(devices, (carry,)), arrays, _on_each(devices, index))
-  return Program(make_eval_step((model,), fetch, devices), arguments)
+  arguments = ((variables,), _on_each(devices, (carry,)), known.arrays, _on_each(devices, index))
+  return Program(make_eval_step((model,), known.fetch, devices), arguments)
 
 
 def work(cfg: ConfigDict, devices: Sequence[jax.Device], *, taught: bool = True) -> Work:
-  """Returns what an epoch of training is, by all devices together; arguments and errors are `train_program`'s."""
+  """Returns the work of an epoch on all devices together; arguments and errors as for `train_program`."""
   flops = count_flops(train_program(cfg, tuple(devices), taught=taught)) * len(devices)
-  return Work(describe(cfg).steps_per_epoch, flops)
-
-
-def describe(cfg: ConfigDict) -> Described:
-  """Returns what is to be known of a configuration's data set; raises a DataError where it is needed and missing."""
-  batch = cfg.train.batch_size
-  if cfg.data.name in _CLASSES:
-    shapes = {"images": (_CIFAR_EXAMPLES, 32, 32, 3), "labels": (_CIFAR_EXAMPLES,), "mean": (3,), "std": (3,)}
-    dtypes = {"images": np.uint8, "labels": np.int32, "mean": np.float32, "std": np.float32}
-    arrays = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in shapes.items()}
-    spec = InputSpec("images", (32, 32, 3), _CLASSES[cfg.data.name])
-    examples = (cfg.data.train_examples or _CIFAR_EXAMPLES) * (1 - cfg.data.validation)
-    return Described(spec, images.make_fetch(cfg.data.pad, cfg.data.flip), arrays, int(examples) // batch)
-  if cfg.data.name == "ptb":
-    arrays = {"tokens": jax.ShapeDtypeStruct((_PTB_TOKENS + 1,), np.int32)}
-    windows = (cfg.data.train_examples or _PTB_TOKENS) // cfg.data.window
-    spec = InputSpec("tokens", (cfg.data.window,), WORDS, made_up_words())
-    return Described(spec, text.make_fetch(cfg.data.window), arrays, windows // batch)
-  dataset = data.load(cfg.data)
-  arrays = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in dataset.splits["train"].items()}
-  return Described(dataset.spec, dataset.fetch, arrays, len(dataset.train_order(jax.random.key(0), batch)))
-
-
-@functools.cache
-def made_up_words() -> tuple[str, ...]:
-  """Returns as many words as the Penn Treebank has, in as many characters: all that a network's shapes depend on."""
-  characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
-  words = ("<eos>", "<unk>", *characters)
-  return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
+  return Work(data.describe(cfg.data).rows // cfg.train.batch_size, flops)
 
 
 @functools.cache
 def trained_sizes(model: Model) -> dict[str, int]:
-  """Returns the parameters of each top-level layer that is trained, not copied from the teacher."""
+  """Returns the number of parameters of each top-level layer, except those copied from the teacher."""
   params = jax.eval_shape(model.init, jax.random.key(0))["params"]
   trained = {name: tree for name, tree in params.items() if name not in model.inherits}
   return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
 
 
 def _on_each(devices: Devices, tree: Any) -> Any:
-  """Returns the shapes of a tree that every device has a row of."""
+  """Returns a tree's shapes with a leading device axis."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
 
 def count_flops(program: Program) -> int:
-  """Returns the floating-point operations of one device's share of a step: products and convolutions, nothing else."""
+  """Returns the floating-point operations of one device's share of a step: products and convolutions only."""
   return _flops(jax.jit(program.step).trace(*program.arguments).jaxpr.jaxpr)
 
 
 def _flops(jaxpr: core.Jaxpr) -> int:
-  """Returns the operations of a traced function, a multiplication and an addition being two.
+  """Returns the operations of a traced function; a multiplication and an addition count as two.
 
-  A convolution counts every tap of its kernel, those on padding too, but none on the zeros that a stride's backward
-  pass puts between its inputs: so a gradient counts as much as the convolution itself. Raises a ValueError for products
-  in a loop of unknown length.
+  A convolution counts every tap of its kernel, including taps on padding, but not the zeros that the backward pass of a
+  stride inserts between inputs: so its gradient counts as much as the convolution itself. Raises a ValueError for
+  products in a loop of unknown length.
   """
   total = 0
   for equation in jaxpr.eqns:

@@ -1,0 +1,1 @@
+"""What can be counted on a step without running it: operations, memory, exchanged bytes."""

@@ -1,0 +1,69 @@
+"""What the nodes of a graph cost to train: steps, operations, and expected hours on accelerators."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from etils import epath
+
+from ban_jax import losses
+from experiments import results
+from experiments.analysis import programs
+from experiments.tables import graph
+from experiments.tables.graph import Node
+
+# Assumptions of the expected hours. The peaks are those of dense products at JAX's default precision for float32: TF32
+# on A100 (NVIDIA's data sheet) and H100 (SXM), bfloat16 on the four chips of a TPU v4-8. The share of the peak and the
+# minimum time per step are guesses for small images and small batches; neither was measured.
+PEAKS = {"A100": 156e12, "H100": 495e12, "TPU v4-8": 4 * 275e12}
+UTILIZATION, STEP_SECONDS = 0.2, 0.005
+
+
+class Cost(NamedTuple):
+  """The cost of a training: steps, and floating-point operations of products and convolutions."""
+
+  steps: int
+  flops: float
+
+  def hours(self, peak: float) -> float:
+    """Returns the expected hours on an accelerator with this peak, in operations per second."""
+    return (self.flops / (peak * UTILIZATION) + self.steps * STEP_SECONDS) / 3600
+
+
+def cost(node: Node, known: dict[str, programs.Work]) -> Cost:
+  """Returns the cost of training a node from start to end; `known` caches counts across calls."""
+  taught = node.generation > 0 and losses.make_loss(node.cfg.loss).needs_teacher
+  key = f"{node.network} {node.teacher.network if taught else ''} {node.cfg.data} {node.cfg.train.batch_size}"
+  if key not in known:
+    known[key] = programs.work(node.cfg, jax.devices()[:1], taught=node.generation > 0)
+  steps = known[key].steps_per_epoch * node.cfg.train.epochs
+  return Cost(steps, steps * float(known[key].flops))
+
+
+def cost_table(nodes: Sequence[Node], workdir: epath.Path) -> str:
+  """Returns a Markdown table of every node's state and cost, and the sum of what is left to do."""
+  if not nodes:
+    return "0 generations: there is nothing to do for this shard"
+  counted: dict[str, programs.Work] = {}
+  known: dict[str, graph.Found] = {}
+  states = [graph.state(node, workdir, known) for node in nodes]
+  costs = [cost(node, counted) for node in nodes]
+  rows = [
+    [node.summary, state, f"{own.steps:,}", _rounded(own.flops / 1e15), node.path]
+    for node, state, own in zip(nodes, states, costs, strict=True)
+  ]
+  left = [own for state, own in zip(states, costs, strict=True) if state != "finished"]
+  total = Cost(sum(own.steps for own in left), sum(own.flops for own in left))
+  counts = [f"{states.count(state)} {state}" for state in ("finished", "begun", "to do") if state in states]
+  hours = ", ".join(f"{_rounded(total.hours(peak))} h on one {name}" for name, peak in PEAKS.items())
+  return (
+    results.markdown([["generation", "state", "steps", "PFLOP", "directory"], *rows])
+    + f"\n\n{len(nodes)} generations: {', '.join(counts)}. Left, at most: {total.steps:,} steps, "
+    f"{_rounded(total.flops / 1e15)} PFLOP of training; expected {hours} ({UTILIZATION:.0%} of the peak and "
+    f"{1e3 * STEP_SECONDS:g} ms a step: assumed, not measured)."
+  )
+
+
+def _rounded(value: float) -> str:
+  """Returns a number with two significant digits, or all its digits before the point."""
+  return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
