@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import processes
+from ban_jax import memory, processes
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
@@ -31,6 +31,15 @@ PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_addr
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator_address: the number of this process, from 0.")
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes at the start.")
 PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 60, "Seconds without a sign of another process until the run ends.")
+KEEP_MEMORY = flags.DEFINE_bool(
+  "keep_memory", True, "Keep freed memory in the process (glibc's mallopt): a CPU step is a quarter faster."
+)
+ONEDNN = flags.DEFINE_bool(
+  "onednn",
+  False,
+  "Use oneDNN's convolutions on CPU: from JAX 0.12 on, steps of narrow networks are 15% faster, but programs cannot be "
+  "kept in the compilation cache. XLA_FLAGS that name oneDNN win.",
+)
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress on standard error.")
 
 # Found in the messages of JAX, its CPU collectives and Orbax when another process is gone.
@@ -60,8 +69,11 @@ def start_jax() -> tuple[jax.Device, ...]:
   """Configures JAX by the flags, before its first computation, and returns the devices to run on."""
   _check_processes()
   use_compilation_cache()
-  if "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+  _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
+  if ONEDNN.value:
+    _add_xla_flags("onednn", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true")
+  if KEEP_MEMORY.value:
+    memory.keep_freed_memory()
   if DEVICES.value < 0:
     raise ConfigError(f"--devices must be at least 0, not {DEVICES.value}")
   jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(devices_lib.cores()))
@@ -76,6 +88,13 @@ def start_jax() -> tuple[jax.Device, ...]:
   if DEVICES.value and not several:
     devices = devices[: DEVICES.value]
   return tuple(devices)
+
+
+def _add_xla_flags(word: str, added: str) -> None:
+  """Adds flags to XLA_FLAGS, unless the user's own contain the word."""
+  own = os.environ.get("XLA_FLAGS", "")
+  if word not in own:
+    os.environ["XLA_FLAGS"] = f"{own} {added}".strip()
 
 
 def _check_processes() -> None:

@@ -1,0 +1,50 @@
+"""Memory on CPU: freed buffers stay in the process, and results do not change."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Allocates and frees 64 MB twenty times, and prints the page faults that it takes.
+FAULTS = """
+import resource, sys
+import numpy as np
+import ban_jax
+if sys.argv[1] == "keep":
+  assert ban_jax.keep_freed_memory()
+for _ in range(3):
+  np.ones(2**23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+  np.ones(2**23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+  faults = {
+    how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+    for how in ("keep", "not")
+  }
+  assert faults["keep"] < 1000
+  assert faults["not"] > 5 * faults["keep"] + 1000
+
+
+def run(*flags, env=None):
+  command = [sys.executable, str(ROOT / "experiments" / "train.py"), *flags]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=300)
+
+
+def test_the_allocator_changes_no_byte(tmp_path):
+  digests = []
+  for flag in ("--keep_memory", "--nokeep_memory"):
+    workdir = tmp_path / flag.strip("-")
+    words = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
+    done = run(words, flag, "--config.generations=0", "--noprogress", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    manifest = (workdir / "gen_0" / "manifest.json").read_text()
+    digests.append([line for line in manifest.splitlines() if '"digest"' in line])
+  assert digests[0] == digests[1]
