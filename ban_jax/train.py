@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from ban_jax import config, metrics, optim, preemption, processes, report, storage, trees
@@ -143,9 +144,9 @@ class Lane(NamedTuple):
   directory: epath.Path | None
   checkpoints: Any  # Orbax's manager; None without a directory
   step: TrainStep
-  source: Any
-  arrays: Any
-  key_data: Any
+  source: PyTree
+  arrays: PyTree
+  key_data: jax.Array
   zero_carry: Carry
   bar: report.Progress
   write: Callable[[int, Mapping[str, float]], None]
@@ -166,18 +167,17 @@ def train(
     opened = [stack.enter_context(_open(job, where, progress)) for job, where in zip(jobs, directories, strict=True)]
     lanes, lives = map(list, zip(*opened, strict=True))
     while len(finished) < len(lanes):
-      for place, lane in enumerate(lanes):
-        if place not in finished:
-          with storage.storage_errors(lane.directory):
-            lives[place] = _advance(lane, lives[place])
+      running = [place for place in range(len(lanes)) if place not in finished]
+      for place in running:
+        with storage.storage_errors(directories[place]):
+          lives[place] = _advance(lanes[place], lives[place])
       stop = stop_requested()
-      for place, lane in enumerate(lanes):
-        if place not in finished:
-          with storage.storage_errors(lane.directory):
-            if lives[place].done == lane.job.total_steps:
-              finished[place] = _finish(lane, lives[place])
-            else:
-              lives[place] = _checkpoint(lane, lives[place], due=stop)
+      for place in running:
+        with storage.storage_errors(directories[place]):
+          if lives[place].done == jobs[place].total_steps:
+            finished[place] = _finish(lanes[place], lives[place])
+          else:
+            lives[place] = _checkpoint(lanes[place], lives[place], due=stop)
       if stop:
         _end_early(lanes, lives)
   return [finished[place] for place in range(len(jobs))]
@@ -192,16 +192,15 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
     storage.provenance()  # as the software is before a long training
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
-    carry, history, sums = zero_carry, (), {}
-    restored = checkpoints and storage.restore_newest(
-      checkpoints, {"state": state, "carry": carry}, lambda record: _check_resumed(job, record["lineage"], directory)
-    )
-    if restored:
-      tree, record = restored
-      state, carry, history, sums = tree["state"], tree["carry"], tuple(record["history"]), record["sums"]
+    carry, record = zero_carry, {"history": (), "sums": {}}
+    if checkpoints:
+      check = functools.partial(_check_resumed, job, directory)
+      restored = storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)
+      if restored:
+        tree, record = restored
+        state, carry = tree["state"], tree["carry"]
     done = int(state.step)
-    title = f"generation {job.generation}"
-    bar = stack.enter_context(report.progress(title, job.total_steps, done, progress and primary))
+    bar = report.Progress(f"generation {job.generation}", job.total_steps, done, progress and primary)
     lane = Lane(
       job=job,
       directory=directory,
@@ -211,11 +210,11 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
       arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
-      bar=bar,
+      bar=stack.enter_context(contextlib.closing(bar)),
       write=stack.enter_context(report.tensorboard(directory if primary else None)),
     )
     state, carry = devices_lib.replicate(state, job.devices), devices_lib.split_rows(carry, job.devices)
-    yield lane, Live(state, carry, done, sums, history, time.monotonic(), done)
+    yield lane, Live(state, carry, done, record["sums"], tuple(record["history"]), time.monotonic(), done)
 
 
 def initial(job: Job) -> tuple[TrainState, Carry]:
@@ -242,16 +241,14 @@ def step_of(job: Job) -> TrainStep:
   )
 
 
-def _check_resumed(job: Job, recorded: Mapping[str, Any], directory: epath.Path) -> None:
+def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -> None:
   """Raises where a checkpoint is another generation's, and warns where it comes from another layout."""
-  lineage = job.lineage
-  storage.check_lineage(lineage, recorded, directory)
-  if lineage["layout"] != recorded["layout"] and processes.is_primary():
+  recorded, own = record["lineage"], job.lineage
+  storage.check_lineage(own, recorded, directory)
+  if own["layout"] != recorded["layout"] and processes.is_primary():
     logger.warning(
-      "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
-      directory,
-      recorded["layout"],
-      lineage["layout"],
+      f"{directory} was begun on {recorded['layout']} and is resumed on {own['layout']}: its bytes may differ from "
+      "those of a run left alone"
     )
 
 
@@ -275,9 +272,8 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
   block[:count] = order[first : first + count]
   carry = lane.zero_carry if first == 0 else live.carry
-  state, carry, sums = lane.step.run(
-    live.state, lane.source, carry, lane.arrays, devices_lib.split_batches(block, job.devices), lane.key_data
-  )
+  index = devices_lib.split_batches(block, job.devices)
+  state, carry, sums = lane.step.run(live.state, lane.source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))
   return live._replace(state=state, carry=carry, done=live.done + count, pending=pending, order=order)
@@ -310,20 +306,18 @@ def _diverged(lane: Lane, live: Live, number: int, mean: float) -> TrainingError
 def _end_epoch(lane: Lane, live: Live) -> Live:
   """Adds the epoch's row to the history, evaluates where that is due, and sets a plateau schedule's rate."""
   job, live = lane.job, _read(lane, live, keep=0)
-  epoch = live.done // job.steps_per_epoch
-  row = {
-    "epoch": epoch,
-    "step": live.done,
+  epoch, state = live.done // job.steps_per_epoch, live.state
+  values = {
     "learning_rate": learning_rate(job, live.done, live.history),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
-    **_evaluate(job, live.state, epoch),
+    **_evaluate(job, state, epoch),
   }
-  history, state = (*live.history, row), live.state
+  history = (*live.history, {"epoch": epoch, "step": live.done, **values})
   if job.cfg.optim.schedule == "plateau":
     state = state._replace(opt_state=optim.set_rate(state.opt_state, learning_rate(job, live.done, history)))
-  lane.write(live.done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
-  lane.bar.note(**{name: row[name] for name in SHOWN if name in row})
+  lane.write(live.done, values)
+  lane.bar.note(**{name: values[name] for name in SHOWN if name in values})
   return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic())
 
 
@@ -336,16 +330,15 @@ def learning_rate(job: Job, step: int, history: Sequence[Mapping[str, float]]) -
 
 def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
   """Returns the metrics, by split, of a network in training where they are due after this epoch."""
-  cfg = job.cfg
-  last = epoch == cfg.train.epochs
-  due = last or cfg.train.evaluate_every and epoch % cfg.train.evaluate_every == 0
-  splits = [split for split in ("validation", "test") if split in job.dataset.splits] if due else []
-  if cfg.optim.schedule == "plateau":
-    splits = splits or ["validation"]
+  cfg, last = job.cfg, epoch == job.cfg.train.epochs
+  every = cfg.train.evaluate_every
+  splits = [split for split in ("validation", "test") if split in job.dataset.splits]
+  if not (last or every and epoch % every == 0):
+    splits = ["validation"] if cfg.optim.schedule == "plateau" else []
+  # After the last epoch as `evaluate` does it, because these metrics are reported.
+  batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:
     return {}
-  # What is reported is the finished network's evaluation.
-  batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   subject = Subject((job.student,), (variables_of(state),), job.dataset, job.devices)
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
 
@@ -382,11 +375,10 @@ def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
   """Raises Preempted once what is saved lies on the disk."""
   states = []
   for lane, live in zip(lanes, lives, strict=True):
-    job = lane.job
-    if live.done < job.total_steps:
+    state = "finished"
+    if live.done < lane.job.total_steps:
       with storage.storage_errors(lane.directory):
         lane.checkpoints.wait_until_finished()
-      states.append(f"generation {job.generation} is saved at step {live.done} of {job.total_steps}")
-    else:
-      states.append(f"generation {job.generation} is finished")
+      state = f"saved at step {live.done} of {lane.job.total_steps}"
+    states.append(f"generation {lane.job.generation} is {state}")
   raise Preempted(f"asked to end by SIGTERM: {'; '.join(states)}. Rerun the command to resume")

@@ -94,20 +94,19 @@ def _check_shared(workdir: epath.Path) -> None:
 
 def _check_config(workdir: epath.Path, values: Mapping[str, Any]) -> None:
   """Raises a CheckpointError where a directory's generations are of another configuration, or of an unknown one."""
-  numbers = {int(path.name[4:]) for path in workdir.glob("gen_*") if path.name[4:].isdecimal()}
-  if not numbers:
+  # Students share one identity, and generation 0 has its own.
+  generations = sorted({min(int(path.name[4:]), 1) for path in workdir.glob("gen_*") if path.name[4:].isdecimal()})
+  if not generations:
     return
   record = workdir / "config.json"
   if not record.exists():
     raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
   try:
     old = dict(json.loads(record.read_text()))
-    # Students share one identity, and one line may be in that of generation 0 too.
-    lines = [
-      line for number in sorted({min(n, 1) for n in numbers}) for line in config.differences(old, values, number)
-    ]
+    differing = dict.fromkeys(line for number in generations for line in config.differences(old, values, number))
   except (ValueError, TypeError, KeyError) as error:
     raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
-  if lines:
-    differing = "; ".join(dict.fromkeys(lines))
-    raise CheckpointError(f"{workdir} holds a run of another configuration ({differing}); give another workdir")
+  if differing:
+    raise CheckpointError(
+      f"{workdir} holds a run of another configuration ({'; '.join(differing)}); give another workdir"
+    )
