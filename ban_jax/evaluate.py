@@ -51,9 +51,9 @@ def reliability(
 ) -> dict[str, np.ndarray]:
   """Returns a reliability diagram's numbers on every example of a split: what `evaluate`'s "ece" is the sum of.
 
-  Of 15 bins of the largest probability, b of them ((b-1)/15, b/15], "count" int64 [15], of examples or tokens, and
-  "confidence" and "accuracy" float64 [15], the means as shares, not a number where a bin is empty. Several networks are
-  an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
+  Bin b of 15 holds the examples, or tokens, whose largest probability is in ((b-1)/15, b/15]. "count" int64 [15] is
+  their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
+  Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
   """
   subject = _resolve("reliability", generations, cfg, devices)
   return metrics.bins(sum_predictions(subject, split, cfg.evaluate.batch_size))
@@ -69,8 +69,8 @@ def compare(
   """Compares the predictions of M networks, pair by pair, on every example of a split.
 
   Returns "agreement" float64 [M, M], the share of examples or tokens for which both predict the same class; "kl"
-  float64 [M, M], the mean of KL(p_row || p_column) in nats, which is what the loss of Eq. 2 and 3, with row for teacher
-  and column for student, has above the least it can be; and "count". Arguments and errors are those of `evaluate`.
+  float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
+  row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
   """
   return measure_pairs(_resolve("compare", generations, cfg, devices), split, cfg.evaluate.batch_size)
 

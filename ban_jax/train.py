@@ -26,8 +26,8 @@ from ban_jax.types import Carry, Generation, TrainState
 
 logger = logging.getLogger(__name__)
 
-# Steps dispatched ahead of the one whose sums are read. Unbounded dispatch to several CPU devices deadlocks; this many
-# keep an accelerator busy. A dispatch of more steps is read before the next but one.
+# Steps dispatched ahead of the one whose sums are read: enough to keep an accelerator busy, while unbounded dispatch to
+# several CPU devices deadlocks. At least one dispatch, however many its steps.
 IN_FLIGHT = 8
 # The metric, the lower the better, by which a plateau schedule decides.
 PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
@@ -35,9 +35,6 @@ PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexit
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
-
-
-# --- the public functions ------------------------------------------------------------------------------------------
 
 
 def train_generation(
@@ -96,7 +93,7 @@ def run_generations(setup: Setup, workdir: epath.Path, progress: bool) -> list[G
 
 
 def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -> Generation:
-  """Returns the generation as it lies in the workdir, or trained now."""
+  """Returns the generation that the workdir holds, or trains it."""
   directory = workdir and workdir / f"gen_{job.generation}"
   if directory is not None:
     _check_processes(job.lineage)
@@ -110,7 +107,7 @@ def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -
 
 
 def _check_processes(lineage: Mapping[str, Any]) -> None:
-  """Raises a ConfigError where the processes of a run were not given the same, naming what differs."""
+  """Raises a ConfigError that names the differences where the processes of a run have other configurations or data."""
   given = {key: lineage[key] for key in ("generation", "teachers", "dataset")}
   given |= {key: value for key, value in lineage["config"].items() if key != "data.dir"}  # local copies are welcome
   if not processes.is_same(str(given)):
@@ -118,9 +115,6 @@ def _check_processes(lineage: Mapping[str, Any]) -> None:
     raise ConfigError(
       f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
     )
-
-
-# --- the loop ------------------------------------------------------------------------------------------------------
 
 
 class Live(NamedTuple):
@@ -349,7 +343,7 @@ def variables_of(state: TrainState) -> dict[str, Any]:
 
 
 def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
-  """Saves a checkpoint where one is due; the disk is not waited for."""
+  """Saves a checkpoint where one is due, without waiting for the disk."""
   job = lane.job
   if lane.checkpoints is None or not (due or live.done % job.cfg.train.checkpoint_every == 0):
     return live
@@ -361,7 +355,7 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
 
 
 def _finish(lane: Lane, live: Live) -> Generation:
-  """Returns the trained generation, after it is written where there is a directory."""
+  """Returns the trained generation, and writes it where there is a directory."""
   job = lane.job
   last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
   params = trees.to_host(variables_of(live.state), job.generation)
@@ -372,7 +366,7 @@ def _finish(lane: Lane, live: Live) -> Generation:
 
 
 def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
-  """Raises Preempted once what is saved lies on the disk."""
+  """Raises Preempted after all saves are complete."""
   states = []
   for lane, live in zip(lanes, lives, strict=True):
     state = "finished"
