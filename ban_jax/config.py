@@ -7,10 +7,11 @@ A network's own options are checked in its file (ban_jax/models), which `check` 
 import json
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax
+import optax
 from ml_collections import ConfigDict
 
 from ban_jax import data, losses, models, optim
@@ -27,24 +28,20 @@ class Rule(NamedTuple):
   expected: str
 
 
+def _is_number(value: Any, kind: type) -> bool:
+  return isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as an int
+
+
 def whole(least: int, most: int | None = None, note: str = "") -> Rule:
-  """Returns the rule for a whole number; a bool is none, although Python counts it as an int."""
-
-  def holds(value: Any) -> bool:
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return is_whole and value >= least and (most is None or value <= most)
-
-  span = f"from {least} to {most}" if most is not None else f"of at least {least}"
-  return Rule(holds, f"a whole number {span}{note}")
+  """Returns the rule for a whole number."""
+  span = f"of at least {least}" if most is None else f"from {least} to {most}"
+  limit = math.inf if most is None else most
+  return Rule(lambda v: _is_number(v, numbers.Integral) and least <= v <= limit, f"a whole number {span}{note}")
 
 
 def real(holds: Callable[[float], bool], expected: str) -> Rule:
   """Returns the rule for a finite number for which `holds` is true."""
-
-  def is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and holds(value)
-
-  return Rule(is_real, expected)
+  return Rule(lambda v: _is_number(v, numbers.Real) and math.isfinite(v) and holds(v), expected)
 
 
 def _is_rising(shares: Any) -> bool:
@@ -52,24 +49,21 @@ def _is_rising(shares: Any) -> bool:
   return inside and list(shares) == sorted(set(shares))
 
 
-FINITE = real(lambda value: True, "a finite number")
-POSITIVE = real(lambda value: value > 0, "a finite number above 0")
-NOT_NEGATIVE = real(lambda value: value >= 0, "a finite number of at least 0")
-SHARE = real(lambda value: 0 <= value < 1, "a share in [0, 1)")
-FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
-NAME = Rule(lambda value: isinstance(value, str), "a name")  # the registry that it is looked up in lists the choices
+FINITE = real(lambda v: True, "a finite number")
+POSITIVE = real(lambda v: v > 0, "a finite number above 0")
+NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
+SHARE = real(lambda v: 0 <= v < 1, "a share in [0, 1)")
+FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
+ANY = Rule(lambda v: True, "a value")
+NAME = Rule(lambda v: isinstance(v, str), "a name")  # the registry that it is looked up in lists the choices
 
 RULES = {
   "seed": whole(0, 2**32 - 1),
   "generations": whole(0),
-  "scale": Rule(
-    lambda value: isinstance(value, str) and value.isprintable(), "a printable word, because it labels the results"
-  ),
+  "scale": Rule(lambda v: isinstance(v, str) and v.isprintable(), "a printable word, because it labels the results"),
   "compute_dtype": NAME,
   "data.name": NAME,
-  "data.dir": Rule(
-    lambda value: isinstance(value, str) and "://" not in value, 'a local directory, or "" for the default'
-  ),
+  "data.dir": Rule(lambda v: isinstance(v, str) and "://" not in v, 'a local directory, or "" for the default'),
   "data.validation": SHARE,
   "data.train_examples": whole(0, note=", 0 for all training examples"),
   "data.pad": whole(0),
@@ -82,7 +76,7 @@ RULES = {
   "loss.temperature": POSITIVE,
   "loss.label_weight": FINITE,
   "loss.teacher_weight": FINITE,
-  "loss.smoothing": real(lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+  "loss.smoothing": real(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
   "optim.learning_rate": POSITIVE,
   "optim.schedule": NAME,
   "optim.boundaries": Rule(_is_rising, "rising shares of the run, each between 0 and 1"),
@@ -121,41 +115,44 @@ FREE = (
 NEUTRAL: dict[str, Any] = {"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0}
 
 
-# --- checks --------------------------------------------------------------------------------------------------------
-
-
 def check(cfg: ConfigDict) -> None:
   """Raises a ConfigError where a value, or a combination of values, cannot be run; reads no data."""
   given = _flat(cfg)
   for key in RULES.keys() - given.keys():
     raise ConfigError(f"the configuration lacks {key}; configs/base.py documents every key")
-  schedules = {name for schedule in optim.SCHEDULES.values() for name in optim.options(schedule)}
-  known = {*RULES, *NEUTRAL, *(f"loss.{name}" for loss in losses.LOSSES.values() for name in loss.options)}
-  known |= {f"optim.{name}" for name in schedules} | {f"data.{name}" for name in data.keys_of(given["data.name"])}
+  known = {*RULES, *NEUTRAL, *_options(given["data.name"], losses.LOSSES.values(), optim.SCHEDULES.values())}
   for key, value in given.items():
-    if key.startswith(("model.", "teacher.")):
-      if value is None and key != "teacher.model":
-        raise ConfigError(f"{key} is None: expected a value")
-      continue
-    if key not in known:
+    if key not in known and not key.startswith(("model.", "teacher.")):
       raise ConfigError(f"unknown configuration key {key!r}; the keys are: {choices(known)}, and those of model")
-    _check_value(key, value)
+    if key != "teacher.model":  # None without a teacher of its own
+      _check_value(key, value)
   check_data(cfg.data)
   loss = losses.make_loss(cfg.loss)
   if "label_weight" in loss.options and cfg.loss.label_weight == cfg.loss.teacher_weight == 0:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
   look_up(optim.SCHEDULES, cfg.optim.schedule, "optim.schedule")
   look_up(models.DTYPES, cfg.compute_dtype, "compute_dtype")
-  for key, group in (("model", cfg.model), ("teacher.model", cfg.teacher.model)):
-    if key == "model" or group is not None:
-      models.check_options(group, key)
+  models.check_options(cfg.model, "model")
+  if cfg.teacher.model is not None:
+    models.check_options(cfg.teacher.model, "teacher.model")
+
+
+def _options(
+  dataset: str, own_losses: Iterable[losses.Loss], schedules: Iterable[Callable[..., optax.Schedule]]
+) -> set[str]:
+  """Returns the keys of the options that a data set and any of the losses and schedules take."""
+  return (
+    {f"data.{name}" for name in data.keys_of(dataset)}
+    | {f"loss.{name}" for loss in own_losses for name in loss.options}
+    | {f"optim.{name}" for schedule in schedules for name in optim.options(schedule)}
+  )
 
 
 def _check_value(key: str, value: Any) -> None:
-  rule = RULES.get(key)
+  rule = RULES.get(key, ANY)
   if value is None:
-    raise ConfigError(f"{key} is None: expected {rule.expected if rule else 'a value'}")
-  if rule and not rule.holds(value):
+    raise ConfigError(f"{key} is None: expected {rule.expected}")
+  if not rule.holds(value):
     raise ConfigError(f"{key}={value!r}: expected {rule.expected}")
 
 
@@ -183,27 +180,22 @@ def check_dataset(cfg: ConfigDict, dataset: Dataset) -> None:
     )
   most = max(len(dataset.eval_order(split, 1)) for split in dataset.splits)
   what = f"the windows of {dataset.spec.shape[0]} tokens in" if dataset.spec.kind == "tokens" else "the size of"
-  for name in ("batch_size", "training_batch_size"):
-    if cfg.evaluate[name] > most:
-      raise ConfigError(
-        f"evaluate.{name}={cfg.evaluate[name]}: expected at most {most}, {what} {dataset.name}'s largest split"
-      )
+  for name, rows in cfg.evaluate.items():
+    if rows > most:
+      raise ConfigError(f"evaluate.{name}={rows}: expected at most {most}, {what} {dataset.name}'s largest split")
 
 
 def check_batch_size(batch_size: int, devices: Devices) -> None:
   """Raises a ConfigError where the devices cannot share the mini-batch equally; it names the counts that work."""
   count = len(devices)
   if batch_size % count:
-    works = ", ".join(str(n) for n in range(1, count + 1) if batch_size % n == 0)
+    works = ", ".join(str(n) for n in range(1, count) if batch_size % n == 0)
     below = batch_size // count * count
-    sizes = " or ".join(str(size) for size in (below, below + count) if size)
+    sizes = f"{below} or {below + count}" if below else count
     raise ConfigError(
       f"train.batch_size={batch_size} cannot be shared equally by {count} devices; use {works} devices "
       f"(--devices), or a batch size of {sizes}"
     )
-
-
-# --- identity ------------------------------------------------------------------------------------------------------
 
 
 def _flat(cfg: ConfigDict) -> dict[str, Any]:
@@ -221,29 +213,19 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   A group keeps the options that the chosen data set, loss and schedule take. Generation 0 has the teacher's network,
   under "model", and the loss of the labels. Raises a ConfigError for a name that is not registered any more.
   """
-  values = {**NEUTRAL, **values}
-  network = "teacher.model" if not generation and "teacher.model.name" in values else "model"
-  loss = values["loss.name"] if generation else "label"
-  takes = {
-    "data": {"name", *data.keys_of(values["data.name"])},
-    "loss": {"name", *look_up(losses.LOSSES, loss, "loss").options},
-  }
-  scheduled = {name for schedule in optim.SCHEDULES.values() for name in optim.options(schedule)}
+  values = {**NEUTRAL, **values, **({} if generation else {"loss.name": "label"})}
+  loss = look_up(losses.LOSSES, values["loss.name"], "loss")
   schedule = look_up(optim.SCHEDULES, values["optim.schedule"], "optim.schedule")
+  taken = {"data.name", "loss.name"} | _options(values["data.name"], [loss], [schedule])
+  of_schedules = _options(values["data.name"], [], optim.SCHEDULES.values())
+  network = "teacher.model." if not generation and "teacher.model.name" in values else "model."
   own = {}
   for key, value in values.items():
-    group, _, name = key.rpartition(".")
-    if group in ("model", "teacher.model"):
-      if group == network:
-        own[f"model.{name}"] = value
-    elif not (
-      key in FREE
-      or key == "teacher.model"
-      or (group in takes and name not in takes[group])
-      or (group == "optim" and name in scheduled and name not in optim.options(schedule))
-    ):
+    optional = key.startswith(("data.", "loss.")) or key in of_schedules
+    if key.startswith(network):
+      own[f"model.{key.removeprefix(network)}"] = value
+    elif not (key.startswith(("model.", "teacher.")) or key in FREE or optional and key not in taken):
       own[key] = value
-  own["loss.name"] = loss
   if values["optim.schedule"] == "plateau":  # evaluations in training decide the rate
     own["evaluate.training_batch_size"] = values["evaluate.training_batch_size"] or values["evaluate.batch_size"]
   return {key: value for key, value in own.items() if key not in NEUTRAL or NEUTRAL[key] != value}

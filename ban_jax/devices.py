@@ -40,10 +40,10 @@ def pmap(function, *, devices: Devices, in_axes, donate_argnums: tuple[int, ...]
 def psum(tree: PyTree) -> PyTree:
   """Sums every leaf over the devices, inside a mapped function: the only cross-device sum outside batch norm.
 
-  The leaves of one dtype travel as one vector, so that a step has one all-reduce for all its gradients and floating
-  sums and one for its counts, which stay exact whole numbers.
+  The leaves of one dtype travel as one vector, so that a step has two all-reduces: of all gradients and floating sums,
+  and of the counts, which stay exact whole numbers.
   """
-  # XLA would merge a few hundred leaves by itself, but not all those of a deep DenseNet, and on no fixed terms.
+  # XLA merges a few hundred leaves by itself, but not those of a deep DenseNet.
   leaves, structure = jax.tree.flatten(tree)
   for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
     places = [place for place, leaf in enumerate(leaves) if leaf.dtype == dtype]
@@ -73,25 +73,16 @@ def broadcast(tree: PyTree, devices: Devices) -> PyTree:
 
 
 def replicate(tree: PyTree, devices: Devices) -> PyTree:
-  """Copies every leaf to each local device behind a leading device axis, for an argument mapped with axis 0."""
+  """Copies every leaf to each local device, with a leading device axis, for an argument mapped with axis 0."""
   count = len(local(devices))
-
-  def stacked(leaf: Any) -> np.ndarray:
-    leaf = np.asarray(leaf)
-    return np.broadcast_to(leaf, (count, *leaf.shape))
-
-  return jax.device_put(jax.tree.map(stacked, tree), _sharding(devices, PartitionSpec(AXIS)))
+  stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), tree)
+  return jax.device_put(stacked, _sharding(devices, PartitionSpec(AXIS)))
 
 
 def split_rows(tree: PyTree, devices: Devices) -> PyTree:
   """Cuts every leaf [B, ...] into this process's rows [local devices, B / devices, ...]."""
   here = [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
-
-  def rows(leaf: Any) -> np.ndarray:
-    leaf = np.asarray(leaf)
-    return leaf.reshape(len(devices), -1, *leaf.shape[1:])[here]
-
-  return jax.tree.map(rows, tree)
+  return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(len(devices), -1, *np.shape(leaf)[1:])[here], tree)
 
 
 def split_batches(batches: Int[np.ndarray, "n B"], devices: Devices) -> Int[np.ndarray, "local n rows"]:
@@ -100,21 +91,14 @@ def split_batches(batches: Int[np.ndarray, "n B"], devices: Devices) -> Int[np.n
 
 
 def join_rows(tree: PyTree, devices: Devices) -> PyTree:
-  """Joins all processes' rows [local devices, B / devices, ...] to NumPy arrays [B, ...]: what `split_rows` cut.
-
-  Every process must call it, and gets the whole.
-  """
+  """Joins what `split_rows` cut, on all processes, to NumPy arrays [B, ...]; every process must call it."""
   rows = jax.device_get(tree)
   if jax.process_count() > 1 and jax.tree.leaves(rows):
     every = multihost_utils.process_allgather(rows)  # [processes, local devices, B / devices, ...]
-    places = [(device.process_index, local_index(device, devices)) for device in devices]
+    groups = {index: [d for d in devices if d.process_index == index] for index in range(jax.process_count())}
+    places = [(device.process_index, groups[device.process_index].index(device)) for device in devices]
     rows = jax.tree.map(lambda leaf: np.stack([leaf[place] for place in places]), every)
   return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
-
-
-def local_index(device: jax.Device, devices: Devices) -> int:
-  """Returns a device's place among those of `devices` that its own process feeds."""
-  return [other for other in devices if other.process_index == device.process_index].index(device)
 
 
 def unreplicate(tree: PyTree) -> PyTree:

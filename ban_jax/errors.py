@@ -7,9 +7,9 @@ T = TypeVar("T")
 
 
 class BanError(Exception):
-  """Base of the errors whose message is the whole answer: the command line prints it and exits with `exit_status`."""
+  """Base of the errors that need no traceback: the command line prints the message and exits with `exit_status`."""
 
-  exit_status = 2  # a mistake that the user can mend
+  exit_status = 2  # a mistake that the user can correct
 
 
 class ConfigError(BanError, ValueError):
@@ -29,7 +29,7 @@ class InUseError(CheckpointError):
 
 
 class TrainingError(BanError, RuntimeError):
-  """A training that came to numbers that are not finite."""
+  """A training that diverged to numbers that are not finite."""
 
   exit_status = 3
 

@@ -1,6 +1,7 @@
 """Exact evaluation of a network or an ensemble: padded, masked, summed over every example, then divided."""
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from ban_jax import devices as devices_lib
 from ban_jax import job, metrics, trees
 from ban_jax.errors import ConfigError
-from ban_jax.step import make_compare_step, make_eval_step
+from ban_jax.step import SumsOf, make_eval_step
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Model
 
@@ -38,8 +39,7 @@ def evaluate(
   before any work: ConfigError for an unknown split, no members or a configuration that cannot be evaluated,
   CheckpointError for a tree that does not fit its network.
   """
-  subject = _resolve("evaluate", generations, cfg, devices)
-  return measure(subject, split, cfg.evaluate.batch_size)
+  return measure(_resolve("evaluate", generations, cfg, devices), split, cfg.evaluate.batch_size)
 
 
 def reliability(
@@ -51,9 +51,9 @@ def reliability(
 ) -> dict[str, np.ndarray]:
   """Returns a reliability diagram's numbers on every example of a split: what `evaluate`'s "ece" is the sum of.
 
-  Of 15 bins of the largest probability, b of them ((b-1)/15, b/15], "count" int64 [15], of examples or tokens, and
-  "confidence" and "accuracy" float64 [15], the means as shares, not a number where a bin is empty. Several networks are
-  an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
+  Bin b of 15 holds the examples, or tokens, whose largest probability is in ((b-1)/15, b/15]. "count" int64 [15] is
+  their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
+  Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
   """
   subject = _resolve("reliability", generations, cfg, devices)
   return metrics.bins(sum_predictions(subject, split, cfg.evaluate.batch_size))
@@ -69,17 +69,16 @@ def compare(
   """Compares the predictions of M networks, pair by pair, on every example of a split.
 
   Returns "agreement" float64 [M, M], the share of examples or tokens for which both predict the same class; "kl"
-  float64 [M, M], the mean of KL(p_row || p_column) in nats, which is what the loss of Eq. 2 and 3, with row for teacher
-  and column for student, has above the least it can be; and "count". Arguments and errors are those of `evaluate`.
+  float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
+  row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
   """
-  subject = _resolve("compare", generations, cfg, devices)
-  return measure_pairs(subject, split, cfg.evaluate.batch_size)
+  return measure_pairs(_resolve("compare", generations, cfg, devices), split, cfg.evaluate.batch_size)
 
 
 def _resolve(
   what: str, generations: Member | Sequence[Member], cfg: ConfigDict, devices: Sequence[jax.Device] | None
 ) -> Subject:
-  """Returns what the caller, named `what`, was given, checked: networks that fit their trees, data and devices."""
+  """Returns what the function named `what` was given, checked: trees with the networks they fit, data and devices."""
   setup = job.resolve(cfg, devices)
   members = trees.members_of(generations)
   if not members:
@@ -98,28 +97,20 @@ def measure(subject: Subject, split: str, batch_size: int) -> dict[str, float]:
 
 def measure_pairs(subject: Subject, split: str, batch_size: int) -> dict[str, Any]:
   """Returns `compare`'s numbers; the subject's models may all differ."""
-  return metrics.compared(_sum_over(make_compare_step, subject, split, batch_size))
+  return metrics.compared(sum_predictions(subject, split, batch_size, metrics.comparison_sums))
 
 
-def sum_predictions(subject: Subject, split: str, batch_size: int) -> dict[str, np.ndarray]:
-  """Returns the float64 sums over a split of metrics.prediction_sums."""
-  return _sum_over(make_eval_step, subject, split, batch_size)
-
-
-def _sum_over(
-  make_step: Callable[..., Callable[..., tuple[Any, dict[str, jax.Array]]]],
-  subject: Subject,
-  split: str,
-  batch_size: int,
+def sum_predictions(
+  subject: Subject, split: str, batch_size: int, sums_of: SumsOf = metrics.ensemble_sums
 ) -> dict[str, np.ndarray]:
-  """Returns the float64 sums of an evaluating step over every example of a split, each exactly once.
+  """Returns the float64 sums of `sums_of` over every example of a split, each exactly once.
 
-  A batch larger than the split is cut to the rows that there are, and to what the devices can share equally. Where they
-  cannot share the batch, it is rounded up; but a model with a carry keeps its batch, because more rows would start more
-  streams from a zero state, and runs on as many of each process's devices as can share it.
+  A batch larger than the split is cut to its examples or windows. Where the devices cannot share a batch equally, it is
+  rounded up; but a model with a carry keeps its batch, because more rows would start more streams from a zero state,
+  and runs on as many of this process's devices as can share it.
   """
   models, variables, dataset, devices = subject
-  # Rows beyond the split would be padding, for text too: a row for every window leaves no stream to start.
+  # Further rows would be padding, for text too: where every window has a row of its own, no stream is left to start.
   batch_size = min(batch_size, -(-len(dataset.eval_order(split, 1)) // len(devices)) * len(devices))
   if batch_size % len(devices):
     if any(jax.tree.leaves(model.init_carry(1)) for model in models):
@@ -128,14 +119,13 @@ def _sum_over(
     else:
       batch_size = -(-batch_size // len(devices)) * len(devices)
   variables = devices_lib.broadcast(variables, devices)
-  order = dataset.eval_order(split, batch_size)
   arrays = devices_lib.broadcast(dataset.splits[split], devices)
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
-  step = make_step(models, dataset.fetch, devices)
-  total = None
-  for index in order:
+  step = make_eval_step(models, dataset.fetch, devices, sums_of)
+  total = collections.defaultdict(float)
+  for index in dataset.eval_order(split, batch_size):
     carries, sums = step(variables, carries, arrays, devices_lib.split_rows(index, devices))
     # Reading the sums at once bounds what is in flight to one step.
-    sums = jax.tree.map(lambda leaf: leaf.astype(np.float64), devices_lib.unreplicate(sums))
-    total = sums if total is None else jax.tree.map(np.add, total, sums)
-  return total
+    for name, value in devices_lib.unreplicate(sums).items():
+      total[name] += value.astype(np.float64)
+  return dict(total)

@@ -17,8 +17,8 @@ from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, InputSpec, Model, Variables
 
-# Steps a dispatch where the configuration leaves the number open: enough that the host's work for a dispatch, about a
-# millisecond, does not count. A convolution inside a compiled loop is 30 times slower on CPU.
+# Steps a dispatch where the configuration leaves the number open, enough to hide the host's millisecond for a dispatch.
+# Images on CPU take single steps: a convolution inside a compiled loop is 30 times slower there.
 BLOCK = 32
 
 
@@ -48,6 +48,7 @@ class Job(NamedTuple):
 
   @property
   def total_steps(self) -> int:
+    """The steps of all epochs."""
     return self.steps_per_epoch * self.cfg.train.epochs
 
   @property
@@ -70,7 +71,7 @@ class Job(NamedTuple):
       "identity": config.identity_digest(values, self.generation),
       "dataset": self.dataset.digest,
       "data": dict(self.dataset.record),
-      # Bytes depend on it too; it is recorded, and another one is no reason to refuse to resume.
+      # Bytes depend on it too, but a run may be resumed on another one.
       "layout": {**devices_lib.layout(self.devices), "steps_per_dispatch": self.steps_per_dispatch},
     }
 
@@ -126,6 +127,7 @@ def prepare(setup: Setup, params_prev: Member | Sequence[Member] | None, generat
   loss = losses.make_loss(cfg.loss if parents else {"name": "label"})
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
+  single = setup.devices[0].platform == "cpu" and dataset.spec.kind == "images"
   return Job(
     cfg=cfg,
     dataset=dataset,
@@ -137,12 +139,8 @@ def prepare(setup: Setup, params_prev: Member | Sequence[Member] | None, generat
     schedule=optim.make_schedule(cfg.optim, total),
     optimizer=optim.make_optimizer(cfg.optim, total),
     steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=cfg.train.steps_per_dispatch or _default_steps(dataset, setup.devices),
+    steps_per_dispatch=cfg.train.steps_per_dispatch or (1 if single else BLOCK),
   )
-
-
-def _default_steps(dataset: Dataset, devices: Devices) -> int:
-  return 1 if devices[0].platform == "cpu" and dataset.spec.kind == "images" else BLOCK
 
 
 def _check_inherits(student: Model, parents: Sequence[Variables]) -> None:

@@ -1,9 +1,7 @@
 """The losses of the paper (Furlanello et al. 2018, Eq. 1-11), and two controls that are not the paper's.
 
-A new one is one function and one entry in LOSSES.
-
-A loss returns `(values, weights)`, one per example or token; only step.py normalises, by the sum of the weights over
-all devices. So the batch-wide weights of CWTM are right on any number of devices.
+A loss is one function and one entry in LOSSES. step.py divides by the sum of its weights over all devices, so the
+batch-wide weights of CWTM are right on any number of devices.
 """
 
 import functools
@@ -28,10 +26,9 @@ class Loss(NamedTuple):
   """A loss as a pure function, an entry of LOSSES.
 
   `apply(logits, labels, teacher_logits, *, key, positions, **options)` returns `(values, weights)`, float32 [B] or
-  [B, T] as the labels, in nats. Its arguments: the student's logits, float32 [B, n] or [B, T, n]; the labels, int32;
-  the teacher's logits, of the student's shape (None where `needs_teacher` is false and there is no teacher); and, for
-  random losses, a key and the examples' places in the global mini-batch, int32 [B]. Further keyword arguments are
-  options of the configuration's `loss` group.
+  [B, T] as the labels, in nats. Both logits are float32 [B, n] or [B, T, n], the teacher's None where there is none;
+  random losses take a key and the examples' places in the global mini-batch, int32 [B]. `options` are those of the
+  configuration's `loss` group.
   """
 
   apply: Callable[..., ValuesAndWeights]
@@ -92,16 +89,15 @@ def cwtm(logits, labels, teacher_logits, *, key, positions, temperature: float) 
 
 def dkpp(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
   """Dark knowledge with permuted predictions: BAN, the teacher's outputs but the largest being shuffled (Eq. 11)."""
-  return ban(
-    logits, labels, permute_dark(teacher_logits, key, positions), key=None, positions=None, temperature=temperature
-  )
+  values = distillation(logits, permute_dark(teacher_logits, key, positions), temperature)
+  return values, jnp.ones_like(values)
 
 
 def permute_dark(teacher_logits: Logits, key: PRNGKeyArray, positions: Int[Array, " B"]) -> Logits:
   """Permutes every row's logits other than its largest at random, each row on its own; the largest stays in place."""
 
   def permuted(row, key):  # [n]
-    # The classes other than the argmax, in cyclic order behind it.
+    # The classes other than the argmax, in cyclic order after it.
     dark = (jnp.argmax(row) + 1 + jnp.arange(row.size - 1)) % row.size
     return row.at[dark].set(row[jax.random.permutation(key, dark)])
 
@@ -146,7 +142,7 @@ def smoothing_of_entropy(entropy: PerExample, num_classes: int) -> PerExample:
     above = -jax.scipy.special.xlogy(own, own) - (num_classes - 1) * jax.scipy.special.xlogy(rest, rest) > entropy
     return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-  # The entropy rises with the smoothing, and halving its range 24 times is as exact as float32.
+  # The entropy rises with the smoothing, so bisection finds it; 24 halvings are as exact as float32.
   low, high = jax.lax.fori_loop(0, 24, halve, (jnp.zeros_like(entropy), jnp.ones_like(entropy)))
   return (low + high) / 2
 

@@ -1,4 +1,4 @@
-"""Metrics: the sums that the compiled steps make over a batch, beside the quotients that are made of them."""
+"""Metrics: the sums over a batch that the compiled steps compute, and the means computed from these sums."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,8 @@ from ban_jax import gradient
 from ban_jax.types import Batch
 
 CALIBRATION_BINS = 15
-# The sums of a training step, in the order in which they leave it; `gradient.SUMS` may follow.
+# The sums of a training step, in the order in which they leave it; `gradient.SUMS` may follow. "loss" / "weight" is the
+# mean loss, and "finite" is 1 where every number of the new state is finite.
 TRAINING_SUMS = ("loss", "weight", "errors", "count", "finite")
 
 
@@ -42,7 +43,7 @@ def training_row(sums: Mapping[str, float]) -> dict[str, float]:
 def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> Mapping[str, Array]:
   """Returns the sums over one device's batch that `summarise` and `bins` divide.
 
-  Scalars "count", "errors", "nll", "brier"; by confidence bin (top probability in ((b-1)/15, b/15]) "bin_count",
+  Scalars "count", "errors", "nll", "brier"; by bin of the largest probability, ((b-1)/15, b/15], "bin_count",
   "bin_confidence" and "bin_correct" [15].
   """
   labels = batch.labels[..., None]
@@ -63,6 +64,11 @@ def prediction_sums(log_probabilities: Float[Array, "B *T n"], batch: Batch) -> 
     "bin_confidence": jnp.where(member, confidence[..., None], 0).sum(axes),
     "bin_correct": (member & correct[..., None]).sum(axes),
   }
+
+
+def ensemble_sums(logits: Sequence[Float[Array, "B *T n"]], batch: Batch) -> Mapping[str, Array]:
+  """Returns the `prediction_sums` of an ensemble, which predicts its members' mean probabilities (Eq. 4)."""
+  return prediction_sums(mean_log_probabilities(logits), batch)
 
 
 def summarise(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -98,8 +104,8 @@ def comparison_sums(logits: list[Float[Array, "B *T n"]], batch: Batch) -> Mappi
   logs = jnp.stack([jax.nn.log_softmax(member) for member in logits])  # [M, B, *T, n]
   inner = tuple(range(1, top.ndim))
 
-  # Row by row, so that of many classes no more is alive at a time than the logits themselves are. Logarithms are
-  # subtracted first: small differences would vanish behind the entropies otherwise.
+  # Row by row, which needs no more memory than the logits do. The logarithms are subtracted first, because a difference
+  # of entropies would lose small divergences.
   def row(member):
     own_top, own_logs = member
     divergence = (jnp.exp(own_logs) * (own_logs - logs)).sum(-1)  # [M, B, *T]

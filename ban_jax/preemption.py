@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-# Calls by all processes alike, over all generations: JAX agrees on the call at which every process is told.
+# Numbers the calls, over all generations: JAX lets all processes learn of a SIGTERM at the call of the same number.
 _calls = itertools.count(1)
 
 
@@ -17,9 +17,9 @@ _calls = itertools.count(1)
 def watch() -> Iterator[Callable[[], bool]]:
   """Yields a function, to be called after each step, that says whether the run is to end now.
 
-  Several processes must call it equally often; a SIGTERM to any of them makes it true at the same call on all. One
-  process hands a signal that nobody asked about any more to the handler that was there before. Outside the main thread,
-  where Python gives no signals, nothing is watched.
+  Several processes must call it equally often; a SIGTERM to any of them makes it true at the same call on all. A signal
+  that comes after the last call goes to the previous handler. Outside the main thread, where Python handles no signals,
+  it is always false.
   """
   if jax.process_count() > 1:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_calls))

@@ -1,5 +1,8 @@
 """What the processes of one run agree on. Every function with more than one process must be called by all of them."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -27,8 +30,14 @@ def is_same(value: str) -> bool:
   return bool((every == every[0]).all())
 
 
-def raise_together(error: BanError | None) -> None:
-  """Raises the error that this process met, or a PeerError where only another process met one."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Raises a BanError of the block on all processes: this one's own, or a PeerError where only another met one."""
+  error = None
+  try:
+    yield
+  except BanError as own:
+    error = own
   failed = on_any_process(error is not None)
   if error is not None:
     raise error

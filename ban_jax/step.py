@@ -13,9 +13,12 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
 from ban_jax import metrics
-from ban_jax.losses import Loss
+from ban_jax.losses import Logits, Loss
 from ban_jax.teacher import Teaching
-from ban_jax.types import Batch, Devices, Model, TrainState
+from ban_jax.types import Batch, Carry, Devices, Model, TrainState
+
+# From the logits of M networks, and their batch, to sums over its examples: metrics.ensemble_sums or comparison_sums.
+SumsOf = Callable[[list[Logits], Batch], Mapping[str, Array]]
 
 
 class TrainStep(NamedTuple):
@@ -60,9 +63,8 @@ def make_train_step(
     index     int32 [devices, n, B / devices], n = steps_per_dispatch mini-batches; a mini-batch of -1 is left out
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
-  and returns the new state and carry, and float32 [devices, n, sums], the sums over the global mini-batch, by step and
-  the same on every device: metrics.TRAINING_SUMS ("loss" / "weight" is the mean loss, "finite" is 1 where every number
-  of the new state is finite), and with `gradient_split` gradient.SUMS of a student with a teacher.
+  and returns the new state and carry, and the sums over each global mini-batch, float32 [devices, n, sums], alike on
+  every device: metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS.
   """
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
@@ -134,41 +136,15 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 @functools.lru_cache
 def make_eval_step(
-  members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
-  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of an ensemble of `members`.
+  members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices, sums_of: SumsOf = metrics.ensemble_sums
+) -> Callable[..., tuple[Carry, dict[str, Array]]]:
+  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of M networks, the `members`.
 
   `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` have a leading device axis. `sums`
-  are metrics.prediction_sums over the global batch.
+  are what `sums_of` makes of the members' logits on a device's share of the mini-batch, summed over the devices.
   """
-  return _make_predicting_step(
-    members,
-    fetch,
-    devices,
-    lambda logits, batch: metrics.prediction_sums(metrics.mean_log_probabilities(logits), batch),
-  )
 
-
-@functools.lru_cache
-def make_compare_step(
-  members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
-  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` that compares M `members`.
-
-  Its arguments are those of `make_eval_step`'s; `sums` are metrics.comparison_sums over the global batch.
-  """
-  return _make_predicting_step(members, fetch, devices, metrics.comparison_sums)
-
-
-def _make_predicting_step(
-  members: tuple[Model, ...],
-  fetch: Callable[..., Batch],
-  devices: Devices,
-  sums_of: Callable[[list[Float[Array, "B *T n"]], Batch], Mapping[str, Array]],
-) -> Callable[..., tuple[Any, dict[str, Array]]]:
-  """Returns the pmapped step that adds up over the devices what `sums_of` makes of all members' logits."""
-
-  def predicting_step(variables, carries, arrays, index):
+  def eval_step(variables, carries, arrays, index):
     batch = fetch(arrays, index, key=None, positions=None, train=False)
     outputs = [
       member.apply(tree, carry, batch.inputs, train=False)
@@ -177,4 +153,4 @@ def _make_predicting_step(
     sums = sums_of([logits for logits, _, _ in outputs], batch)
     return tuple(carry for _, carry, _ in outputs), devices_lib.psum(sums)
 
-  return devices_lib.pmap(predicting_step, devices=devices, in_axes=(None, 0, None, 0))
+  return devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from ban_jax import config, metrics, optim, preemption, processes, report, storage, trees
@@ -25,8 +26,8 @@ from ban_jax.types import Carry, Generation, TrainState
 
 logger = logging.getLogger(__name__)
 
-# Steps dispatched ahead of the one whose sums are read. Unbounded dispatch to several CPU devices deadlocks; this many
-# keep an accelerator busy. A dispatch of more steps is read before the next but one.
+# Steps dispatched ahead of the one whose sums are read: enough to keep an accelerator busy, while unbounded dispatch to
+# several CPU devices deadlocks. At least one dispatch, however many its steps.
 IN_FLIGHT = 8
 # The metric, the lower the better, by which a plateau schedule decides.
 PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
@@ -34,9 +35,6 @@ PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexit
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
-
-
-# --- the public functions ------------------------------------------------------------------------------------------
 
 
 def train_generation(
@@ -95,7 +93,7 @@ def run_generations(setup: Setup, workdir: epath.Path, progress: bool) -> list[G
 
 
 def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -> Generation:
-  """Returns the generation as it lies in the workdir, or trained now."""
+  """Returns the generation that the workdir holds, or trains it."""
   directory = workdir and workdir / f"gen_{job.generation}"
   if directory is not None:
     _check_processes(job.lineage)
@@ -109,7 +107,7 @@ def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -
 
 
 def _check_processes(lineage: Mapping[str, Any]) -> None:
-  """Raises a ConfigError where the processes of a run were not given the same, naming what differs."""
+  """Raises a ConfigError that names the differences where the processes of a run have other configurations or data."""
   given = {key: lineage[key] for key in ("generation", "teachers", "dataset")}
   given |= {key: value for key, value in lineage["config"].items() if key != "data.dir"}  # local copies are welcome
   if not processes.is_same(str(given)):
@@ -117,9 +115,6 @@ def _check_processes(lineage: Mapping[str, Any]) -> None:
     raise ConfigError(
       f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
     )
-
-
-# --- the loop ------------------------------------------------------------------------------------------------------
 
 
 class Live(NamedTuple):
@@ -143,9 +138,9 @@ class Lane(NamedTuple):
   directory: epath.Path | None
   checkpoints: Any  # Orbax's manager; None without a directory
   step: TrainStep
-  source: Any
-  arrays: Any
-  key_data: Any
+  source: PyTree
+  arrays: PyTree
+  key_data: jax.Array
   zero_carry: Carry
   bar: report.Progress
   write: Callable[[int, Mapping[str, float]], None]
@@ -166,18 +161,17 @@ def train(
     opened = [stack.enter_context(_open(job, where, progress)) for job, where in zip(jobs, directories, strict=True)]
     lanes, lives = map(list, zip(*opened, strict=True))
     while len(finished) < len(lanes):
-      for place, lane in enumerate(lanes):
-        if place not in finished:
-          with storage.storage_errors(lane.directory):
-            lives[place] = _advance(lane, lives[place])
+      running = [place for place in range(len(lanes)) if place not in finished]
+      for place in running:
+        with storage.storage_errors(directories[place]):
+          lives[place] = _advance(lanes[place], lives[place])
       stop = stop_requested()
-      for place, lane in enumerate(lanes):
-        if place not in finished:
-          with storage.storage_errors(lane.directory):
-            if lives[place].done == lane.job.total_steps:
-              finished[place] = _finish(lane, lives[place])
-            else:
-              lives[place] = _checkpoint(lane, lives[place], due=stop)
+      for place in running:
+        with storage.storage_errors(directories[place]):
+          if lives[place].done == jobs[place].total_steps:
+            finished[place] = _finish(lanes[place], lives[place])
+          else:
+            lives[place] = _checkpoint(lanes[place], lives[place], due=stop)
       if stop:
         _end_early(lanes, lives)
   return [finished[place] for place in range(len(jobs))]
@@ -192,16 +186,15 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
     storage.provenance()  # as the software is before a long training
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
-    carry, history, sums = zero_carry, (), {}
-    restored = checkpoints and storage.restore_newest(
-      checkpoints, {"state": state, "carry": carry}, lambda record: _check_resumed(job, record["lineage"], directory)
-    )
-    if restored:
-      tree, record = restored
-      state, carry, history, sums = tree["state"], tree["carry"], tuple(record["history"]), record["sums"]
+    carry, record = zero_carry, {"history": (), "sums": {}}
+    if checkpoints:
+      check = functools.partial(_check_resumed, job, directory)
+      restored = storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)
+      if restored:
+        tree, record = restored
+        state, carry = tree["state"], tree["carry"]
     done = int(state.step)
-    title = f"generation {job.generation}"
-    bar = stack.enter_context(report.progress(title, job.total_steps, done, progress and primary))
+    bar = report.Progress(f"generation {job.generation}", job.total_steps, done, progress and primary)
     lane = Lane(
       job=job,
       directory=directory,
@@ -211,11 +204,11 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
       arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
-      bar=bar,
+      bar=stack.enter_context(contextlib.closing(bar)),
       write=stack.enter_context(report.tensorboard(directory if primary else None)),
     )
     state, carry = devices_lib.replicate(state, job.devices), devices_lib.split_rows(carry, job.devices)
-    yield lane, Live(state, carry, done, sums, history, time.monotonic(), done)
+    yield lane, Live(state, carry, done, record["sums"], tuple(record["history"]), time.monotonic(), done)
 
 
 def initial(job: Job) -> tuple[TrainState, Carry]:
@@ -242,16 +235,14 @@ def step_of(job: Job) -> TrainStep:
   )
 
 
-def _check_resumed(job: Job, recorded: Mapping[str, Any], directory: epath.Path) -> None:
+def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -> None:
   """Raises where a checkpoint is another generation's, and warns where it comes from another layout."""
-  lineage = job.lineage
-  storage.check_lineage(lineage, recorded, directory)
-  if lineage["layout"] != recorded["layout"] and processes.is_primary():
+  recorded, own = record["lineage"], job.lineage
+  storage.check_lineage(own, recorded, directory)
+  if own["layout"] != recorded["layout"] and processes.is_primary():
     logger.warning(
-      "%s was begun on %s and is resumed on %s: its bytes may differ from those of a run left alone",
-      directory,
-      recorded["layout"],
-      lineage["layout"],
+      f"{directory} was begun on {recorded['layout']} and is resumed on {own['layout']}: its bytes may differ from "
+      "those of a run left alone"
     )
 
 
@@ -275,9 +266,8 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
   block[:count] = order[first : first + count]
   carry = lane.zero_carry if first == 0 else live.carry
-  state, carry, sums = lane.step.run(
-    live.state, lane.source, carry, lane.arrays, devices_lib.split_batches(block, job.devices), lane.key_data
-  )
+  index = devices_lib.split_batches(block, job.devices)
+  state, carry, sums = lane.step.run(live.state, lane.source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))
   return live._replace(state=state, carry=carry, done=live.done + count, pending=pending, order=order)
@@ -310,20 +300,18 @@ def _diverged(lane: Lane, live: Live, number: int, mean: float) -> TrainingError
 def _end_epoch(lane: Lane, live: Live) -> Live:
   """Adds the epoch's row to the history, evaluates where that is due, and sets a plateau schedule's rate."""
   job, live = lane.job, _read(lane, live, keep=0)
-  epoch = live.done // job.steps_per_epoch
-  row = {
-    "epoch": epoch,
-    "step": live.done,
+  epoch, state = live.done // job.steps_per_epoch, live.state
+  values = {
     "learning_rate": learning_rate(job, live.done, live.history),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
-    **_evaluate(job, live.state, epoch),
+    **_evaluate(job, state, epoch),
   }
-  history, state = (*live.history, row), live.state
+  history = (*live.history, {"epoch": epoch, "step": live.done, **values})
   if job.cfg.optim.schedule == "plateau":
     state = state._replace(opt_state=optim.set_rate(state.opt_state, learning_rate(job, live.done, history)))
-  lane.write(live.done, {name: value for name, value in row.items() if name not in ("epoch", "step")})
-  lane.bar.note(**{name: row[name] for name in SHOWN if name in row})
+  lane.write(live.done, values)
+  lane.bar.note(**{name: values[name] for name in SHOWN if name in values})
   return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic())
 
 
@@ -336,17 +324,16 @@ def learning_rate(job: Job, step: int, history: Sequence[Mapping[str, float]]) -
 
 def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
   """Returns the metrics, by split, of a network in training where they are due after this epoch."""
-  cfg = job.cfg
-  last = epoch == cfg.train.epochs
-  due = last or cfg.train.evaluate_every and epoch % cfg.train.evaluate_every == 0
-  splits = [split for split in ("validation", "test") if split in job.dataset.splits] if due else []
-  splits += [split for split in job.dataset.splits if split not in ("train", "validation", "test")] if last else []
-  if cfg.optim.schedule == "plateau":
-    splits = splits or ["validation"]
+  cfg, last = job.cfg, epoch == job.cfg.train.epochs
+  every = cfg.train.evaluate_every
+  # Splits beside these three show what a finished generation made of its training examples.
+  splits = [split for split in job.dataset.splits if split in ("validation", "test") or last and split != "train"]
+  if not (last or every and epoch % every == 0):
+    splits = ["validation"] if cfg.optim.schedule == "plateau" else []
+  # After the last epoch as `evaluate` does it, because these metrics are reported.
+  batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:
     return {}
-  # What is reported is the finished network's evaluation.
-  batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   subject = Subject((job.student,), (variables_of(state),), job.dataset, job.devices)
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
 
@@ -357,7 +344,7 @@ def variables_of(state: TrainState) -> dict[str, Any]:
 
 
 def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
-  """Saves a checkpoint where one is due; the disk is not waited for."""
+  """Saves a checkpoint where one is due, without waiting for the disk."""
   job = lane.job
   if lane.checkpoints is None or not (due or live.done % job.cfg.train.checkpoint_every == 0):
     return live
@@ -369,7 +356,7 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
 
 
 def _finish(lane: Lane, live: Live) -> Generation:
-  """Returns the trained generation, after it is written where there is a directory."""
+  """Returns the trained generation, and writes it where there is a directory."""
   job = lane.job
   last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
   params = trees.to_host(variables_of(live.state), job.generation)
@@ -380,14 +367,13 @@ def _finish(lane: Lane, live: Live) -> Generation:
 
 
 def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
-  """Raises Preempted once what is saved lies on the disk."""
+  """Raises Preempted after all saves are complete."""
   states = []
   for lane, live in zip(lanes, lives, strict=True):
-    job = lane.job
-    if live.done < job.total_steps:
+    state = "finished"
+    if live.done < lane.job.total_steps:
       with storage.storage_errors(lane.directory):
         lane.checkpoints.wait_until_finished()
-      states.append(f"generation {job.generation} is saved at step {live.done} of {job.total_steps}")
-    else:
-      states.append(f"generation {job.generation} is finished")
+      state = f"saved at step {live.done} of {lane.job.total_steps}"
+    states.append(f"generation {lane.job.generation} is {state}")
   raise Preempted(f"asked to end by SIGTERM: {'; '.join(states)}. Rerun the command to resume")

@@ -94,10 +94,10 @@ def models_of(trees: Sequence[Variables], models: tuple[Model, Model], what: str
 def check_fits(variables: Variables, model: Model, what: str) -> None:
   """Raises a CheckpointError that names the first path, with both shapes, where a tree does not fit the model."""
   if not isinstance(variables, Mapping) or "params" not in variables:
-    keys = f"a mapping with {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else None
+    is_mapping = isinstance(variables, Mapping)
+    given = f"a mapping with {', '.join(map(str, variables))}" if is_mapping else type(variables).__name__
     raise CheckpointError(
-      f"{what} must be a variables tree with 'params' and 'batch_stats' (as Generation.params is), not "
-      f"{keys or type(variables).__name__}"
+      f"{what} must be a variables tree with 'params' and 'batch_stats' (as Generation.params is), not {given}"
     )
   expected = jax.eval_shape(model.init, jax.random.key(0))
   difference = first_difference(expected, to_plain(variables))
@@ -111,9 +111,11 @@ def check_fits(variables: Variables, model: Model, what: str) -> None:
 
 def first_difference(expected: PyTree, given: PyTree) -> tuple[str, str, str] | None:
   """Returns the first path at which dtypes or shapes differ, with both as text ("nothing": no such leaf), or None."""
-  trees = leaves(expected), leaves(given)
-  for path in sorted(trees[0].keys() | trees[1].keys()):
-    want, have = (f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing" for tree in trees)
+  wanted, found = (
+    {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves(tree).items()} for tree in (expected, given)
+  )
+  for path in sorted(wanted.keys() | found.keys()):
+    want, have = wanted.get(path, "nothing"), found.get(path, "nothing")
     if want != have:
       return path, want, have
   return None

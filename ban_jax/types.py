@@ -1,4 +1,4 @@
-"""The shapes that the package's parts hand to each other: model, data set, training state, generation."""
+"""The types that the modules share: model, data set, training state, generation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 # A nested mapping of arrays: {"params": ..., "batch_stats": ...}, and outside a training step also "lineage".
 Variables = Mapping[str, Any]
-# What a recurrent model hands from one window to the next, rows first ([B, ...] in every leaf); () for image models.
+# What a recurrent model passes from one window to the next, rows first ([B, ...] in every leaf); () for image models.
 Carry = Any
 # What a data set's examples are. A teacher and its student must agree on it.
 Kind = Literal["images", "tokens"]
@@ -57,7 +57,7 @@ class Dataset(NamedTuple):
   `fetch(arrays, index, *, key, positions, train)` turns an index vector int32 [B] into a Batch inside the compiled
   step: gather, augmentation (where `train`), normalisation, mask; a negative index is a padding row. `fetch` is the
   same object for every data set that behaves alike, because compiled steps are memoised on it.
-  Of text an index is a window's number, read column by column and in the text's order, and `sizes` counts tokens.
+  In text, an index is the number of a window, column by column and in the text's order, and `sizes` counts tokens.
   `train_order(key, batch_size)` gives one epoch's index vectors, int32 [steps, batch_size], incomplete batch dropped;
   `eval_order(split, batch_size)` gives every example of a split exactly once, int32 [steps, batch_size], padded by -1.
   """

@@ -546,29 +546,13 @@ def test_a_configuration_that_cannot_be_run_leaves_no_directory(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_lease_is_respected_while_renewed_and_taken_over_once_it_is_not(tmp_path):
-  # What an object store gets in place of flock, here on local files, with a lease of two seconds.
-  path, lease = epath.Path(tmp_path), tmp_path / "lease.json"
-  with lock._lease(path, 2.0):
-    owner = json.loads(lease.read_text())
-    assert owner["owner"].startswith(f"process {os.getpid()} on ")
-    with pytest.raises(CheckpointError, match="is in use by process"), lock._lease(path, 2.0):
-      pass
-    assert json.loads(lease.read_text())["token"] == owner["token"]
-  assert not lease.exists()
-
-  lease.write_text(json.dumps({"owner": "a killed process", "token": "old", "seconds": 1.0}))
-  begin = time.monotonic()
-  with lock._lease(path, 2.0):
-    assert time.monotonic() - begin >= 1.0
-    assert json.loads(lease.read_text())["token"] != "old"
-
-
-def test_a_lease_that_another_took_over_is_left_to_it(tmp_path):
-  lease, other = tmp_path / "lease.json", json.dumps({"owner": "another", "token": "theirs", "seconds": 60.0})
-  with lock._lease(epath.Path(tmp_path), 60.0):
-    lease.write_text(other)
-  assert lease.read_text() == other
+def test_a_bucket_is_used_without_a_lock_and_a_warning_says_so(caplog):
+  with lock.hold(epath.Path("gs://bucket/run")):
+    pass
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    "workdir gs://bucket/run: object stores have no locks; make sure that no other process runs on it"
+  )
 
 
 # --- bad numbers ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Run directories on disk: who holds one, a generation's checkpoints in training, and what a finished one leaves.
 
     workdir/config.json         the configuration of the last run in it
-    workdir/processes.json      of several processes: the token that shows that they see the same directory
-    workdir/.lock               held while a process works in the directory (lease.json on an object store)
+    workdir/processes.json      where several processes train: the token by which they see the same directory
+    workdir/.lock               held while a process works in the directory; not on an object store
     workdir/gen_K/steps/        checkpoints of a generation in training
     workdir/gen_K/damaged/      checkpoints that are not what was saved, kept until the generation is finished
     workdir/gen_K/params/       the finished variables

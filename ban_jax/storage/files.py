@@ -1,9 +1,9 @@
-"""Files written whole, and what goes wrong with a disk, told apart: full or unreadable at the moment, or damaged."""
+"""Files that are written whole, and the errors of disks: a full or failing disk, or a damaged file."""
 
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,14 +24,9 @@ def write_json(path: epath.Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def write_lines(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes one JSON object a line, whole or not at all."""
-  write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 @contextlib.contextmanager
 def storage_errors(directory: epath.Path | None) -> Iterator[None]:
-  """Turns a failure to write below `directory` into a StorageError; None: nothing is written."""
+  """Turns the error of a full or failing disk below `directory` into a StorageError; None leaves errors as they are."""
   try:
     yield
   except BanError:
@@ -54,15 +49,11 @@ def storage_error(directory: epath.Path, error: Exception) -> StorageError:
 
 def damage(error: Exception) -> str:
   """Returns what an error of reading says about a damaged file; raises it again where the file may be sound."""
-  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error) or is_passing(error):
+  missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+  failing = isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+  if failing and not missing:
     raise error
   return f"{type(error).__name__}: {first_line(error)}"
-
-
-def is_passing(error: Exception) -> bool:
-  """Returns whether an error says that the disk cannot be read at the moment, and not that a file is damaged."""
-  missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
-  return isinstance(error, OSError) and not isinstance(error, missing)
 
 
 def first_line(error: BaseException) -> str:

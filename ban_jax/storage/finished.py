@@ -1,19 +1,20 @@
 """What a finished generation leaves: its variables, metrics, history, and the manifest that ties them together."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import pathlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax
 from etils import epath
 
 from ban_jax import config, processes, trees
-from ban_jax.errors import BanError, CheckpointError, StorageError
-from ban_jax.storage.files import damage, is_passing, storage_error, write_json, write_lines
+from ban_jax.errors import CheckpointError, StorageError
+from ban_jax.storage.files import damage, storage_errors, write_json, write_text
 from ban_jax.types import Generation
 from ban_jax.version import __version__
 
@@ -30,7 +31,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
   if processes.is_primary():
     metrics, history = dict(generation.metrics), list(generation.history)
     write_json(directory / "metrics.json", metrics)
-    write_lines(directory / "history.jsonl", history)
+    write_text(directory / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
     write_json(directory / "manifest.json", {**manifest, **digests})
     remove_leftovers(directory)
@@ -46,63 +47,63 @@ def remove_leftovers(directory: epath.Path) -> None:
 def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str, float]], dict[str, Any]] | None:
   """Returns a finished generation's metrics, history and manifest, or None where it is not finished.
 
-  Raises a CheckpointError where metrics or history are not those that the manifest vouches for, and a StorageError
-  where the disk cannot be read at the moment.
+  Raises a CheckpointError where they are damaged or changed, and a StorageError where the disk fails at the moment.
   """
-  try:
+  with _reading(directory):
     if not (directory / "manifest.json").exists():
       return None
     manifest = json.loads((directory / "manifest.json").read_text())
     metrics = json.loads((directory / "metrics.json").read_text())
     history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     expected = manifest["records_digest"]
-  except (OSError, ValueError, TypeError, KeyError) as error:
-    raise _unreadable(directory, error) from error
   if trees.json_digest([metrics, history]) != expected:
-    raise CheckpointError(
-      f"{directory}/metrics.json or history.jsonl was changed: their digest is not the manifest's; {_remedy(directory)}"
-    )
+    what = f"{directory}/metrics.json or history.jsonl was changed"
+    raise CheckpointError(f"{what}: their digest is not the manifest's; {_remedy(directory)}")
   return metrics, history, manifest
 
 
 def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
-  """Returns a finished generation and its manifest, or None where it is not finished.
+  """Returns a finished generation and its manifest, or None where it is not finished; raises as `read_records`."""
+  import orbax.checkpoint as ocp
 
-  Raises a CheckpointError where the variables, metrics or history are not those that the manifest vouches for, and a
-  StorageError where the disk cannot be read at the moment.
-  """
   records = read_records(directory)
   if records is None:
     return None
-  import orbax.checkpoint as ocp
-
   metrics, history, manifest = records
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      variables = checkpointer.restore(directory / "params")
+  with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
+    variables = checkpointer.restore(directory / "params")
     index, expected = manifest["generation"], manifest["digest"]
-  except Exception as error:  # Orbax raises nearly anything for a broken file
-    raise _unreadable(directory, error) from error
   if trees.digest(variables) != expected:
     raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
   if processes.is_primary():
     remove_leftovers(directory)
-  params = trees.to_host({name: tree for name, tree in variables.items() if name != "lineage"}, index)
-  return Generation(index, params, metrics, tuple(history)), manifest
+  return Generation(index, trees.to_host(trees.to_plain(variables), index), metrics, tuple(history)), manifest
 
 
 def load_together(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   """Returns what `load` does, alike on all processes: one that trained alone would wait for the others for ever."""
-  finished = error = None
-  try:
+  with processes.together():
     finished = load(directory)
-  except BanError as refusal:
-    error = refusal
-  processes.raise_together(error)
-  if processes.on_any_process(finished is None) and finished is not None:
-    error = StorageError(f"another process does not see yet that {directory} is finished; start all of them again")
-  processes.raise_together(error)
+  unfinished = processes.on_any_process(finished is None)
+  with processes.together():
+    if unfinished and finished is not None:
+      raise StorageError(f"another process does not see yet that {directory} is finished; start all of them again")
   return finished
+
+
+@contextlib.contextmanager
+def _reading(directory: epath.Path) -> Iterator[None]:
+  with storage_errors(directory):
+    try:
+      yield
+    except Exception as error:  # Orbax raises nearly anything for a broken file
+      raise CheckpointError(
+        f"{directory} is damaged and cannot be read ({damage(error)}); {_remedy(directory)}"
+      ) from error
+
+
+def _remedy(directory: epath.Path) -> str:
+  return f"remove {directory} to train it again"
 
 
 def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory: epath.Path) -> None:
@@ -113,23 +114,13 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
     if own[key] != recorded.get(key)
   ]
   values = recorded.get("config")
-  if isinstance(values, str):  # before 0.2 a digest of all keys stood here, which config.json beside it vouches for
+  if isinstance(values, str):  # an earlier version's digest of what config.json holds
     values = json.loads((directory.parent / "config.json").read_text())
   differing += config.differences(values, own["config"], own["generation"])
   if differing:
     raise CheckpointError(
       f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir, or remove it"
     )
-
-
-def _unreadable(directory: epath.Path, error: Exception) -> CheckpointError | StorageError:
-  if is_passing(error):
-    return storage_error(directory, error)
-  return CheckpointError(f"{directory} is damaged and cannot be read ({damage(error)}); {_remedy(directory)}")
-
-
-def _remedy(directory: epath.Path) -> str:
-  return f"remove {directory} to train it again"
 
 
 @functools.cache
@@ -142,9 +133,8 @@ def provenance() -> dict[str, Any]:
 def _commit() -> str | None:
   """Returns the commit of the source tree that this package runs from, followed by "+" where it was changed."""
   git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+  describe = [*git, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
   try:
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
     return None
-  return commit + ("+" if changed.strip() else "")

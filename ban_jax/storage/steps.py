@@ -28,7 +28,7 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
 
   class Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-      return False  # the training loop asks, once a step; a second count of the steps would break the agreement
+      return False  # the training loop asks, once a step, and processes must count their questions alike
 
   _empty_trash(directory)
   options = ocp.CheckpointManagerOptions(
@@ -39,7 +39,7 @@ def open_steps(directory: epath.Path) -> Iterator[Any]:
     yield manager
     manager.wait_until_finished()
   except BaseException:
-    # One of several processes may have failed alone: closing would wait for the others' share of what is being saved.
+    # A process that fails alone must not wait for the others' share of a save, as closing does.
     if jax.process_count() == 1:
       with contextlib.suppress(Exception):  # the original error is already being raised
         manager.close()
@@ -60,8 +60,7 @@ def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) 
 
   manager.wait_until_finished()  # for the save before, as this one would anyway
   _empty_trash(manager.directory)
-
-  # It is written in the background, while the training adds to its history.
+  # Copied, because it is written in the background, while the training adds to its history.
   record = {**copy.deepcopy(record), "structure": trees.structure(tree)}
   meta = {"record": record, "digest": trees.digest(tree), "record_digest": trees.json_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
@@ -72,10 +71,9 @@ def restore_newest(
 ) -> tuple[PyTree, dict[str, Any]] | None:
   """Returns the newest undamaged checkpoint's tree and record, or None where there is none.
 
-  `target` is a tree of NumPy arrays that gives structure, shapes and dtypes. A checkpoint that is not what was saved is
-  named in the log and moved to `damaged/STEP` beside the checkpoints, and the one before it is tried. `check(record)`
-  may refuse a checkpoint that is sound and somebody else's, by raising. A disk that cannot be read at the moment, and a
-  tree of another structure, which another version saved, are errors and no damage.
+  `target` is a tree of NumPy arrays that gives structure, shapes and dtypes. A damaged checkpoint is named in the log
+  and moved to `damaged/STEP` beside the checkpoints, and the one before it is tried. `check(record)` may refuse a sound
+  checkpoint by raising. Raises a CheckpointError for a tree of another structure, which another version saved.
   """
   for step in sorted(manager.all_steps(), reverse=True):
     found, damage = _restore(manager, step, target, check)
@@ -84,12 +82,8 @@ def restore_newest(
     aside = manager.directory.parent / "damaged" / str(step)
     if processes.is_primary():
       logger.warning(
-        "checkpoint %s/%d is damaged (%s): moved to %s; resuming from the one before it, or from the generation's "
-        "beginning where there is none",
-        manager.directory,
-        step,
-        damage or "as another process reads it",
-        aside,
+        f"checkpoint {manager.directory}/{step} is damaged ({damage or 'as another process reads it'}): moved to "
+        f"{aside}; resuming from the one before it, or from the generation's beginning where there is none"
       )
       aside.parent.mkdir(exist_ok=True)
       aside.rmtree(missing_ok=True)
@@ -113,7 +107,7 @@ def _restore(
   except Exception as error:  # Orbax raises nearly anything for a broken file
     return None, damage(error)
   check(record)
-  # Compared before the arrays are read: a restoration fails with the same words where a file of theirs is missing.
+  # Compared before the arrays are read: where a file of theirs is missing, Orbax raises the same error.
   if record.pop("structure") != trees.structure(target):
     raise CheckpointError(
       f"checkpoint {manager.directory}/{step} holds a tree of another structure, as another version of the program or "

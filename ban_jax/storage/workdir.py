@@ -1,4 +1,4 @@
-"""Run directories: their names, who holds one, and that it belongs to the configuration."""
+"""Run directories: their names, and the checks that one belongs to this run, its configuration and its processes."""
 
 import contextlib
 import errno
@@ -27,13 +27,10 @@ def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
   _check_scheme(str(workdir))
   workdir = epath.Path(workdir).expanduser()
   workdir = workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
-  _check_scheme(str(workdir))  # epath takes /s3/bucket for s3://bucket
-  try:
-    named = b"\0" not in str(workdir).encode()  # TensorStore takes names in UTF-8 only
-  except UnicodeEncodeError:
-    named = False
-  if not named:
-    raise ConfigError(f"workdir {str(workdir)!r}: a name in UTF-8, without null bytes, is expected")
+  name = str(workdir)
+  _check_scheme(name)  # epath takes /s3/bucket for s3://bucket
+  if "\0" in name or name.encode(errors="ignore").decode() != name:  # TensorStore takes names in UTF-8 only
+    raise ConfigError(f"workdir {name!r}: a name in UTF-8, without null bytes, is expected")
   return workdir
 
 
@@ -47,33 +44,34 @@ def _check_scheme(workdir: str) -> None:
 def open_workdir(workdir: epath.PathLike, values: Mapping[str, Any]) -> Iterator[epath.Path]:
   """Creates a run directory, or opens one of the same configuration, and holds it; `values` is a config.record.
 
-  Raises a CheckpointError that names the differing keys where the directory holds another run, one that names the owner
-  where another process has it open, and one that says why where it cannot be written; a StorageError where its disk is
-  full; and a ConfigError where the processes of a run do not see the same directory.
+  Raises a CheckpointError where the directory holds another run, is held by another process (InUseError) or cannot be
+  written; a StorageError where its disk is full; and a ConfigError where the processes of a run do not see the same
+  directory.
   """
   workdir = resolve_workdir(workdir)
   with contextlib.ExitStack() as stack:
-    error = None
-    if processes.is_primary():
-      try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock.hold(workdir))
-        _check_config(workdir, values)
-        write_json(workdir / "config.json", values)
-        if jax.process_count() > 1:
-          write_json(workdir / "processes.json", {"token": uuid.uuid4().hex})
-      except CheckpointError as refusal:
-        error = refusal
-      except ImportError as refusal:  # the library that reaches a bucket
-        error = ConfigError(f"workdir {workdir}: {first_line(refusal)} (pip install 'etils[epath-gcs]')")
-      except OSError as refusal:
-        full = refusal.errno in (errno.ENOSPC, errno.EDQUOT)
-        error = storage_error(workdir, refusal) if full else CheckpointError(
-          f"workdir {workdir} cannot be written: {refusal}"
-        )  # fmt: skip
-    processes.raise_together(error)
+    with processes.together():
+      if processes.is_primary():
+        _claim(workdir, values, stack)
     _check_shared(workdir)
     yield workdir
+
+
+def _claim(workdir: epath.Path, values: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
+  """Holds a run directory until the stack is closed, and records the configuration in it."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(lock.hold(workdir))
+    _check_config(workdir, values)
+    write_json(workdir / "config.json", values)
+    if jax.process_count() > 1:
+      write_json(workdir / "processes.json", {"token": uuid.uuid4().hex})
+  except ImportError as error:  # the library that reaches a bucket
+    raise ConfigError(f"workdir {workdir}: {first_line(error)} (pip install 'etils[epath-gcs]')") from error
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise storage_error(workdir, error) from error
+    raise CheckpointError(f"workdir {workdir} cannot be written: {error}") from error
 
 
 def _check_shared(workdir: epath.Path) -> None:
@@ -96,17 +94,16 @@ def _check_shared(workdir: epath.Path) -> None:
 
 def _check_config(workdir: epath.Path, values: Mapping[str, Any]) -> None:
   """Raises a CheckpointError where a directory's generations are of another configuration, or of an unknown one."""
-  generations = {min(int(path.name[4:]), 1) for path in workdir.glob("gen_*") if path.name[4:].isdecimal()}
-  record = workdir / "config.json"
+  # Students share one identity, and generation 0 has its own.
+  generations = sorted({min(int(path.name[4:]), 1) for path in workdir.glob("gen_*") if path.name[4:].isdecimal()})
   if not generations:
     return
+  record = workdir / "config.json"
   if not record.exists():
     raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
   try:
     old = dict(json.loads(record.read_text()))
-    differing = {
-      line: None for generation in sorted(generations) for line in config.differences(old, values, generation)
-    }
+    differing = dict.fromkeys(line for number in generations for line in config.differences(old, values, number))
   except (ValueError, TypeError, KeyError) as error:
     raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
   if differing:
