@@ -667,7 +667,9 @@ def with_a_swapped_teacher(folder):
   assert own != other
   shutil.rmtree(folder / "run" / "gen_0")
   (folder / "other" / "gen_0").rename(folder / "run" / "gen_0")
-  message = f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
+  message = (
+    f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
+  )
   return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], message
 
 
