@@ -235,7 +235,7 @@ def test_every_pair_is_compared_on_every_example_once(count, batch_size):
   assert (np.diag(got["agreement"]) == 1).all()
   assert (np.diag(got["kl"]) == 0).all()
   assert 0 < got["agreement"][0, 1] < 1, "the networks are too much alike, or too different, to test anything"
-  assert got["kl"][0, 1] != pytest.approx(got["kl"][1, 0], rel=0.01), "rows are not told from columns"
+  assert got["kl"][0, 1] != pytest.approx(got["kl"][1, 0], rel=0.01), "rows and columns are mixed up"
 
 
 def test_pairs_worked_out_by_hand():

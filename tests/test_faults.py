@@ -140,8 +140,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage,
   with pytest.MonkeyPatch.context() as patch:
     dispatched = replaced_step(patch, lambda state: state)
     resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
-  assert dispatched == [7, 8, 9, 10]  # what was behind the checkpoint of step 6
-  # Of our own: asyncio may tell of Orbax's other reads, with the path of this test in them.
+  assert dispatched == [7, 8, 9, 10]  # the steps after the checkpoint of step 6
+  # Only this package's records: asyncio may log Orbax's other reads, with the path of this test in them.
   own = [record for record in caplog.records if record.name.startswith("ban_jax")]
   (message,) = [record.getMessage() for record in own if "damaged" in record.getMessage()]
   assert message.startswith(f"checkpoint {workdir}/gen_0/steps/9 is damaged (")
@@ -326,7 +326,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert read("status1") == "74\n", read("err1")
   assert f"error: {disk}/run/gen_0 cannot be read or written: " in read("err1")
   assert "the checkpoints before are intact, and the same command goes on" in read("err1")
-  assert read("err1").splitlines()[-1].startswith("error: ")  # behind what Orbax's own thread prints
+  assert read("err1").splitlines()[-1].startswith("error: ")  # after what Orbax's own thread prints
   assert any(line.isdigit() for line in read("steps1").splitlines())
   assert "manifest.json" not in read("files1")
   assert read("status_full") == "74\n", read("err_full")
@@ -354,7 +354,7 @@ cli.run(main)
 
 
 @pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
-def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_behind_the_message(tmp_path):
+def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_after_the_message(tmp_path):
   script = 'mount -t tmpfs -o size=300k none "$1" && exec "$2" -c "$3"'
   code = EVENTS.replace("DISK", repr(str(tmp_path)))
   done = subprocess.run(
@@ -399,7 +399,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
 
 
-def test_a_signal_that_comes_behind_the_last_step_is_handed_on():
+def test_a_signal_that_comes_after_the_last_step_is_handed_on():
   received = []
   before = signal.signal(signal.SIGTERM, lambda *_: received.append("outer"))
   try:
@@ -433,7 +433,7 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
   assert not (tmp_path / "gen_1").exists()
 
 
-# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another; or right behind a second
+# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another; or right after a second
 # save, which goes on in the background; or where a generation is finished, but its checkpoints are there still, and no
 # other is begun.
 DIE_AT = """
@@ -666,8 +666,10 @@ def with_a_swapped_teacher(folder):
   assert own != other
   shutil.rmtree(folder / "run" / "gen_0")
   (folder / "other" / "gen_0").rename(folder / "run" / "gen_0")
-  told = f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
-  return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], told
+  message = (
+    f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
+  )
+  return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], message
 
 
 def with_another_word(folder):

@@ -79,14 +79,14 @@ def test_a_run_leaves_the_record_that_the_readme_describes(finished):
     assert len([json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]) == 4
     assert json.loads((directory / "metrics.json").read_text())["test_count"] == 1397
     rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    told = {
+    expected = {
       (name, row["step"]): pytest.approx(value, rel=1e-6)
       for row in rows
       for name, value in row.items()
       if name not in ("epoch", "step")
     }
     (events,) = directory.glob("events.out.tfevents.*")
-    assert scalars(events) == told
+    assert scalars(events) == expected
     assert not (directory / "steps").exists()
   first, second = (json.loads((workdir / f"gen_{i}" / "manifest.json").read_text()) for i in (0, 1))
   assert first["teachers"] == []
