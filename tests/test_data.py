@@ -1,4 +1,4 @@
-"""Data sets: preparing and reading CIFAR without TensorFlow or network, splits, mini-batch orders, every message."""
+"""Data sets: preparing and reading CIFAR without TensorFlow or network, splits, mini-batch orders, error messages."""
 
 import contextlib
 import hashlib
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
 BOTH = pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 
-# How the original archives are laid out: the rows' label columns (feature, names' file, classes) and the splits' files.
+# Layout of the original archives: the label columns (feature, file of names, classes) and the files of each split.
 LAYOUT = {
   "cifar10": (
     [("label", "batches.meta.txt", 10)],
@@ -54,7 +54,7 @@ def group(**changes):
 
 
 def write_archive(path, name, *, rows=24, seed=0, change=lambda files: None):
-  """Writes an archive in the original format, `rows` random images a file, and returns what it holds.
+  """Writes an archive in the original format, `rows` random images per file, and returns its contents.
 
   `change` may alter the dict of file names and bytes before they are packed.
   """
@@ -90,7 +90,7 @@ def assert_holds(dataset, expected):
 
 
 def run_python(code, *arguments):
-  """Starts another Python on some code."""
+  """Starts code in another Python process."""
   return subprocess.Popen(
     [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -99,7 +99,7 @@ def run_python(code, *arguments):
 
 @pytest.fixture
 def offline(monkeypatch):
-  """Lets every connection fail as without a network, and for real: nothing listens at the proxy's port."""
+  """Makes every connection fail as without a network: nothing listens at the proxy's port."""
   for variable in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
   monkeypatch.setenv("NO_PROXY", "")
@@ -372,7 +372,7 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 @contextlib.contextmanager
 def serve(directory):
-  """Serves a directory over HTTP and gives its address and the list of paths asked for."""
+  """Serves a directory over HTTP and yields its address and the list of requested paths."""
   asked = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -430,7 +430,7 @@ def test_the_real_data_set(tmp_path):
   assert_describes(data.describe(cfg), dataset)
   assert (np.bincount(dataset.splits["train"]["labels"]) == 5000).all()
   assert (np.bincount(dataset.splits["test"]["labels"]) == 1000).all()
-  # The values that everybody normalises CIFAR-10 with.
+  # The usual normalisation of CIFAR-10.
   np.testing.assert_allclose(dataset.splits["train"]["mean"], [0.4914, 0.4822, 0.4465], atol=5e-4)
   np.testing.assert_allclose(dataset.splits["train"]["std"], [0.2470, 0.2435, 0.2616], atol=5e-4)
 
@@ -459,7 +459,7 @@ def test_digits_are_the_1797_digits():
 
 
 def test_which_digits_train_never_changes():
-  """Published results rest on these very examples."""
+  """Published results depend on exactly these examples."""
   train = data.load(group()).splits["train"]
   assert hashlib.sha256(train["images"].tobytes() + train["labels"].tobytes()).hexdigest() == (
     "dd700ccf2b0866d01b2d617d4ec97a6c2b640ced36dc82249dd357fb3712783f"
@@ -615,7 +615,7 @@ def test_embedded_data_sets_are_one_of_each_kind():
 
 
 def assert_describes(known, dataset):
-  """Asserts that what is known of a data set is what it is, the words of a vocabulary aside."""
+  """Asserts that the description of a data set is right, except for the words of its vocabulary."""
   assert known.spec._replace(words=()) == dataset.spec._replace(words=())
   assert len(known.spec.words) == len(dataset.spec.words)
   assert known.fetch is dataset.fetch

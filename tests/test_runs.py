@@ -1,4 +1,4 @@
-"""Run directories through the command line: finish, resume after a kill, refuse what does not belong."""
+"""Run directories through the command line: finishing, resuming after a kill, refusing other runs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def digests(workdir):
 
 
 def times_of(workdir):
-  """Returns when each file was written but config.json and .lock, which every start writes anew."""
+  """Returns when each file was written, except config.json and .lock, which every start rewrites."""
   files = [path for path in workdir.rglob("*") if path.is_file() and path.name not in ("config.json", ".lock")]
   return {path: path.stat().st_mtime_ns for path in files}
 
@@ -107,7 +107,7 @@ def test_a_finished_run_is_only_shown(finished):
 @pytest.mark.parametrize("generation", [0, 1])
 def test_a_run_killed_in_a_generation_and_resumed_ends_with_the_same_bytes(finished, generation, tmp_path):
   workdir = tmp_path / "killed"
-  if generation:  # a teacher as the other run's: start in the middle of its student
+  if generation:  # copy the other run's teacher: start in the middle of its student
     workdir.mkdir()
     shutil.copy(finished[0] / "config.json", workdir)
     shutil.copytree(finished[0] / "gen_0", workdir / "gen_0")
@@ -256,7 +256,7 @@ def interrupted(*_):
 
 
 def leave_unfinished(workdir, cfg):
-  """Trains generation 0 up to its end on four devices, but not its last files; returns its directory."""
+  """Trains generation 0 to the end on four devices, without writing its final files; returns its directory."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
