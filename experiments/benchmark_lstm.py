@@ -3,7 +3,7 @@
     pip install -e '.[benchmark]'
     python experiments/benchmark_lstm.py                        2x200 and 2x650 units, batch 20, windows of 35 tokens
     python experiments/benchmark_lstm.py --units=200 --batch=32
-    taskset -c 0 python experiments/benchmark_lstm.py --processor_time    on a machine that is busy otherwise
+    taskset -c 0 python experiments/benchmark_lstm.py --processor_time    on a busy machine
 
 Both sides: embedding, dropout, LSTM layers each followed by dropout, an output that shares the embedding, cross-entropy
 with the label, gradient, clipping by the global norm, SGD, float32, state carried from window to window. Our side is
