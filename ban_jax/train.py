@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
-from ban_jax import config, metrics, optim, preemption, processes, report, storage, trees
+from ban_jax import config, metrics, optim, preemption, processes, replay, report, storage, trees
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.errors import ConfigError, Preempted, TrainingError
@@ -129,6 +129,7 @@ class Live(NamedTuple):
   saved: int  # the step of the newest checkpoint, 0 for none
   pending: tuple[tuple[int, int, jax.Array], ...] = ()  # first step, number of steps, and their sums on the devices
   order: Int[np.ndarray, "steps B"] | None = None  # the epoch's mini-batches
+  source: PyTree = ()  # the teacher's, in this epoch
 
 
 class Lane(NamedTuple):
@@ -138,7 +139,7 @@ class Lane(NamedTuple):
   directory: epath.Path | None
   checkpoints: Any  # Orbax's manager; None without a directory
   step: TrainStep
-  source: PyTree
+  source: PyTree  # of a replayed teacher: none, since it changes with the epoch
   arrays: PyTree
   key_data: jax.Array
   zero_carry: Carry
@@ -200,7 +201,7 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
       directory=directory,
       checkpoints=checkpoints,
       step=step_of(job),
-      source=devices_lib.broadcast(job.teacher.source, job.devices),
+      source=() if job.teacher.recorded else devices_lib.broadcast(job.teacher.source, job.devices),
       arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
@@ -257,20 +258,23 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   """Starts the next steps on the devices, at most to the end of the epoch or to the next checkpoint."""
   job = lane.job
   epoch, first = divmod(live.done, job.steps_per_epoch)
-  order = live.order
+  order, source = live.order, live.source
   if first == 0 or order is None:
     key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
     order = job.dataset.train_order(key, job.cfg.train.batch_size)
+    replayed = job.teacher.recorded is not None
+    source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
   every = job.cfg.train.checkpoint_every
   count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
   block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
   block[:count] = order[first : first + count]
   carry = lane.zero_carry if first == 0 else live.carry
   index = devices_lib.split_batches(block, job.devices)
-  state, carry, sums = lane.step.run(live.state, lane.source, carry, lane.arrays, index, lane.key_data)
+  state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))
-  return live._replace(state=state, carry=carry, done=live.done + count, pending=pending, order=order)
+  done = live.done + count
+  return live._replace(state=state, carry=carry, done=done, pending=pending, order=order, source=source)
 
 
 def _read(lane: Lane, live: Live, keep: int) -> Live:
