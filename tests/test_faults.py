@@ -325,7 +325,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   read = lambda name: pathlib.Path(f"{disk}.{name}").read_text()  # noqa: E731
   assert read("status1") == "74\n", read("err1")
   assert f"error: {disk}/run/gen_0 cannot be read or written: " in read("err1")
-  assert "the checkpoints before are intact, and the same command goes on" in read("err1")
+  assert "the checkpoints before are intact, and the same command resumes from them" in read("err1")
   assert read("err1").splitlines()[-1].startswith("error: ")  # after what Orbax's own thread prints
   assert any(line.isdigit() for line in read("steps1").splitlines())
   assert "manifest.json" not in read("files1")
@@ -342,6 +342,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
 # Writes more scalars than the file's buffer holds, so that writing them fails on the full disk.
 EVENTS = """
 import pathlib
+from ban_jax import report, storage
 from experiments import cli
 
 def main():
@@ -389,7 +390,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   assert "error: asked to end by SIGTERM: generation 0 is saved at step " in err
   assert not out
   saved = steps_of(tmp_path / "run")[-1]
-  assert f"saved at step {saved} of 150; the same command goes on from there" in err
+  assert f"saved at step {saved} of 150. Rerun the command to resume" in err
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
 
   status, _, err = finish(start(tmp_path / "run", *flags))
@@ -437,6 +438,7 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 # still running in the background; or after a generation is finished and before its checkpoints are removed.
 DIE_AT = """
 import os, signal, sys
+from ban_jax import storage
 from ban_jax.storage import finished, workdir as workdirs
 write, save, name, saves = storage.write_json, storage.save_step, sys.argv[1], []
 def die(*_):

@@ -425,7 +425,7 @@ def met(arguments):
 def test_processes_that_were_given_different_runs_are_refused_by_name(tmp_path):
   for status, messages in met([alone(tmp_path / "run", 1, f"--config.seed={seed}") for seed in (0, 1)]):
     assert status == 2, messages
-    assert "error: the processes of this run differ in: seed, config; give all of them the same" in messages
+    assert "error: the processes of this run differ in: seed; give all of them the same" in messages
   assert not (tmp_path / "run" / "gen_0").exists()
 
 

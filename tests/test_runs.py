@@ -173,7 +173,7 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--workdir=/s3/bucket"], "workdir 's3://bucket': unknown storage 's3://'"),
     (["--config.train.epochs=ten"], "ten"),
     (["--config.generations=-1"], "generations=-1: expected a whole number of at least 0"),
-    (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
+    (["--config.seed=99999999999999999999"], "seed=99999999999999999999: expected a whole number from 0 to 4294967295"),
     (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
     (["--devices=-1"], "--devices must be at least 0, not -1"),
     (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),

@@ -20,7 +20,7 @@ from conftest import ROOT
 from etils import epath
 
 import ban_jax
-from ban_jax import lock, storage
+from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
 from experiments import results
@@ -396,7 +396,7 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
   held, release = threading.Event(), threading.Event()
 
   def hold():
-    with lock.hold(workdir / pair[0].run):
+    with storage.lock.hold(workdir / pair[0].run):
       held.set()
       release.wait(60)
 
