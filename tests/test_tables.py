@@ -190,6 +190,7 @@ def test_a_killed_table_goes_on_and_repeats_nothing(made, workdir, tmp_path):
   made(1)
   die = f"""
 import os, signal, sys
+from ban_jax import storage
 save = storage.save_step
 def save_and_die(manager, step, tree, record):
   save(manager, step, tree, record)
@@ -454,7 +455,7 @@ def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
     CheckpointError, match=f"{pair[1].path} was taught by a teacher with the digest {manifest['digest']}"
   ):
     graph.find(pair[1], workdir)
-  path.write_text(json.dumps({**manifest, "config": "0" * 64}))
+  path.write_text(json.dumps({**manifest, "identity": "0" * 64}))
   with pytest.raises(CheckpointError, match=f"{pair[0].path} holds a generation of another configuration"):
     graph.find(pair[0], workdir)
   path.write_text(json.dumps(manifest))
