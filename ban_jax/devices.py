@@ -76,7 +76,12 @@ def replicate(tree: PyTree, devices: Devices) -> PyTree:
   """Copies every leaf to each local device, with a leading device axis, for an argument mapped with axis 0."""
   count = len(local(devices))
   stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), tree)
-  return jax.device_put(stacked, _sharding(devices, PartitionSpec(AXIS)))
+  return place(stacked, devices)
+
+
+def place(tree: PyTree, devices: Devices) -> PyTree:
+  """Places leaves [local devices, ...] on the devices, for an argument mapped with axis 0."""
+  return jax.device_put(tree, _sharding(devices, PartitionSpec(AXIS)))
 
 
 def split_rows(tree: PyTree, devices: Devices) -> PyTree:

@@ -41,13 +41,13 @@ class PeerError(BanError, RuntimeError):
 
 
 class StorageError(BanError, OSError):
-  """A disk that is full or failing; what was saved before is intact, and the run goes on once there is room."""
+  """A disk that is full or failing; what was saved before is intact. Rerun the command once there is room."""
 
   exit_status = 74  # EX_IOERR
 
 
 class Preempted(BanError, RuntimeError):
-  """A run asked to end by SIGTERM; what it had done is saved, and the same command goes on."""
+  """A run asked to end by SIGTERM; what it had done is saved. Rerun the command to resume."""
 
   exit_status = 75  # EX_TEMPFAIL
 

@@ -1,5 +1,6 @@
 """From what a caller gives to what is trained: a checked Setup for all generations of a run, and a Job for each one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,11 @@ class Job(NamedTuple):
       "dataset": self.dataset.digest,
       "data": dict(self.dataset.record),
       # Bytes depend on it too, but a run may be resumed on another one.
-      "layout": {**devices_lib.layout(self.devices), "steps_per_dispatch": self.steps_per_dispatch},
+      "layout": {
+        **devices_lib.layout(self.devices),
+        "steps_per_dispatch": self.steps_per_dispatch,
+        "replayed": self.teacher.recorded is not None,
+      },
     }
 
 
@@ -128,19 +133,34 @@ def prepare(setup: Setup, params_prev: Member | Sequence[Member] | None, generat
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
   single = setup.devices[0].platform == "cpu" and dataset.spec.kind == "images"
+  teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
+  if cfg.train.replay and teacher.teaching.teaches:
+    _check_replay(cfg, dataset.spec, steps_per_epoch)
+    teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
   return Job(
     cfg=cfg,
     dataset=dataset,
     devices=setup.devices,
     generation=generation,
     student=student,
-    teacher=teacher_lib.make(parents, models, student, needed=loss.needs_teacher),
+    teacher=teacher,
     loss=loss,
     schedule=optim.make_schedule(cfg.optim, total),
     optimizer=optim.make_optimizer(cfg.optim, total),
     steps_per_epoch=steps_per_epoch,
     steps_per_dispatch=cfg.train.steps_per_dispatch or (1 if single else BLOCK),
   )
+
+
+def _check_replay(cfg: ConfigDict, spec: InputSpec, steps: int) -> None:
+  """Raises a ConfigError where the recorded logits of one epoch take more room than all recordings may."""
+  outputs = math.prod(spec.shape) if spec.kind == "tokens" else 1
+  size = 4 * steps * cfg.train.batch_size * outputs * spec.num_classes / 2**30
+  if size > cfg.train.replay_gib:
+    raise ConfigError(
+      f"train.replay: an epoch's logits take {size:,.1f} GiB, more than train.replay_gib={cfg.train.replay_gib:g}; "
+      'leave train.replay "", so that the teacher runs live'
+    )
 
 
 def _check_inherits(student: Model, parents: Sequence[Variables]) -> None:

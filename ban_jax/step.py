@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
@@ -38,6 +38,26 @@ def initial_state(
   return TrainState(np.int32(0), params, variables.get("batch_stats", {}), optimizer.init(trainable))
 
 
+class Drawn(NamedTuple):
+  """One device's share of a training step's mini-batch, and what else the step draws by."""
+
+  batch: Batch
+  positions: Int[Array, " B"]  # the examples' places in the global mini-batch
+  dropout_key: PRNGKeyArray
+  loss_key: PRNGKeyArray
+
+
+def batch_of(
+  fetch: Callable[..., Batch], arrays: PyTree, index: Int[Array, " B"], key_data: Array, step: Array
+) -> Drawn:
+  """Returns a training step's mini-batch, inside a mapped function; arguments are those of the training step."""
+  positions = devices_lib.example_positions(len(index))
+  key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), step)
+  augment_key, dropout_key, loss_key = jax.random.split(key, 3)
+  batch = fetch(arrays, index, key=augment_key, positions=positions, train=True)
+  return Drawn(batch, positions, dropout_key, loss_key)
+
+
 @functools.lru_cache
 def make_train_step(
   *,
@@ -57,7 +77,7 @@ def make_train_step(
   Equal arguments give the same object, so that it compiles once for all generations. It takes
 
     state     TrainState, a copy a device; donated
-    source    the teacher's source, broadcast; never donated, no gradient
+    source    the teacher's source, placed as teaching.source_axis says; never donated, no gradient
     carry     (student's, teacher's), rows first, split over the devices; donated
     arrays    the data set's training arrays, broadcast
     index     int32 [devices, n, B / devices], n = steps_per_dispatch mini-batches; a mini-batch of -1 is left out
@@ -70,10 +90,7 @@ def make_train_step(
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
 
   def one_step(state: TrainState, source, carry, arrays, index, key_data):
-    positions = devices_lib.example_positions(len(index))
-    key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), state.step)
-    augment_key, dropout_key, loss_key = jax.random.split(key, 3)
-    batch = fetch(arrays, index, key=augment_key, positions=positions, train=True)
+    batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, index, key_data, state.step)
     student_carry, teacher_carry = carry
     teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
@@ -125,7 +142,8 @@ def make_train_step(
     count = (index[:, 0] >= 0).sum()
     return jax.lax.fori_loop(0, count, body, (state, carry, jnp.zeros((len(index), len(names)))))
 
-  run = devices_lib.pmap(train_step, devices=devices, in_axes=(0, None, 0, None, 0, None), donate_argnums=(0, 2))
+  axes = (0, teaching.source_axis, 0, None, 0, None)
+  run = devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2))
   return TrainStep(run, names)
 
 

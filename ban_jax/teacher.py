@@ -1,13 +1,15 @@
 """The teacher: what goes into the training step beside the student, and how a batch's teacher logits come out of it.
 
-There are two kinds: none (generation 0, and losses of the labels) and live, which runs one network, or an ensemble, on
-every batch. A further kind is one more function that returns a `Teaching`.
+There are three kinds: none (generation 0, and losses of the labels); live, which runs one network, or an ensemble, on
+every batch; and replayed, which reads what a live one gave (replay.py). A further kind is one more function that
+returns a `Teaching`.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import PyTree
 
 from ban_jax import metrics, trees
@@ -23,6 +25,7 @@ class Teaching(NamedTuple):
   """
 
   teaches: bool
+  source_axis: int | None  # of the source: None is broadcast to all devices, 0 is split over them
   init_carry: Callable[[int], Carry]
   logits: Callable[[PyTree, Carry, Batch], tuple[Logits | None, Carry]]
 
@@ -31,9 +34,10 @@ class Teacher(NamedTuple):
   """What a generation learns from, as one value."""
 
   teaching: Teaching
-  source: PyTree  # the step's undonated, undifferentiated input: the networks' variables
+  source: PyTree  # the networks' variables; of a live teacher the step's undonated, undifferentiated input
   digests: tuple[str, ...]  # of the networks that the generation depends on, for its manifest
   copied: Mapping[str, PyTree]  # top-level parameters that the student copies and keeps frozen (Table 5)
+  recorded: Teaching | None = None  # of a replayed teacher: the live one whose logits are recorded
 
 
 def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, *, needed: bool) -> Teacher:
@@ -52,7 +56,7 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
 @functools.cache
 def none() -> Teaching:
   """Returns the teaching of labels alone."""
-  return Teaching(False, lambda rows: (), lambda source, carry, batch: (None, carry))
+  return Teaching(False, None, lambda rows: (), lambda source, carry, batch: (None, carry))
 
 
 @functools.lru_cache
@@ -73,4 +77,18 @@ def live(models: tuple[Model, ...]) -> Teaching:
     every = [out for out, _, _ in outputs]
     return every[0] if len(every) == 1 else metrics.mean_log_probabilities(every), tuple(own for _, own, _ in outputs)
 
-  return Teaching(True, init_carry, logits)
+  return Teaching(True, None, init_carry, logits)
+
+
+@functools.cache
+def replayed() -> Teaching:
+  """Returns the teaching of recorded logits.
+
+  The source is an epoch's, float32 [steps, B / devices, ...] on each device; the carry, int32 [B], counts the epoch's
+  steps, alike in all rows.
+  """
+
+  def logits(source: PyTree, carry: Carry, batch: Batch) -> tuple[Logits, Carry]:
+    return source[carry[0]], carry + 1
+
+  return Teaching(True, 0, lambda rows: np.zeros(rows, np.int32), logits)

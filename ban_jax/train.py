@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
-from ban_jax import config, metrics, optim, preemption, processes, report, storage, trees
+from ban_jax import config, metrics, optim, preemption, processes, replay, report, storage, trees
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.errors import ConfigError, Preempted, TrainingError
@@ -63,7 +63,7 @@ def train_generation(
   """
   job = job_lib.prepare(job_lib.resolve(cfg, devices), params_prev, generation)
   with storage.open_workdir(workdir, config.record(cfg)) if workdir is not None else contextlib.nullcontext() as held:
-    return _finished_or_trained(job, held, progress)
+    return finished_or_trained([job], [held], progress)[0]
 
 
 def run(
@@ -80,30 +80,46 @@ def run(
   """
   setup = job_lib.resolve_run(cfg, devices)
   with storage.open_workdir(workdir, config.record(cfg)) as held:  # from the first generation to the last
-    return run_generations(setup, held, progress)
+    return run_generations([setup], [held], progress)[0]
 
 
-def run_generations(setup: Setup, workdir: epath.Path, progress: bool) -> list[Generation]:
-  """Returns `run`'s generations, in a workdir that the caller holds open."""
-  generations: list[Generation] = []
-  for index in range(setup.cfg.generations + 1):
-    job = job_lib.prepare(setup, generations[-1] if generations else None, index)
-    generations.append(_finished_or_trained(job, workdir, progress))
-  return generations
+def run_generations(setups: Sequence[Setup], workdirs: Sequence[epath.Path], progress: bool) -> list[list[Generation]]:
+  """Returns the generations of several runs, trained side by side, each on devices of its own.
+
+  The caller holds the workdirs open. Generation by generation, the runs wait for each other.
+  """
+  runs: list[list[Generation]] = [[] for _ in setups]
+  for index in range(1 + max(setup.cfg.generations for setup in setups)):
+    due = [place for place, setup in enumerate(setups) if index <= setup.cfg.generations]
+    jobs = [job_lib.prepare(setups[place], runs[place][-1] if index else None, index) for place in due]
+    done = finished_or_trained(jobs, [workdirs[place] for place in due], progress)
+    for place, generation in zip(due, done, strict=True):
+      runs[place].append(generation)
+  return runs
 
 
-def _finished_or_trained(job: Job, workdir: epath.Path | None, progress: bool) -> Generation:
-  """Returns the generation that the workdir holds, or trains it."""
-  directory = workdir and workdir / f"gen_{job.generation}"
-  if directory is not None:
-    _check_processes(job.lineage)
-    finished = storage.load_together(directory)
-    if finished is not None:
-      generation, manifest = finished
-      storage.check_lineage(job.lineage, manifest, directory)
-      return generation
-  with preemption.watch() if directory else contextlib.nullcontext(lambda: False) as requested:
-    return train([job], [directory], requested, progress)[0]
+def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
+  """Returns the generations that the workdirs hold, and trains the others side by side."""
+  directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
+  found = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
+  missing = [place for place, generation in enumerate(found) if generation is None]
+  if missing:
+    with preemption.watch() if directories[missing[0]] else contextlib.nullcontext(lambda: False) as requested:
+      trained = train([jobs[i] for i in missing], [directories[i] for i in missing], requested, progress)
+    for place, generation in zip(missing, trained, strict=True):
+      found[place] = generation
+  return found
+
+
+def _finished(job: Job, directory: epath.Path) -> Generation | None:
+  """Returns a generation that a workdir holds, or None; raises where it is of another origin."""
+  _check_processes(job.lineage)
+  finished = storage.load_together(directory)
+  if finished is None:
+    return None
+  generation, manifest = finished
+  storage.check_lineage(job.lineage, manifest, directory)
+  return generation
 
 
 def _check_processes(lineage: Mapping[str, Any]) -> None:
@@ -129,6 +145,7 @@ class Live(NamedTuple):
   saved: int  # the step of the newest checkpoint, 0 for none
   pending: tuple[tuple[int, int, jax.Array], ...] = ()  # first step, number of steps, and their sums on the devices
   order: Int[np.ndarray, "steps B"] | None = None  # the epoch's mini-batches
+  source: PyTree = ()  # the teacher's, in this epoch
 
 
 class Lane(NamedTuple):
@@ -138,7 +155,7 @@ class Lane(NamedTuple):
   directory: epath.Path | None
   checkpoints: Any  # Orbax's manager; None without a directory
   step: TrainStep
-  source: PyTree
+  source: PyTree  # of a replayed teacher: none, since it changes with the epoch
   arrays: PyTree
   key_data: jax.Array
   zero_carry: Carry
@@ -158,7 +175,10 @@ def train(
   """
   finished: dict[int, Generation] = {}
   with contextlib.ExitStack() as stack:
-    opened = [stack.enter_context(_open(job, where, progress)) for job, where in zip(jobs, directories, strict=True)]
+    opened = []
+    for job, directory in zip(jobs, directories, strict=True):
+      title = f"generation {job.generation}" + (f", seed {job.cfg.seed}" if len(jobs) > 1 else "")
+      opened.append(stack.enter_context(_open(job, directory, title, progress)))
     lanes, lives = map(list, zip(*opened, strict=True))
     while len(finished) < len(lanes):
       running = [place for place in range(len(lanes)) if place not in finished]
@@ -178,7 +198,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tuple[Lane, Live]]:
+def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) -> Iterator[tuple[Lane, Live]]:
   """Yields a job placed on its devices, at its newest checkpoint or its beginning."""
   primary = processes.is_primary()
   with contextlib.ExitStack() as stack:
@@ -194,13 +214,13 @@ def _open(job: Job, directory: epath.Path | None, progress: bool) -> Iterator[tu
         tree, record = restored
         state, carry = tree["state"], tree["carry"]
     done = int(state.step)
-    bar = report.Progress(f"generation {job.generation}", job.total_steps, done, progress and primary)
+    bar = report.Progress(title, job.total_steps, done, progress and primary)
     lane = Lane(
       job=job,
       directory=directory,
       checkpoints=checkpoints,
       step=step_of(job),
-      source=devices_lib.broadcast(job.teacher.source, job.devices),
+      source=() if job.teacher.recorded else devices_lib.broadcast(job.teacher.source, job.devices),
       arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
@@ -257,20 +277,23 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   """Starts the next steps on the devices, at most to the end of the epoch or to the next checkpoint."""
   job = lane.job
   epoch, first = divmod(live.done, job.steps_per_epoch)
-  order = live.order
+  order, source = live.order, live.source
   if first == 0 or order is None:
     key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
     order = job.dataset.train_order(key, job.cfg.train.batch_size)
+    replayed = job.teacher.recorded is not None
+    source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
   every = job.cfg.train.checkpoint_every
   count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
   block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
   block[:count] = order[first : first + count]
   carry = lane.zero_carry if first == 0 else live.carry
   index = devices_lib.split_batches(block, job.devices)
-  state, carry, sums = lane.step.run(live.state, lane.source, carry, lane.arrays, index, lane.key_data)
+  state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))
-  return live._replace(state=state, carry=carry, done=live.done + count, pending=pending, order=order)
+  done = live.done + count
+  return live._replace(state=state, carry=carry, done=done, pending=pending, order=order, source=source)
 
 
 def _read(lane: Lane, live: Live, keep: int) -> Live:

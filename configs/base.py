@@ -94,6 +94,10 @@ def get_config() -> ConfigDict:
   # Steps a dispatch to the devices. 0 chooses: 1 for images on CPU, where a convolution inside a compiled loop is 30
   # times slower, else ban_jax.job.BLOCK.
   config.train.steps_per_dispatch = 0
+  # Directory in which a teacher's logits are recorded once and read by all students of the same teacher, seed and
+  # generation, such as those of different losses; "" runs the teacher live for each. And the most they may take, GiB.
+  config.train.replay = ""
+  config.train.replay_gib = 16.0
   # Number of epochs between evaluations; 0 to evaluate only after training. They never select a checkpoint.
   config.train.evaluate_every = 1
   # Whether batch norm uses the statistics of the global mini-batch, or each device those of its own part.

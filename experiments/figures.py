@@ -346,7 +346,7 @@ def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: 
   if recorded:
     plots.save(plot_dark_knowledge(recorded, list(curves)), out / "dark_knowledge.png")
   else:
-    (out / "dark_knowledge.png").unlink(missing_ok=True)  # it would be of other generations
+    (out / "dark_knowledge.png").unlink(missing_ok=True)  # an old plot would show other generations
   generations = [
     {
       "name": each.name,

@@ -1,80 +1,143 @@
-"""The main job in a few minutes: a teacher, three born-again generations and their ensembles, over several seeds.
+"""The main job in two minutes: born-again generations on digits with true labels, and on digits with wrong ones.
 
     make quickstart        or        python -m experiments.quickstart --workdir=runs/quickstart
 
-Trains on 200 handwritten digits from scikit-learn and tests on 1397 others. Finished results are shown at once; an
-interrupted run is resumed.
+A teacher and its born-again students learn from handwritten digits of scikit-learn, 1397 others test them. On the left
+all labels are true; on the right 40 % of them are replaced by another class. Seeds run side by side, one a device.
+Finished results are shown at once; an interrupted run is resumed.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from absl import flags
 from etils import epath
 
 from ban_jax import storage
 from ban_jax.processes import is_primary
+from ban_jax.types import Devices
 from configs import digits
 from experiments import cli, plots, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the runs, the table and the plot.")
-SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds to average over.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 6, "Number of seeds to average over.", lower_bound=1)
 WORDS = flags.DEFINE_string("words", "digits,wrn_10_1,cpu", "Configuration words, as in configs/digits.py.")
 
 
-def plot(per_seed: Sequence[results.Results], title: str, path: epath.Path) -> None:
-  """Plots the test error of generations and ensembles: every seed as a dot, the mean with its standard error."""
-  names = list(per_seed[0])
-  single = [name for name in names if not name.startswith("Ens")]
-  places = {name: place + 0.5 * (name not in single) for place, name in enumerate(names)}
-  figure = plots.figure(7, 4.2)
-  axes = figure.subplots()
-  for group, color, style in ((single, "tab:blue", "o-"), (names[len(single) :], "tab:orange", "s")):
-    errors = {name: [rows[name]["error"] for rows in per_seed] for name in group}
-    bars = {name: results.mean_and_error(values) for name, values in errors.items()}
-    axes.errorbar(
-      [places[name] for name in group],
-      [mean for mean, _ in bars.values()],
-      [error for _, error in bars.values()],
-      fmt=style, color=color, capsize=4, zorder=3,
-    )  # fmt: skip
-    for name, (mean, _) in bars.items():
-      plots.seeds(axes, places[name], errors[name], color)
-      box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-      offset = {"xytext": (12, 0), "textcoords": "offset points", "va": "center"}
-      axes.annotate(f"{mean:.2f}", (places[name], mean), color=color, bbox=box, **offset)
-  axes.set_xticks(list(places.values()), names)
-  axes.margins(x=0.12)
-  axes.set_ylabel("test error, % (mean, standard error, seeds)")
-  axes.set_title(title, fontsize="medium")
-  plots.tidy(axes, grid=True)
+class Panel(NamedTuple):
+  """A column of the plot: one way to make the training labels."""
+
+  name: str
+  title: str
+  changes: Mapping[str, object]  # of the configuration, by dotted key
+
+
+PANELS = (
+  Panel("clean", "true labels", {}),
+  Panel("noisy", "40 % wrong labels", {"data.train_examples": 0, "data.label_noise": 0.4}),
+)
+
+
+def evaluate(panel: Panel, workdir: epath.Path, devices: Devices) -> tuple[list[results.Results], bool]:
+  """Returns a panel's results by seed, and whether all of them existed already; trains as many seeds as devices."""
+  per_seed, finished = [], True
+  for first in range(0, SEEDS.value, len(devices)):
+    seeds = range(first, min(first + len(devices), SEEDS.value))
+    if cli.PROGRESS.value:
+      print(f"{panel.title}: seeds {seeds[0]} to {seeds[-1]} of {SEEDS.value}", flush=True)
+    cfgs = [config_of(panel, seed) for seed in seeds]
+    found = results.evaluate_runs(
+      cfgs,
+      [workdir / panel.name / f"seed_{seed}" for seed in seeds],
+      devices=[[device] for device in devices[: len(seeds)]],
+      progress=cli.PROGRESS.value,
+    )
+    per_seed += [rows for rows, _ in found]
+    finished &= all(existed for _, existed in found)
+  return per_seed, finished
+
+
+def config_of(panel: Panel, seed: int):
+  """Returns a panel's configuration for a seed, which also decides which labels are wrong."""
+  cfg = digits.get_config(WORDS.value)
+  cfg.update_from_flattened_dict({**panel.changes, "seed": seed})
+  if cfg.data.label_noise:
+    cfg.data.noise_seed = seed
+  return cfg
+
+
+def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, str], path: epath.Path) -> None:
+  """Plots the test error of generations and ensembles, one panel each, with every seed as a dot."""
+  figure = plots.figure(10, 4.2)
+  for axes, (name, per_seed) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+    rows = list(per_seed[0])
+    single = [row for row in rows if not row.startswith("Ens")]
+    places = {row: place + 0.5 * (row not in single) for place, row in enumerate(rows)}
+    for group, color, style in ((single, "tab:blue", "o-"), (rows[len(single) :], "tab:orange", "s")):
+      errors = {row: [seed[row]["error"] for seed in per_seed] for row in group}
+      bars = {row: results.mean_and_error(values) for row, values in errors.items()}
+      means, spreads = zip(*bars.values(), strict=True)
+      axes.errorbar([places[row] for row in group], means, spreads, fmt=style, color=color, capsize=4, zorder=3)
+      for row, (mean, _) in bars.items():
+        plots.seeds(axes, places[row], errors[row], color)
+        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        offset = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{mean:.1f}", (places[row], mean), color=color, bbox=box, fontsize="small", **offset)
+    axes.axhline(results.mean_and_error([seed[rows[0]]["error"] for seed in per_seed])[0], color="0.6", ls=":", lw=1)
+    axes.set_xticks(list(places.values()), rows)
+    axes.margins(x=0.12)
+    axes.set_ylim(bottom=0)
+    axes.set_title(titles[name], fontsize="medium")
+    plots.tidy(axes, grid=True)
+  figure.axes[0].set_ylabel("test error, %")
   plots.save(figure, path)
 
 
+def sentence(found: Mapping[str, Sequence[results.Results]]) -> str:
+  """Returns what the numbers say, panel by panel: the last generation minus its first teacher, paired by seed."""
+  said = []
+  for panel in PANELS:
+    rows = [row for row in found[panel.name][0] if not row.startswith("Ens")]
+    difference = results.paired_difference(found[panel.name], rows[-1], rows[0])
+    if difference.high < 0:
+      word = "better than"
+    elif difference.low > 0:
+      word = "worse than"
+    else:
+      word = "not distinguishable from"
+    said.append(f"With {panel.title}, {rows[-1]} is {word} the teacher ({difference.text} points of test error).")
+  reason = (
+    "A teacher that half believes wrong labels gives its students cleaner targets than those it had; from true labels "
+    "that it fits, a student of the same network has little to gain."
+  )
+  return " ".join([*said, reason])
+
+
 def main() -> None:
-  """Trains what is missing, then prints the table and the path of the plot."""
+  """Trains what is missing, then prints the tables and the path of the plot."""
   start = time.monotonic()
   devices = cli.start_jax()
   workdir = storage.resolve_workdir(WORKDIR.value)
-  per_seed, finished = [], True
-  for seed in range(SEEDS.value):
-    cfg = digits.get_config(WORDS.value)
-    cfg.seed = seed
-    if cli.PROGRESS.value:
-      print(f"seed {seed + 1} of {SEEDS.value}", flush=True)
-    rows, existed = results.evaluate_run(cfg, workdir / f"seed_{seed}", devices=devices, progress=cli.PROGRESS.value)
-    per_seed.append(rows)
+  found, finished, parts, titles = {}, True, [], {}
+  for panel in PANELS:
+    found[panel.name], existed = evaluate(panel, workdir, devices)
     finished &= existed
+    cfg = config_of(panel, 0)
+    titles[panel.name] = f"{cfg.data.train_examples or 'all 400'} training digits, {panel.title}"
+    parts += [f"**{titles[panel.name]}**", results.table(found[panel.name], reference="teacher")]
   if not is_primary():
     return
   seeds = f"{SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
-  title = f"{cfg.data.train_examples} digits, {results.network(cfg.model)}, scale {cfg.scale}, {seeds}"
-  text = f"{title}; mean and standard error; test split, last epoch\n\n{results.table(per_seed)}\n"
+  heading = (
+    f"{results.network(cfg.model)}, {cfg.train.epochs} epochs, {seeds}; mean ± standard error, test split, last "
+  )
+  text = "\n\n".join([f"{heading}epoch; difference paired by seed, with its 95% interval", *parts, sentence(found)])
   table, picture = workdir / "table.md", workdir / "error_by_generation.png"
-  results.write(table, text)
-  plot(per_seed, title, picture)
+  results.write(table, text + "\n")
+  plot(found, titles, picture)
   print("everything was finished already" if finished else f"finished in {time.monotonic() - start:.0f} s")
-  print(f"\n{text}\ntable: {table}\nplot:  {picture}")
+  print(f"\n{text}\n\ntable: {table}\nplot:  {picture}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The results of a run: its generations and ensembles evaluated, averaged over seeds, as a Markdown table."""
 
+import contextlib
 import json
+import math
 import statistics
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from etils import epath
@@ -16,6 +19,7 @@ from ban_jax.train import run_generations
 from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
+CONFIDENCE = 0.95
 # Columns of a table: metric, title, decimals.
 COLUMNS = (
   ("validation_perplexity", "validation perplexity", 2),
@@ -43,27 +47,48 @@ def members(generations: int) -> dict[str, tuple[int, ...]]:
 def evaluate_run(
   cfg: ConfigDict, workdir: epath.PathLike, *, devices: Sequence[jax.Device], progress: bool
 ) -> tuple[Results, bool]:
-  """Finishes a run, evaluates every row on the test split, and returns (results, whether all of it existed already).
+  """Finishes a run and evaluates it: `evaluate_runs` of one."""
+  return evaluate_runs([cfg], [workdir], devices=[devices], progress=progress)[0]
 
-  `workdir/evaluations.json` keeps the evaluations beside the digests of the networks that they belong to.
+
+def evaluate_runs(
+  cfgs: Sequence[ConfigDict],
+  workdirs: Sequence[epath.PathLike],
+  *,
+  devices: Sequence[Sequence[jax.Device]],
+  progress: bool,
+) -> list[tuple[Results, bool]]:
+  """Finishes runs side by side, each on its own devices, and evaluates every row of each on the test split.
+
+  Returns, for each, (results, whether all of it existed already). `workdir/evaluations.json` keeps the evaluations
+  beside the digests of the networks that they belong to.
   """
-  setup = job.resolve_run(cfg, devices)
-  rows, results, fresh = members(cfg.generations), {}, {}
-  with storage.open_workdir(workdir, config.record(cfg)) as workdir:  # locked until the evaluations are written, too
-    generations = run_generations(setup, workdir, progress)
-    record = workdir / "evaluations.json"
-    try:
-      kept = dict(json.loads(record.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # evaluated again below
-      kept = {}
-    digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
-    for name, indices in rows.items():
-      own = [digests[index] for index in indices]
-      if kept.get(name, {}).get("members") != own:
-        fresh[name] = {"members": own, "metrics": evaluate([generations[index] for index in indices], cfg, devices)}
-      results[name] = (fresh.get(name) or kept[name])["metrics"]
-    if fresh and is_primary():
-      storage.write_json(record, kept | fresh)
+  setups = [job.resolve_run(cfg, own) for cfg, own in zip(cfgs, devices, strict=True)]
+  with contextlib.ExitStack() as stack:  # locked until the evaluations are written, too
+    held = [
+      stack.enter_context(storage.open_workdir(workdir, config.record(cfg)))
+      for cfg, workdir in zip(cfgs, workdirs, strict=True)
+    ]
+    runs = run_generations(setups, held, progress)
+    return [_evaluate_run(*run) for run in zip(setups, held, runs, strict=True)]
+
+
+def _evaluate_run(setup: job.Setup, workdir: epath.Path, generations: Sequence[Generation]) -> tuple[Results, bool]:
+  rows, results, fresh = members(setup.cfg.generations), {}, {}
+  record = workdir / "evaluations.json"
+  try:
+    kept = dict(json.loads(record.read_text()))
+  except (FileNotFoundError, ValueError, TypeError):  # evaluated again below
+    kept = {}
+  digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
+  for name, indices in rows.items():
+    own = [digests[index] for index in indices]
+    if kept.get(name, {}).get("members") != own:
+      metrics = evaluate([generations[index] for index in indices], setup.cfg, setup.devices)
+      fresh[name] = {"members": own, "metrics": metrics}
+    results[name] = (fresh.get(name) or kept[name])["metrics"]
+  if fresh and is_primary():
+    storage.write_json(record, kept | fresh)
   return results, not fresh
 
 
@@ -105,15 +130,50 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
   return statistics.fmean(values), error
 
 
-def table(per_seed: Sequence[Results]) -> str:
-  """Returns a Markdown table of the test metrics (for text, perplexities first): mean and standard error over seeds."""
+class Difference(NamedTuple):
+  """A mean of differences, paired by seed, with its confidence interval (NaN for a single seed)."""
+
+  mean: float
+  low: float
+  high: float
+  seeds: int
+
+  @property
+  def text(self) -> str:
+    """The difference as a table shows it."""
+    interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
+    return f"{self.mean:+.2f}{interval}"
+
+
+def mean_difference(differences: Sequence[float]) -> Difference:
+  """Returns the mean of differences that are paired by seed, with Student's 95% interval."""
+  import scipy.stats  # slow to import
+
+  mean, error = mean_and_error(differences)
+  half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) if len(differences) > 1 else math.nan
+  return Difference(mean, mean - half, mean + half, len(differences))
+
+
+def paired_difference(per_seed: Sequence[Results], row: str, reference: str, metric: str = "error") -> Difference:
+  """Returns a row's metric minus the reference's, paired by seed."""
+  return mean_difference([rows[row][metric] - rows[reference][metric] for rows in per_seed])
+
+
+def table(per_seed: Sequence[Results], reference: str | None = None) -> str:
+  """Returns a Markdown table of the test metrics (for text, perplexities first): mean and standard error over seeds.
+
+  With a `reference`, a row's name, there is one more column: the first metric minus the reference's, paired by seed.
+  """
   columns = [column for column in COLUMNS if column[0] in next(iter(per_seed[0].values()))]
-  cells = [["", *(title for _, title, _ in columns)]]
+  cells = [["", *(title for _, title, _ in columns), *([f"minus {reference}"] if reference else [])]]
   for name in per_seed[0]:
     row = [name]
     for key, _, digits in columns:
       mean, error = mean_and_error([results[name][key] for results in per_seed])
       row.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(per_seed) > 1 else ""))
+    if reference:
+      difference = paired_difference(per_seed, name, reference, columns[0][0])
+      row.append("" if name == reference else difference.text)
     cells.append(row)
   return markdown(cells)
 

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:
-  """Returns a locked configuration of seconds, with `train__epochs=3` style changes."""
+  """Returns a locked configuration that trains in seconds; changes are given as `train__epochs=3`."""
   cfg = digits.get_config(words)
   cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   return cfg
@@ -25,7 +25,7 @@ def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-  """Drops a file's compiled programs behind it: each is dozens of memory mappings, of which a process has 65,530."""
+  """Drops the compiled programs after each file: each has dozens of memory mappings; a process may have 65,530."""
   yield
   jax.clear_caches()
   gc.collect()

@@ -106,7 +106,7 @@ def test_padding_rows_are_masked_and_finite():
   arrays = arrays_of(random_images(3))
   got = images.make_fetch(0, False)(arrays, jnp.array([2, -1, 0, -1]), key=None, positions=None, train=False)
   np.testing.assert_array_equal(got.mask, [True, False, True, False])
-  # A padding row must only not make the loss NaN, as a label outside the classes or an infinite pixel would.
+  # A padding row only has to keep the loss finite: no label outside the classes, no infinite pixel.
   np.testing.assert_array_equal(got.labels, [2, 0, 0, 0])
   assert np.isfinite(got.inputs).all()
   assert (got.inputs.dtype, got.labels.dtype, got.mask.dtype) == (np.float32, np.int32, np.bool_)

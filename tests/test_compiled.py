@@ -1,4 +1,4 @@
-"""What one compiled step does: its collectives, its transfers, its lowering for TPU and GPU; the arithmetic on them."""
+"""Compiled steps: collectives, transfers, lowering for TPU and GPU, and the arithmetic of docs/scaling.md."""
 
 import functools
 import re
@@ -16,12 +16,12 @@ from configs import cifar, pydoc
 from experiments import scaling
 from experiments.analysis import programs
 
-# A student's network -> its batch norms, and the products and convolutions of a forward pass and of a training step: a
-# teacher's forward pass, the student's, and two gradients of each but of an image network's stem, which needs only one.
+# Network -> its batch norms, and the products and convolutions of a forward pass and of a training step: the teacher's
+# and the student's forward pass, and two gradients of each layer, but only one of an image network's stem.
 NETWORKS = {
   "wide_resnet": (config(), 7, 10, 4 * 10 - 1),
   "densenet": (config("digits,densenet_16_8,smoke", model__units=1), 10, 11, 4 * 11 - 1),
-  # Of units and transitions a product is computed once more, where its result is not the last.
+  # Rematerialised units and transitions compute a product again, unless its result is their last.
   "densenet_remat": (config("digits,densenet_16_8,smoke", model__units=1, model__remat=True), 10, 11, 4 * 11 - 1 + 3),
   "lstm": (pydoc.get_config("pydoc,lstm_32,smoke"), 0, 5, 4 * 5),
   "char_cnn_lstm": (pydoc.get_config("pydoc,cnn_lstm_32,smoke"), 0, 16, 4 * 16),
@@ -44,7 +44,7 @@ def kinds(text):
 def test_a_training_step_has_two_all_reduces_a_batch_norm_and_two_more(name):
   norms = NETWORKS[name][1]
   lowered, compiled = texts(name)
-  # Before XLA merges any, so that it holds on every platform; and behind it.
+  # Before XLA merges any, where it holds on every platform, and after.
   assert lowered.count('"stablehlo.all_reduce"') == 2 * norms + 2
   assert 2 <= kinds(compiled).count("all-reduce") <= 2 * norms + 2
 
@@ -54,7 +54,7 @@ def test_nothing_is_exchanged_for_the_teacher_or_the_data(name):
   student, teacher = texts(name)[1], texts(name, taught=False)[1]
   assert scaling.collectives(student) == scaling.collectives(teacher)
   assert set(kinds(student)) == {"all-reduce"}
-  # Of whole numbers, as labels and images are, only the errors and the count.
+  # Labels and images are integers too, but only the errors and the count are summed over the devices.
   whole = [line for line in student.splitlines() if re.search(r" = \(?[su]\d+\S* all-reduce\(", line)]
   assert [entry.bytes for entry in scaling.collectives("\n".join(whole))] == [2 * 4]
 
@@ -144,7 +144,7 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_steps_are_lowered_for_every_platform(platform, name):
   cfg, _, forward, training = NETWORKS[name]
-  marks = {"cpu": 111111, "cuda": 222222, "tpu": 333333}  # what tells whom a text is for
+  marks = {"cpu": 111111, "cuda": 222222, "tpu": 333333}  # shows which platform a program is for
 
   def mark():
     return jax.lax.platform_dependent(**{key: functools.partial(np.int32, value) for key, value in marks.items()})
@@ -177,7 +177,7 @@ def test_operations_are_those_of_a_count_by_hand(count):
   devices = tuple(jax.devices()[:count])
   each = cfg.train.batch_size // count
   assert programs.count_flops(programs.eval_program(cfg, devices)) == each * forward
-  # Forward, and two gradients for each product but the stem's; with a teacher's forward pass behind it.
+  # Forward, and two gradients for each product except the stem's; then the same with a teacher's forward pass.
   assert programs.count_flops(programs.train_program(cfg, devices, taught=False)) == each * (3 * forward - stem)
   assert programs.count_flops(programs.train_program(cfg, devices)) == each * (4 * forward - stem)
 
@@ -186,7 +186,7 @@ def test_operations_of_an_lstm_are_those_of_a_count_by_hand():
   cfg = pydoc.get_config("pydoc,lstm_32,smoke")
   devices, units, words = tuple(jax.devices()), 32, data.load(cfg.data).spec.num_classes
   tokens = cfg.train.batch_size // len(devices) * cfg.data.window
-  layer = 2 * 2 * units * 4 * units  # of input and state, to four gates
+  layer = 2 * 2 * units * 4 * units  # from input and state to four gates
   forward = tokens * (2 * layer + 2 * units * words)
   assert programs.count_flops(programs.eval_program(cfg, devices)) == forward
   assert programs.count_flops(programs.train_program(cfg, devices)) == 4 * forward
@@ -194,7 +194,7 @@ def test_operations_of_an_lstm_are_those_of_a_count_by_hand():
 
 def test_operations_agree_with_xla():
   program = programs.train_program(cifar.get_config("cifar10,wrn_10_1,paper"), tuple(jax.devices()[:1]))
-  # XLA leaves out the taps on padding, and counts what lies between the products.
+  # XLA does not count taps on padding, and does count the operations between the products.
   assert program.step.lower(*program.arguments).cost_analysis()["flops"] == pytest.approx(
     programs.count_flops(program), rel=0.1
   )
@@ -214,11 +214,11 @@ def test_a_scan_counts_its_steps_and_an_unknown_loop_is_refused():
 
 def test_an_all_reduce_takes_what_the_ring_takes():
   ring = scaling.Slice((8,), link=1e9, hop=1e-6)
-  # 2 (n - 1) / n of the bytes over both directions of a closed ring, and there and back half round it.
+  # 2 (n - 1) / n of the bytes over both directions of a closed ring, and the hops halfway round and back.
   assert scaling.all_reduce_seconds(10**6, ring) == pytest.approx(2 * 7 / 8 * 1e6 / 2e9 + 2 * 4e-6)
   line = scaling.Slice((2,), link=1e9, hop=1e-6)
   assert scaling.all_reduce_seconds(10**6, line) == pytest.approx(1e6 / 1e9 + 2e-6)
-  # On several axes the bytes are as if they were one ring; only the hops grow with the axes' lengths.
+  # On several axes the bytes are those of one ring; only the hops grow with the lengths of the axes.
   cube = scaling.Slice((4, 4, 4), link=1e9, hop=0)
   assert scaling.all_reduce_seconds(10**6, cube) == pytest.approx(2 * 63 / 64 * 1e6 / 2e9)
   assert scaling.all_reduce_seconds(0, cube._replace(hop=1e-6)) == pytest.approx(2 * 3 * 2e-6)

@@ -31,7 +31,7 @@ def test_the_papers_settings_for_language():
   assert (lstm.train.batch_size, lstm.optim.factor, lstm.optim.threshold) == (32, 0.25, 0)
   assert (cnn.train.batch_size, cnn.optim.factor, cnn.optim.threshold) == (20, 0.5, 0.5)
   assert (lstm.optim.learning_rate, lstm.optim.clip_norm) == (20, 0.25)
-  # 2 and 5, of a loss that is summed over 35 tokens.
+  # 2 and 5 are for a loss summed over 35 tokens.
   assert (cnn.optim.learning_rate, cnn.optim.clip_norm) == (70, 5 / 35)
 
 

@@ -1,4 +1,4 @@
-"""Data sets: preparing and reading CIFAR without TensorFlow or network, splits, mini-batch orders, every message."""
+"""Data sets: preparing and reading CIFAR without TensorFlow or network, splits, mini-batch orders, error messages."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from conftest import config as conftest_config
 
+import ban_jax
 from ban_jax import config, data
 from ban_jax.data import images, tfds_cifar
 from ban_jax.data.arrays import digest
@@ -31,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
 BOTH = pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 
-# How the original archives are laid out: the rows' label columns (feature, names' file, classes) and the splits' files.
+# Layout of the original archives: the label columns (feature, file of names, classes) and the files of each split.
 LAYOUT = {
   "cifar10": (
     [("label", "batches.meta.txt", 10)],
@@ -48,13 +50,14 @@ ARCHIVES = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.t
 def group(**changes):
   """Returns a configuration's `data` group."""
   values = {
-    "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0
+    "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0,
+    "label_noise": 0.0, "noise_kind": "symmetric", "noise_seed": 0,
   } | changes  # fmt: skip
   return ml_collections.ConfigDict(values).lock()
 
 
 def write_archive(path, name, *, rows=24, seed=0, change=lambda files: None):
-  """Writes an archive in the original format, `rows` random images a file, and returns what it holds.
+  """Writes an archive in the original format, `rows` random images per file, and returns its contents.
 
   `change` may alter the dict of file names and bytes before they are packed.
   """
@@ -90,7 +93,7 @@ def assert_holds(dataset, expected):
 
 
 def run_python(code, *arguments):
-  """Starts another Python on some code."""
+  """Starts code in another Python process."""
   return subprocess.Popen(
     [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -99,7 +102,7 @@ def run_python(code, *arguments):
 
 @pytest.fixture
 def offline(monkeypatch):
-  """Lets every connection fail as without a network, and for real: nothing listens at the proxy's port."""
+  """Makes every connection fail as without a network: nothing listens at the proxy's port."""
   for variable in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
   monkeypatch.setenv("NO_PROXY", "")
@@ -372,7 +375,7 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 @contextlib.contextmanager
 def serve(directory):
-  """Serves a directory over HTTP and gives its address and the list of paths asked for."""
+  """Serves a directory over HTTP and yields its address and the list of requested paths."""
   asked = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -430,7 +433,7 @@ def test_the_real_data_set(tmp_path):
   assert_describes(data.describe(cfg), dataset)
   assert (np.bincount(dataset.splits["train"]["labels"]) == 5000).all()
   assert (np.bincount(dataset.splits["test"]["labels"]) == 1000).all()
-  # The values that everybody normalises CIFAR-10 with.
+  # The usual normalisation of CIFAR-10.
   np.testing.assert_allclose(dataset.splits["train"]["mean"], [0.4914, 0.4822, 0.4465], atol=5e-4)
   np.testing.assert_allclose(dataset.splits["train"]["std"], [0.2470, 0.2435, 0.2616], atol=5e-4)
 
@@ -459,7 +462,7 @@ def test_digits_are_the_1797_digits():
 
 
 def test_which_digits_train_never_changes():
-  """Published results rest on these very examples."""
+  """Published results depend on exactly these examples."""
   train = data.load(group()).splits["train"]
   assert hashlib.sha256(train["images"].tobytes() + train["labels"].tobytes()).hexdigest() == (
     "dd700ccf2b0866d01b2d617d4ec97a6c2b640ced36dc82249dd357fb3712783f"
@@ -582,8 +585,9 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
 
 
 def test_keys_are_those_that_the_loader_takes():
-  assert data.keys_of("cifar10") == data.keys_of("cifar100") == ("dir", "validation", "train_examples", "pad", "flip")
-  assert data.keys_of("digits") == ("validation", "train_examples", "pad", "flip")
+  images_keys = ("validation", "train_examples", "pad", "flip", "label_noise", "noise_kind", "noise_seed")
+  assert data.keys_of("cifar10") == data.keys_of("cifar100") == ("dir", *images_keys)
+  assert data.keys_of("digits") == images_keys
   assert data.keys_of("ptb") == ("dir", "train_examples", "window")
   assert data.keys_of("pydoc") == ("train_examples", "window")
 
@@ -615,7 +619,7 @@ def test_embedded_data_sets_are_one_of_each_kind():
 
 
 def assert_describes(known, dataset):
-  """Asserts that what is known of a data set is what it is, the words of a vocabulary aside."""
+  """Asserts that the description of a data set is right, except for the words of its vocabulary."""
   assert known.spec._replace(words=()) == dataset.spec._replace(words=())
   assert len(known.spec.words) == len(dataset.spec.words)
   assert known.fetch is dataset.fetch
@@ -736,6 +740,13 @@ def text_group(**changes):
     (text_group(window=True), "data.window=True: expected a whole number of at least 0"),
     (text_group(pad=4), "data.pad=4: expected 0, because pydoc is text, and no image is cropped"),
     (text_group(flip=True), "data.flip=True: expected False, because pydoc is text, and no image is flipped"),
+    (
+      text_group(label_noise=0.1),
+      "data.label_noise=0.1: expected 0.0, because pydoc is text, and has no labels to replace",
+    ),
+    (group(label_noise=1.0), "data.label_noise=1.0: expected a share in [0, 1)"),
+    (group(noise_seed=-1), "data.noise_seed=-1: expected a whole number of at least 0"),
+    (group(noise_kind="random"), "unknown data.noise_kind 'random'; choose one of: pairwise, symmetric"),
     (text_group(validation=0.1), "data.validation=0.1: expected 0.0, because pydoc brings its own validation split"),
   ],
 )
@@ -756,3 +767,62 @@ def test_wrong_values_are_reported_before_any_work(tmp_path, no_connections):
 def test_right_values_are_accepted_for_any_directory(name):
   of_kind = text_group if data.DATASETS[name].kind == "tokens" else group
   config.check_data(of_kind(name=name, dir="/nowhere", train_examples=10))
+
+
+# --- wrong labels ----------------------------------------------------------------------------------------------------
+
+
+def test_label_noise_replaces_a_share_of_the_training_labels_and_nothing_else():
+  clean, noisy = data.load(group(validation=0.1)), data.load(group(validation=0.1, label_noise=0.4))
+  true, seen = clean.splits["train"]["labels"], noisy.splits["train"]["labels"]
+  assert (true != seen).sum() == round(0.4 * len(true)) == round(noisy.record["wrong_labels"] * len(true))
+  assert set(np.unique(seen)) <= set(range(10))
+  for split in ("test", "validation"):
+    np.testing.assert_array_equal(clean.splits[split]["labels"], noisy.splits[split]["labels"])
+  np.testing.assert_array_equal(clean.splits["train"]["images"], noisy.splits["train"]["images"])
+  confusion = np.array(noisy.record["confusion"])
+  np.testing.assert_array_equal(confusion.sum(1), np.bincount(true, minlength=10))
+  assert np.trace(confusion) == (true == seen).sum()
+  assert (confusion > 0).sum() > 40  # any other class
+  assert noisy.digest != clean.digest
+  assert clean.record == {}
+
+
+def test_pairwise_noise_takes_the_next_class():
+  noisy = data.load(group(label_noise=0.3, noise_kind="pairwise"))
+  true, seen = (noisy.splits[split]["labels"] for split in ("train_true", "train_seen"))
+  wrong = true != seen
+  assert wrong.sum() == 120
+  np.testing.assert_array_equal(seen[wrong], (true[wrong] + 1) % 10)
+
+
+def test_the_noise_has_a_seed_of_its_own():
+  first, again, other = (
+    data.load(group(label_noise=0.4, noise_seed=seed, pad=pad)) for seed, pad in ((0, 0), (0, 1), (1, 0))
+  )
+  np.testing.assert_array_equal(first.splits["train"]["labels"], again.splits["train"]["labels"])
+  assert (first.splits["train"]["labels"] != other.splits["train"]["labels"]).any()
+
+
+def test_the_splits_of_wrong_labels_hold_them_all():
+  noisy = data.load(group(label_noise=0.4))
+  labels = {split: noisy.splits[split]["labels"] for split in ("train_true", "train_seen", "wrong_true", "wrong_seen")}
+  assert noisy.sizes["train_true"] == noisy.sizes["train_seen"] == noisy.sizes["train"] == 400
+  assert noisy.sizes["wrong_true"] == noisy.sizes["wrong_seen"] == 160
+  assert (labels["wrong_true"] != labels["wrong_seen"]).all()
+  wrong = labels["train_true"] != labels["train_seen"]
+  np.testing.assert_array_equal(labels["train_true"][wrong], labels["wrong_true"])
+  np.testing.assert_array_equal(labels["train_seen"][wrong], labels["wrong_seen"])
+
+
+def test_a_generation_knows_what_became_of_wrong_labels():
+  cfg = conftest_config(data__train_examples=0, data__label_noise=0.4, train__epochs=1)
+  metrics = ban_jax.train_generation(None, cfg, progress=False).metrics
+  assert (metrics["train_seen_count"], metrics["wrong_seen_count"]) == (400, 160)
+  # Of 400 examples, 160 have wrong labels: the others' part of those predicted as they truly are is what is left.
+  correct = {
+    name: count - metrics[f"{name}_error"] * count / 100 for name, count in (("train_true", 400), ("wrong_true", 160))
+  }
+  assert -1e-6 <= correct["train_true"] - correct["wrong_true"] <= 240 + 1e-6
+  plain = ban_jax.train_generation(None, conftest_config(train__epochs=1), progress=False)
+  assert "train_seen_error" not in plain.metrics

@@ -1,4 +1,4 @@
-"""Evaluation against numbers worked out by hand and by scikit-learn; every example once; ensembles."""
+"""Evaluation against numbers calculated by hand and by scikit-learn; every example once; ensembles."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ CFG = config()
 
 
 def network(seed):
-  """Returns an untrained network's variables, its batch statistics made up so that its outputs differ by input."""
+  """Returns an untrained network's variables, with random batch statistics so that its outputs differ by input."""
   model = models.make_model(CFG.model, data.load(CFG.data).spec, sync_batch_stats=False)
   return jax.device_get(model.init(jax.random.key(seed)))
 
@@ -185,7 +185,7 @@ def test_the_bins_are_those_of_an_independent_count(count):
   members = [network(seed) for seed in range(2)]
   got = ban_jax.reliability(members, config(evaluate__batch_size=300), devices=jax.devices()[:count])
   p, y = np.mean([probabilities(member) for member in members], axis=0), labels()
-  # Confidences lie within (low, high]; none of these is at an edge.
+  # Bins are (low, high]; none of these confidences is at an edge.
   places = np.digitize(p.max(-1), np.linspace(0, 1, 16)) - 1
   np.testing.assert_array_equal(got["count"], np.bincount(places, minlength=15))
   assert got["count"].dtype == np.int64
@@ -235,7 +235,7 @@ def test_every_pair_is_compared_on_every_example_once(count, batch_size):
   assert (np.diag(got["agreement"]) == 1).all()
   assert (np.diag(got["kl"]) == 0).all()
   assert 0 < got["agreement"][0, 1] < 1, "the networks are too much alike, or too different, to test anything"
-  assert got["kl"][0, 1] != pytest.approx(got["kl"][1, 0], rel=0.01), "rows are not told from columns"
+  assert got["kl"][0, 1] != pytest.approx(got["kl"][1, 0], rel=0.01), "rows and columns are mixed up"
 
 
 def test_pairs_worked_out_by_hand():
@@ -279,7 +279,7 @@ def test_pairs_are_refused_as_ensembles_are():
 
 @functools.cache
 def text_and_networks():
-  """Returns a text of 103 tokens in windows of 10, two language models of great weights, and their variables."""
+  """Returns a text of 103 tokens in windows of 10, two language models with large weights, and their variables."""
   lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
   dataset = text.build(
     "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), options=text.Options(0, 10)
@@ -340,7 +340,7 @@ def test_a_batch_of_more_rows_than_windows_costs_no_padding(batch_size, count, r
   got = measure(Subject((model,), trees[1:], dataset, tuple(jax.devices()[:count])), "test", batch_size)
   assert set(seen) == {rows}
   assert got["count"] == 103
-  # A row begins without a state: of as many rows as windows each window does.
+  # Each row starts from a zero state: with as many rows as windows, every window does.
   tokens = np.append(dataset.splits["test"]["tokens"], [0] * 7)
   each = -(-11 // batch_size) * 10
   logs = [

@@ -1,4 +1,4 @@
-"""Faults that really happen: damaged files, full disks, signals, a second process, numbers that are not finite."""
+"""Faults, produced for real: damaged files, full disks, signals, a second process, numbers that are not finite."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def interrupted(*_):
 
 
 def leave_unfinished(workdir, cfg):
-  """Trains generation 0 up to its end, but not its last files; returns its directory."""
+  """Trains generation 0 to the end, without writing its final files; returns its directory."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
-  """A generation whose checkpoints, of steps 6 and 9, are there, and whose final files are not."""
+  """A generation with checkpoints of steps 6 and 9 and without final files."""
   return leave_unfinished(tmp_path_factory.mktemp("unfinished"), config(**PLAIN)).parent
 
 
@@ -108,12 +108,12 @@ def remove(step):
 
 
 def remove_metadata(step):
-  # What is left answers a restoration as a tree of another structure would.
+  # What remains fails to restore in the same way as a tree of another structure.
   (step / "state" / "_METADATA").unlink()
 
 
 def flip_a_byte(step):
-  # In the middle of the largest file: among the arrays, where Orbax itself notices nothing.
+  # In the middle of the largest file, inside the arrays: Orbax does not notice it.
   flip_a_byte_below(step / "state")
 
 
@@ -140,19 +140,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage,
   with pytest.MonkeyPatch.context() as patch:
     dispatched = replaced_step(patch, lambda state: state)
     resumed = ban_jax.train_generation(None, config(**PLAIN), workdir=workdir, **QUIET)
-  assert dispatched == [7, 8, 9, 10]  # what was behind the checkpoint of step 6
-  # Of our own: asyncio may tell of Orbax's other reads, with the path of this test in them.
+  assert dispatched == [7, 8, 9, 10]  # the steps after the checkpoint of step 6
+  # Only this package's records: asyncio may log Orbax's other reads, with the path of this test in them.
   own = [record for record in caplog.records if record.name.startswith("ban_jax")]
   (message,) = [record.getMessage() for record in own if "damaged" in record.getMessage()]
   assert message.startswith(f"checkpoint {workdir}/gen_0/steps/9 is damaged (")
   assert f"moved to {workdir}/gen_0/damaged/9; resuming from the one before it" in message
   assert trees.digest(resumed.params) == whole == digest_of(workdir)
   assert [row["epoch"] for row in resumed.history] == [1, 2]
-  assert not (workdir / "gen_0" / "damaged").exists()  # nobody needs it once the generation is finished
+  assert not (workdir / "gen_0" / "damaged").exists()  # not needed after the generation is finished
 
 
 def test_what_is_saved_is_what_the_record_held_then(tmp_path):
-  # Orbax writes in the background, while the training adds rows to the same history.
+  # Orbax writes in the background while the training adds rows to the history.
   tree = {"a": np.arange(10.0)}
   for number in range(5):
     history = []
@@ -168,7 +168,7 @@ def test_another_versions_checkpoints_are_refused_and_cost_nothing(unfinished, t
   with pytest.MonkeyPatch.context() as patch:
     initial = train.initial
 
-    def with_other_dtypes(job):  # which Orbax would restore, cast, without a word
+    def with_other_dtypes(job):  # which Orbax would cast and restore without a warning
       state, carry = initial(job)
       return state._replace(opt_state=jax.tree.map(np.float16, state.opt_state)), carry
 
@@ -294,14 +294,14 @@ def namespace_allowed():
   return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, check=False).returncode == 0
 
 
-# $1 is the mount point, the rest the command. The disk is made so small that a later checkpoint does not fit, then
-# larger; what the first run says and leaves goes to files beside it.
+# $1 is the mount point, the rest the command. The disk is at first too small for a later checkpoint, then larger; the
+# output and files of the first run are copied next to it.
 FULL_DISK = r"""
 disk=$1; shift
 mount -t tmpfs -o size=1600k none "$disk" || exit 99
 "$@" > "$disk.out1" 2> "$disk.err1"; echo $? > "$disk.status1"
 ls "$disk"/run/gen_0/steps > "$disk.steps1"; ls "$disk"/run/gen_0 > "$disk.files1"
-# Nothing at all fits any more: another start has not even its record to write.
+# The disk is completely full: the next start cannot even write its record.
 cat /dev/zero > "$disk/filler" 2> /dev/null
 "$@" > "$disk.out_full" 2> "$disk.err_full"; echo $? > "$disk.status_full"
 ls "$disk"/run/gen_0/steps > "$disk.steps_full"
@@ -325,8 +325,8 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   read = lambda name: pathlib.Path(f"{disk}.{name}").read_text()  # noqa: E731
   assert read("status1") == "74\n", read("err1")
   assert f"error: {disk}/run/gen_0 cannot be read or written: " in read("err1")
-  assert "the checkpoints before are intact, and the same command goes on" in read("err1")
-  assert read("err1").splitlines()[-1].startswith("error: ")  # behind what Orbax's own thread prints
+  assert "the checkpoints before are intact, and the same command resumes from them" in read("err1")
+  assert read("err1").splitlines()[-1].startswith("error: ")  # after what Orbax's own thread prints
   assert any(line.isdigit() for line in read("steps1").splitlines())
   assert "manifest.json" not in read("files1")
   assert read("status_full") == "74\n", read("err_full")
@@ -339,9 +339,10 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert json.loads(read("manifest"))["digest"] == digest_of(tmp_path / "undisturbed")
 
 
-# Writes so many scalars at once that the file's buffer does not hold them: whoever writes them meets the full disk.
+# Writes more scalars than the file's buffer holds, so that writing them fails on the full disk.
 EVENTS = """
 import pathlib
+from ban_jax import report, storage
 from experiments import cli
 
 def main():
@@ -354,7 +355,7 @@ cli.run(main)
 
 
 @pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
-def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_behind_the_message(tmp_path):
+def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_after_the_message(tmp_path):
   script = 'mount -t tmpfs -o size=300k none "$1" && exec "$2" -c "$3"'
   code = EVENTS.replace("DISK", repr(str(tmp_path)))
   done = subprocess.run(
@@ -375,7 +376,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   process = start(tmp_path / "run", *flags)
   wait_until(lambda: steps_of(tmp_path / "run"), process)
 
-  process.send_signal(signal.SIGSTOP)  # it stays in the middle of its training while the other one starts
+  process.send_signal(signal.SIGSTOP)  # stopped in the middle of its training while the other one starts
   status, out, err = finish(start(tmp_path / "run", *flags))
   assert status == 2
   assert err.startswith(f"error: workdir {tmp_path}/run is in use by process {process.pid} on ")
@@ -389,7 +390,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   assert "error: asked to end by SIGTERM: generation 0 is saved at step " in err
   assert not out
   saved = steps_of(tmp_path / "run")[-1]
-  assert f"saved at step {saved} of 150; the same command goes on from there" in err
+  assert f"saved at step {saved} of 150. Rerun the command to resume" in err
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
 
   status, _, err = finish(start(tmp_path / "run", *flags))
@@ -399,7 +400,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
 
 
-def test_a_signal_that_comes_behind_the_last_step_is_handed_on():
+def test_a_signal_that_comes_after_the_last_step_is_handed_on():
   received = []
   before = signal.signal(signal.SIGTERM, lambda *_: received.append("outer"))
   try:
@@ -433,11 +434,11 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
   assert not (tmp_path / "gen_1").exists()
 
 
-# Dies by SIGKILL where a file would get its name, its bytes being on the disk under another; or right behind a second
-# save, which goes on in the background; or where a generation is finished, but its checkpoints are there still, and no
-# other is begun.
+# Dies by SIGKILL at the rename of a file that is written under another name; or right after a second save, which is
+# still running in the background; or after a generation is finished and before its checkpoints are removed.
 DIE_AT = """
 import os, signal, sys
+from ban_jax import storage
 from ban_jax.storage import finished, workdir as workdirs
 write, save, name, saves = storage.write_json, storage.save_step, sys.argv[1], []
 def die(*_):
@@ -484,7 +485,7 @@ def test_a_kill_while_something_is_written_is_survived(name, tmp_path):
 def test_a_kill_between_generations_is_survived(tmp_path):
   kill_at("between", tmp_path / "run", "--config.generations=1")
   assert (tmp_path / "run" / "gen_0" / "manifest.json").exists()
-  assert steps_of(tmp_path / "run")  # what only the next start removes
+  assert steps_of(tmp_path / "run")  # the next start removes them
   assert not (tmp_path / "run" / "gen_1").exists()
   status, _, err = finish(start(tmp_path / "run", "--config.generations=1"))
   assert status == 0, err
@@ -535,7 +536,7 @@ def test_a_run_is_held_while_its_ensembles_are_evaluated(tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(ban_jax, "evaluate", evaluate)
     rows, there = results.evaluate_run(cfg, tmp_path / "run", devices=jax.devices(), progress=False)
-  assert refused == [True]  # Ens*2 is evaluated; each network was at its end
+  assert refused == [True]  # only Ens*2 is evaluated; networks are evaluated when their training ends
   assert list(rows) == ["teacher", "BAN-1", "BAN-2", "Ens*2"]
   assert not there
 
@@ -579,7 +580,7 @@ def replaced_step(patch, before):
 def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(tmp_path):
   cfg = config(train__epochs=6, train__checkpoint_every=2, **PLAIN)
   dataset = data.load(cfg.data)
-  # One image of 100 is not a number; which step meets it first follows from the generation's order.
+  # One of 100 images is NaN; the generation's order determines the first step that uses it.
   job = job_lib.prepare(job_lib.resolve(cfg, None), None, None)
   order_key = jax.random.fold_in(jax.random.fold_in(job.key, train.ORDER), 0)
   bad = 4
@@ -600,7 +601,7 @@ def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(t
 
 
 def test_parameters_that_are_not_finite_stop_a_run_whose_loss_still_is(tmp_path):
-  # The first steps are good and checkpointed; then the momentum is made infinite, as an overflow would.
+  # The first steps are good and checkpointed; then the momentum becomes infinite, as after an overflow.
   cfg = config(train__epochs=4, train__checkpoint_every=3, **PLAIN)
 
   def poisoned(state):
@@ -633,7 +634,7 @@ def test_the_command_line_tells_divergence_by_its_status(tmp_path):
 
 
 def contents(folder):
-  """Returns the bytes of every file but the lock, which every start writes anew."""
+  """Returns the bytes of every file except the lock, which every start rewrites."""
   return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -658,7 +659,7 @@ def with_altered_metrics(folder):
 
 
 def with_a_swapped_teacher(folder):
-  # The same configuration on another number of devices: other bytes, and nothing else is different.
+  # The same configuration on another number of devices: only the bytes differ.
   cfg = config(train__epochs=1, generations=1, **PLAIN)
   ban_jax.run(cfg, folder / "run", devices=jax.devices()[:2], **QUIET)
   ban_jax.train_generation(None, cfg, workdir=folder / "other", devices=jax.devices()[:1], **QUIET)
@@ -666,8 +667,10 @@ def with_a_swapped_teacher(folder):
   assert own != other
   shutil.rmtree(folder / "run" / "gen_0")
   (folder / "other" / "gen_0").rename(folder / "run" / "gen_0")
-  told = f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
-  return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], told
+  message = (
+    f"run/gen_1 holds a generation of another origin (teachers: ['{own}'] there, ['{other}'] here); give another"
+  )
+  return [*COMMAND, "--config.train.epochs=1", "--config.generations=1"], message
 
 
 def with_another_word(folder):

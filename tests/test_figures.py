@@ -35,7 +35,7 @@ def contents(directory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run directory of a teacher and a student whose gradient was split, and what figures.py printed of it."""
+  """A run directory of a teacher and a student whose gradient was split, and the output of figures.py."""
   workdir = tmp_path_factory.mktemp("figures") / "run"
   done = command("train.py", WORDS, "--config.train.gradient_split=True", f"--workdir={workdir}")
   assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def wider(tmp_path_factory):
 
 
 def leave_untrained(workdir, cfg):
-  """Leaves a run directory whose teacher is as it was before its first step; returns it."""
+  """Writes a run directory whose teacher is untrained; returns it."""
   dataset = data.load(cfg.data)
   variables = jax.device_get(models.make_model(cfg.model, dataset.spec).init(jax.random.key(0)))
   with storage.open_workdir(workdir, config_lib.record(cfg)) as opened:
@@ -120,7 +120,7 @@ def test_generations_of_different_networks_are_shown_in_the_order_given(run, wid
   whole = json.loads((run[0] / "figures.json").read_text())
   np.testing.assert_allclose(np.array(found["kl"])[1:, 1:], np.array(whole["kl"])[::-1, ::-1], rtol=1e-5)
   assert {path.name for path in out.iterdir()} == WRITTEN
-  # What was trained differs, so that it is told of each.
+  # The generations differ in what was trained, so each has its own description.
   assert "wide_resnet(depth=10, dropout=0.0, width=2)" in (out / "figures.md").read_text()
 
 
@@ -162,7 +162,7 @@ def test_what_is_not_finished_is_refused_by_name(run, tmp_path):
   given, _ = figures.chosen(str(workdir), None, None)
   with pytest.raises(CheckpointError, match=r"gen_1 is not finished: .* name finished ones by --generations"):
     figures.read(given, None)
-  shutil.rmtree(workdir / "gen_1")  # it is asked for by the configuration
+  shutil.rmtree(workdir / "gen_1")  # the configuration requires it
   given, _ = figures.chosen(str(workdir), None, None)
   with pytest.raises(CheckpointError, match="gen_1 does not exist"):
     figures.read(given, None)

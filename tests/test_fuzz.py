@@ -1,4 +1,4 @@
-"""Fuzzed configurations and command lines: every one runs, or ends with an error that names what is wrong."""
+"""Fuzzed configurations and command lines: each one runs, or ends with an error that names the mistake."""
 
 import json
 import math
@@ -23,13 +23,13 @@ from ban_jax.step import initial_state, make_eval_step
 from configs import presets
 from experiments import results
 
-# Every kind of data and network, and teachers of another kind than their student.
+# All kinds of data and networks, and teachers of another kind than their student.
 IMAGES, MATCHED = "digits,wrn_10_1,smoke", "digits,small_pre_resnet_2_1,smoke,teacher=densenet_16_8"
 DENSE, TEXT, CHARACTERS = "digits,densenet_16_8,smoke", "pydoc,lstm_32,smoke", "pydoc,cnn_lstm_32,smoke,teacher=lstm_32"
 STARTS = (IMAGES, DENSE, MATCHED, "digits,small_wide_match_1_1,smoke,teacher=densenet_16_8", TEXT, CHARACTERS)
 
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 3, 1e-6, 1e6, math.nan, math.inf, -math.inf)
-# What a key is changed to, by the type of its value; ml_collections takes None for every key, and a bool for an int.
+# Values for a key, by the type of its default; ml_collections accepts None for every key, and a bool for an int.
 VALUES = {
   bool: (True, False, None),
   int: (0, 1, 2, 7, 1000, -1, -1000, True, False, None),
@@ -42,7 +42,7 @@ VALUES = {
   + tuple((value,) * 3 for value in (0, -1, 1, 16, True, 0.5)),
   type(None): (None, 3, "wrn_10_1", {}, {"name": None}, {"name": 3}, {"name": "lstm"}, {"name": "wide_resnet"}),
 }
-# Networks are built layer by layer: a thousand layers are legal, and only take long.
+# Networks are built layer by layer: a thousand layers are legal but slow.
 LOOPS = {
   "wide_resnet": ("depth",),
   "densenet": ("units",),
@@ -52,12 +52,12 @@ LOOPS = {
   "char_cnn_lstm": ("layers", "highway_layers", "max_width"),
 }
 LONG = (1000,)
-# How else a message may name a key.
+# Other names of a key in messages.
 ALSO = {"data.train_examples": ("training examples", "trained on", "training tokens"), "data.window": ("windows of",)}
 
 
 def leaves(group, prefix=""):
-  """Returns every dotted key of a configuration that stands for no group, with its value."""
+  """Returns the dotted keys of a configuration with their values, without groups."""
   found = {}
   for name, value in group.items():
     inside = leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
@@ -66,7 +66,7 @@ def leaves(group, prefix=""):
 
 
 def candidates(values, key):
-  """Returns what a key of a configuration with these values may be changed to."""
+  """Returns the values that a key of this configuration may be changed to."""
   group, _, name = key.rpartition(".")
   long = group.endswith("model") and name in LOOPS[values[f"{group}.name"]]
   return tuple(value for value in VALUES[type(values[key])] if not (long and value in LONG))
@@ -82,19 +82,19 @@ def changed_configurations(draw):
 
 
 def apply(words, changes):
-  """Returns a configuration with those changes that ml_collections lets through, and these changes."""
+  """Returns a configuration with the changes that ml_collections accepts, and these changes."""
   config, done = presets.compose(words), {}
   for key, value in changes.items():
     try:
       config.update_from_flattened_dict({key: value})
-    except (TypeError, OverflowError):  # of another type: the library's own answer
+    except (TypeError, OverflowError):  # of another type: ml_collections' own error
       continue
     done[key] = value
   return config, done
 
 
 def rehearse(config):
-  """Does all of a teacher's and a student's training that computes nothing: checks, shapes, traced steps."""
+  """Does everything in a teacher's and a student's training except computing: checks, shapes, traced steps."""
   devices = tuple(jax.devices())
   setup = job_lib.resolve_run(config, devices)
   job = job_lib.prepare(setup, None, 0)
@@ -103,7 +103,7 @@ def rehearse(config):
   teacher = trees.to_host(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), 0)
   trace(job_lib.prepare(setup, teacher, 1))
   values = config_lib.record(config)
-  assert values == json.loads(json.dumps(values))  # or a run would not be known again
+  assert values == json.loads(json.dumps(values))  # or a run could not be found again
   results.describe(config).encode()
 
 
@@ -140,7 +140,7 @@ def trace(job):
 
 
 def names_one_of(changes, message):
-  """Returns whether a message names one of the changed keys or, of a name that is looked up, its value."""
+  """Returns whether a message names one of the changed keys or, for a name that is looked up, its value."""
   for key, value in changes.items():
     names = [key.rpartition(".")[2], *ALSO.get(key, ())]
     if key.startswith("teacher.model."):
@@ -164,7 +164,7 @@ def test_a_changed_configuration_runs_or_its_error_names_a_changed_key(drawn):
   assert message is None or names_one_of(changes, message)
 
 
-# Found by the test above: what was answered by another library, by no memory, or not at all.
+# Found by the test above: another library's error, running out of memory, or no error at all.
 MENDED = [
   (IMAGES, {"seed": True}, "seed=True: expected a whole number from 0"),
   (IMAGES, {"train.checkpoint_every": None}, "train.checkpoint_every is None: expected a whole number of at least 1"),
@@ -219,8 +219,8 @@ def test_words_compose_a_locked_configuration_or_are_refused(words):
   assert answer.is_locked if isinstance(answer, ConfigDict) else answer.startswith("unknown ")
 
 
-# Reads command lines of experiments/train.py as JSON, a line each, and answers each by its exit status and what it
-# prints, from a process of its own. Instead of the training, what it was given is printed.
+# Runs in a separate process. Reads command lines of experiments/train.py as lines of JSON, and replies with the exit
+# status and output of each. In place of training, it prints the arguments of the training.
 DRIVER = """
 import json, os, sys, tempfile, traceback
 from experiments import cli, train
@@ -254,7 +254,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def answer():
-  """Returns the function from a command line's arguments to (exit status, what is printed)."""
+  """Returns the function from a command line's arguments to (exit status, output)."""
   command = [sys.executable, "-B", "-c", DRIVER]
   with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as driver:
 
@@ -309,7 +309,7 @@ DIGITS = "--config=configs/digits.py:digits,wrn_10_1,smoke"
 
 
 def names_an_argument(arguments, message):
-  """Returns whether an error names what was given (of a configuration's key, the last word), or a flag that is missing.
+  """Returns whether an error names what was given (for a key, its last word), or a missing flag.
 
   That the message has the word "config" in it says nothing.
   """
@@ -317,7 +317,7 @@ def names_an_argument(arguments, message):
   for argument in arguments:
     option = argument.partition("=")[0]
     bare = option.lstrip("-")
-    words = argument.partition(":")[2].split(",")  # behind a configuration file
+    words = argument.partition(":")[2].split(",")  # after a configuration file
     names |= {argument, option, bare.rpartition(".")[2], bare.removeprefix("no")} if bare else set()
     names |= {repr(part) for word in words for part in (word.strip(), *word.split("=", 1))}
     printed = shlex.quote(argument).encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Identity: what a new option, another label or another setting of the logs changes of earlier runs, and what not."""
+"""Identity: new options, labels and logging settings must not orphan earlier runs; what changes bytes must."""
 
 import json
 
@@ -15,7 +15,7 @@ from configs import presets
 QUIET = {"progress": False}
 TINY = {"train__epochs": 1, "train__evaluate_every": 0}
 
-# Digests of teacher and students. Where one of these changes, every run directory and table that users have is lost:
+# Digests for teacher and students. If one of them changes, users' run directories and tables are not found any more:
 # give a new key a neutral value in config.NEUTRAL instead.
 KNOWN = {
   "cifar100,wrn_28_10,paper": ("94ba99", "03007f"),
@@ -116,7 +116,7 @@ def test_options_belong_to_what_takes_them():
   assert identity_of(smoothed) != identity_of(config("digits,wrn_10_1,smoke,label_smoothing", loss__smoothing=0.3))
   cosine = {"optim__schedule": "cosine"}
   assert identity_of(config(**cosine, optim__factor=0.5)) == identity_of(config(**cosine))
-  # Generation 0's network is that of the teacher, whoever the students are.
+  # Generation 0 has the teacher's network, whatever the students' network is.
   teacher = config("digits,densenet_16_8,smoke,teacher=wrn_10_1")
   assert identity_of(teacher, 0) == identity_of(config(), 0)
   assert identity_of(teacher, 1) == identity_of(config("digits,densenet_16_8,smoke"), 1)
@@ -142,7 +142,7 @@ def test_a_run_may_change_what_it_logs_and_a_finished_one_keeps_its_record(tmp_p
   cfg = config(generations=1, scale="mine", train__gradient_split=True, loss__smoothing=0.5, **TINY)
   assert len(ban_jax.run(cfg, tmp_path, **QUIET)) == 2
   _, manifest = storage.load(storage.resolve_workdir(tmp_path) / "gen_1")
-  assert manifest["config"]["scale"] == "smoke"  # of the run that trained it, in full
+  assert manifest["config"]["scale"] == "smoke"  # the full configuration of the run that trained it
   assert manifest["config"]["loss.smoothing"] == 0.1
   assert json.loads((tmp_path / "config.json").read_text())["scale"] == "mine"
 

@@ -76,7 +76,7 @@ def test_the_paper_s_lstm_has_its_parameters(layers, parameters):
 
 
 def test_kim_s_large_model_has_its_parameters():
-  # 10,000 words over the 46 characters and two symbols that the Penn Treebank's vocabulary is written in.
+  # 10,000 words over the 46 characters and two symbols of the Penn Treebank's vocabulary.
   rng = np.random.default_rng(0)
   characters = [chr(ord("0") + number) for number in range(46)]
   words = ("<eos>", "<unk>", *characters)
@@ -208,7 +208,7 @@ def test_the_recurrence_has_the_gradients_of_a_plain_loop():
 
 
 def test_the_cell_adds_up_small_steps_in_bfloat16_products():
-  # 3000 steps that keep everything and add 0.5 * tanh(0.004) each: in bfloat16 it would stop growing below 1.
+  # 3000 steps that forget nothing and each add 0.5 * tanh(0.004): in bfloat16 the sum would stop below 1.
   gates = jnp.asarray([0.0, 50.0, 0.004, 0.0], jnp.bfloat16)
   state = jnp.zeros((1, 1)), jnp.zeros((1, 1))
   _, (_, cell) = jax.jit(recurrent.recur)(jnp.zeros((1, 4), jnp.bfloat16), jnp.tile(gates, (3000, 1, 1)), state)
@@ -255,7 +255,7 @@ def test_no_position_sees_later_inputs(name):
 
 def test_no_gradient_comes_from_later_inputs():
   model = build("lstm")
-  inputs = np.arange(6)[None]  # every word once; word 7's logit reads no row of theirs at the output
+  inputs = np.arange(6)[None]  # every word once; the logit of word 7 uses none of their output rows
 
   def logit(params, place):
     return model.apply({"params": params}, model.init_carry(1), inputs, train=False)[0][0, place, 7]
@@ -340,7 +340,7 @@ def test_a_student_and_its_teacher_carry_states_of_their_own_on_any_number_of_de
   _, expected = run(teacher, initial(teacher, 8), teacher.init_carry(4), STREAM[:, :-1])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one[2], (expected,))
   plain = trained(student, 1, STREAM, random_carry(student))
-  assert np.abs(plain[0]["bias"] - one[0]["bias"]).max() > 1e-3  # the teacher counts
+  assert np.abs(plain[0]["bias"] - one[0]["bias"]).max() > 1e-3  # the teacher matters
 
 
 # ---- Dropout.
@@ -414,12 +414,12 @@ def test_bfloat16_is_near_and_its_state_float32(name):
   assert np.abs(full[0] - half[0]).max() > 0
 
 
-# ---- cuDNN, as far as it can be tested without a GPU.
+# ---- cuDNN, as far as testable without a GPU.
 
 
 @functools.partial(jax.jit, static_argnames=("input_size", "hidden_size", "num_layers", "dropout", "bidirectional"))
 def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size, num_layers, dropout, bidirectional):
-  """What cuDNN computes from its packed weights, by JAX's own reference."""
+  """Computes what cuDNN does with its packed weights, by JAX's own reference."""
   assert weights.size == rnn.get_num_params_in_lstm(input_size, hidden_size, num_layers, bidirectional)
   unpacked = rnn.unpack_lstm_weights(weights, input_size, hidden_size, num_layers, bidirectional)
   return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, input_size, hidden_size, num_layers, dropout, bidirectional)
@@ -445,7 +445,7 @@ def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
     str(jax.make_jaxpr(total, static_argnums=1)(initial(plain)["params"], model)).count("name=reference_lstm")
     for model in (plain, packed)
   ]
-  assert in_program == [0, 2]  # each layer uses cuDNN, and only if asked for
+  assert in_program == [0, 2]  # each layer uses cuDNN, and only on request
 
 
 @BOTH
@@ -495,7 +495,7 @@ def test_the_table_spells_words_between_boundaries_and_fills_up():
 def test_the_table_cuts_long_words_and_is_as_wide_as_the_filters():
   table, numbers = character_table(("abcdef", "a"), 5, 2)
   np.testing.assert_array_equal(table, [[1, 3, 4, 5, 2], [1, 3, 2, 0, 0]])
-  assert numbers == 6  # d, e and f are cut off, so they have no row in the embedding
+  assert numbers == 6  # d, e and f are cut off and have no row in the embedding
   assert character_table(("a",), 65, 7)[0].shape == (1, 7)
 
 

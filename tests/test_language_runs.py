@@ -1,4 +1,4 @@
-"""Language models through the one trainer: carried states, the plateau schedule, resumption, evaluation."""
+"""Training language models: carried states, the plateau schedule, resumption, evaluation."""
 
 import collections
 
@@ -54,10 +54,10 @@ def test_the_rate_falls_where_an_epoch_brings_too_little(factor, threshold, metr
 
 
 def test_the_rate_that_a_run_reports_is_the_one_that_it_trains_with():
-  # No epoch improves by 1000: each trains with a quarter of the rate of the epoch before it.
+  # The second epoch does not improve by 1000, so the third trains with a quarter of the rate.
   falling = ban_jax.train_generation(None, config(train__epochs=3, optim__threshold=1000.0), **QUIET)
   assert [row["learning_rate"] for row in falling.history] == [20.0, 20.0, 5.0]
-  # Constant rates, started from what a rate came to: the third epoch is that of a run whose rate fell there.
+  # Without that threshold the rate stays, and the runs agree until it falls in the other one.
   steady = ban_jax.train_generation(None, config(train__epochs=3), **QUIET)
   assert [row["learning_rate"] for row in steady.history] == [20.0, 20.0, 20.0]
   assert steady.history[1]["train_loss"] == falling.history[1]["train_loss"]
@@ -81,8 +81,8 @@ def test_a_rate_that_falls_compiles_nothing_more():
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.update([name]))
   counts = []
   try:
-    # Each has an optimizer, and so a step, of its own; the first also compiles what they share. In one epoch no step
-    # comes behind a rate that was set.
+    # Each has its own optimizer, so its own step; the first also compiles what they share. With one epoch no step comes
+    # after the rate is set.
     for momentum, epochs in ((0.1, 1), (0.2, 1), (0.3, 3)):
       before = events[event]
       cfg = config(train__epochs=epochs, optim__momentum=momentum, optim__threshold=1000.0)
@@ -110,9 +110,9 @@ def interrupted(*_):
   raise KeyboardInterrupt
 
 
-# 10 steps an epoch, and the rate falls behind the second. At step 26 of 30 the carry is that of the third epoch's sixth
-# window; at step 20 the checkpoint is of the very step behind which the rate falls, and a new carry begins. The
-# student's and the teacher's states are both carried on.
+# 10 steps per epoch, and the rate falls after the second epoch. At step 26 of 30 the carry is that of the third epoch's
+# sixth window; the checkpoint of step 20 is the one after which the rate falls and the carry starts again. Student and
+# teacher both carry a state.
 @pytest.mark.parametrize(("every", "newest"), [(13, 26), (20, 20)])
 def test_a_resumed_run_ends_with_the_same_bytes(every, newest, teacher, tmp_path, monkeypatch):
   cfg = config(train__epochs=3, train__checkpoint_every=every, optim__threshold=1000.0)
@@ -132,7 +132,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(every, newest, teacher, tmp_path
 
 
 def test_other_teachers_are_refused_and_cost_no_checkpoint(teacher, tmp_path, monkeypatch):
-  # Two teachers have a state each: the checkpoint's tree is another, and still it is not damaged.
+  # Two teachers have a state each, so the checkpoint's tree differs; this is not damage.
   cfg = config(train__epochs=3, train__checkpoint_every=13)
   with monkeypatch.context() as patch:
     patch.setattr(storage, "finish", interrupted)
@@ -144,7 +144,7 @@ def test_other_teachers_are_refused_and_cost_no_checkpoint(teacher, tmp_path, mo
 
 
 def test_what_is_resumed_from_needs_the_carry(teacher, tmp_path, monkeypatch):
-  # The same resumption, with the carry zeroed on its way back, ends elsewhere: the test above can fail.
+  # With the carry zeroed on restoring, the result differs: the test above can fail.
   cfg = config(train__epochs=3, train__checkpoint_every=13, optim__threshold=1000.0)
   whole = ban_jax.train_generation(teacher, cfg, **QUIET)
   with monkeypatch.context() as patch:
@@ -181,7 +181,7 @@ def test_teacher_and_student_of_different_networks_carry_states_of_their_own():
 
 
 def test_a_student_learns_from_its_teachers_carried_state(teacher):
-  # With the teacher's state set back to zero at every step, the student becomes another.
+  # With the teacher's state reset at every step, the student differs.
   cfg = config(train__steps_per_dispatch=1)
   student = ban_jax.train_generation(teacher, cfg, **QUIET)
   real = train.make_train_step
@@ -254,11 +254,11 @@ def test_a_carried_state_is_evaluated_in_as_many_streams_as_asked_for(teacher):
     for rows, count in ((1, 1), (1, 4), (6, 1), (6, 4), (4, 1), (4, 4))
   }
   assert {metrics["count"] for metrics in by_devices.values()} == {dataset.sizes["validation"]}
-  # Four devices do not make four streams of one, nor eight of six.
+  # Four devices do not turn one stream into four, nor six into eight.
   assert by_devices[1, 4] == by_devices[1, 1]
   for rows in (4, 6):
     assert by_devices[rows, 4]["nll"] == pytest.approx(by_devices[rows, 1]["nll"], rel=1e-5)
-  # What tells the streams apart is small, and exactly repeatable.
+  # The difference between the streams is small and exactly repeatable.
   assert by_devices[1, 1] != by_devices[6, 1]
   assert by_devices[1, 1]["perplexity"] == pytest.approx(np.exp(by_devices[1, 1]["nll"]))
 

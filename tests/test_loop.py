@@ -108,7 +108,7 @@ def jobs_of(cfgs, teacher, devices):
 
 
 def test_generations_side_by_side_are_those_of_runs_of_their_own(tmp_path):
-  # Of different losses and lengths, so that one ends before the other.
+  # Their losses and lengths differ, so that one ends before the other.
   cfgs = [config(loss__name="ban", train__epochs=1), config(loss__name="dkpp", train__epochs=2, seed=5)]
   teacher = ban_jax.train_generation(None, config(train__epochs=1), devices=jax.devices()[:1], **QUIET)
   solo = [ban_jax.train_generation(teacher, cfg, devices=jax.devices()[:1], **QUIET) for cfg in cfgs]

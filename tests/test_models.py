@@ -32,7 +32,7 @@ def build(name, spec=SPEC, sync_batch_stats=False, compute_dtype="float32", **ch
 
 
 def randomised(model, seed=0):
-  """Random variables, scales, biases and running statistics included, so that none is left at zero or one."""
+  """Random variables, including scales, biases and running statistics, so that none is zero or one."""
   rng = np.random.default_rng(seed)
 
   def sample(path, leaf):
@@ -46,7 +46,7 @@ def randomised(model, seed=0):
 
 
 def initial(model, *names):
-  """The initial parameters of these submodules only, which compile much faster than all."""
+  """The initial parameters of these submodules only; they compile much faster than all."""
   return jax.jit(lambda key: {name: model.init(key)["params"][name] for name in names})(jax.random.key(0))
 
 
@@ -246,7 +246,7 @@ def test_remat_changes_no_parameter_and_no_value():
   (plain_params, plain_gradient, plain_aux), (params, gradient, aux) = found
   jax.tree.map(np.testing.assert_array_equal, plain_params, params)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  jax.tree.map(close, plain_gradient, gradient)  # the structure included
+  jax.tree.map(close, plain_gradient, gradient)  # with the same structure
   jax.tree.map(close, plain_aux, aux)
 
 

@@ -16,7 +16,7 @@ from experiments import results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
 PLOTS = ("curves", "errors", "compare", "dark", "classes", "split")
-# What the notebook's first two generations are when they are trained by a program of the same configuration.
+# Trains the notebook's first two generations in a program with the same configuration.
 REFERENCE = """
 import json
 import jax
@@ -42,7 +42,7 @@ def notebook():
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-  """Runs a notebook in a directory, in a kernel of this Python whatever kernels are installed or HOME is."""
+  """Runs a notebook in a directory, in a kernel of this Python, independent of installed kernels and HOME."""
   write_kernel_spec(tmp_path / "kernels" / "this_python")
   for name, value in (
     ("JUPYTER_PATH", tmp_path),
@@ -98,7 +98,7 @@ def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, ex
   probe = "import time; print(time.process_time())"
   notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
   execute(notebook, NOTEBOOK.parent)
-  # Three minutes of one core; time on the wall depends on what else the machine does.
+  # Three minutes of processor time; wall time depends on the machine's other load.
   assert float(printed(notebook, "probe")) < 180
 
   for name in PLOTS:

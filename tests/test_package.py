@@ -12,7 +12,7 @@ def test_importing_the_library_is_light_and_fast():
     "heavy = {'tensorflow_datasets', 'sklearn', 'matplotlib', 'tensorflow', 'PIL', 'orbax'} & set(sys.modules);"
     "print(seconds); assert not heavy, heavy"
   )
-  # Processor time, and the best of three: a busy machine's delays are not the package's.
+  # The best of three in processor time, so that a busy machine does not matter.
   seconds = []
   for _ in range(3):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)

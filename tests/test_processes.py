@@ -1,4 +1,4 @@
-"""Several processes on one machine: what one process would train, and what is left when one of them goes."""
+"""Several processes on one machine: the same training as one process, and what happens when one is lost."""
 
 import contextlib
 import json
@@ -31,10 +31,10 @@ TRAIN = [
   "--config.model.dropout=0.3",
   "--config.train.evaluate_every=0",
 ]
-# Sixty steps a generation: time enough to lose a process in.
+# Sixty steps per generation: enough time to lose a process.
 LONG = ["--config.train.epochs=12", "--config.train.checkpoint_every=8"]
 TEACHER = [*LONG, "--config.generations=0"]
-# Seconds without a sign of life; and the most that a test waits for anything at all.
+# Seconds without a heartbeat, and the most that a test waits for anything.
 PEER_TIMEOUT, PATIENCE = 20, 300
 
 
@@ -69,7 +69,7 @@ def checkpoints(workdir):
 
 
 def interrupt(arguments, workdir, number, victim=None):
-  """Starts a run, sends a signal to a process of it at its next checkpoint; returns (status, messages, seconds)."""
+  """Starts a run and sends a signal to one process at its next checkpoint; returns (status, messages, seconds)."""
   before = checkpoints(workdir)
   messages = workdir.with_name(f"{workdir.name}_{time.monotonic_ns()}.log")
   with messages.open("w") as stderr:
@@ -126,7 +126,7 @@ def test_two_processes_train_what_one_process_with_two_devices_trains(two, tmp_p
   assert table(done.stdout) == table(one.stdout)
   evaluations = json.loads((workdir / "evaluations.json").read_text())
   assert [row["metrics"]["count"] for row in evaluations.values()] == [1397, 1397]
-  # The second process says nothing but what JAX's transport says.
+  # The second process prints only what JAX's transport prints.
   shown = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("[1]") and "Gloo" not in line]
   assert not shown
 
@@ -159,7 +159,7 @@ def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(tw
   workdir, copy = tmp_path / "run", tmp_path / "copy"
   arguments = several(workdir, 2, *TEACHER)
 
-  # A worker is killed: the other says so at once, without JAX's wait for its heartbeat.
+  # A worker is killed: the other reports it at once, without waiting for JAX's heartbeat.
   status, messages, seconds = interrupt(arguments, workdir, signal.SIGKILL, victim=1)
   assert status == 128 + signal.SIGKILL
   assert "launch: process 1 was killed by SIGKILL" in messages
@@ -182,7 +182,7 @@ def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(tw
   assert seconds < PEER_TIMEOUT + launch.MARGIN
   assert not (workdir / "gen_0" / "manifest.json").exists()
 
-  # One process is told that its machine is taken away: all save the same step.
+  # One process gets SIGTERM: all save the same step.
   status, messages, _ = interrupt(arguments, workdir, signal.SIGTERM, victim=1)
   assert status == 75, messages
   assert "launch: process 0 ended with status 75" in messages
@@ -193,7 +193,7 @@ def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(tw
   finish(arguments)
   assert manifest(workdir, 0)["digest"] == manifest(two[0], 0)["digest"]
 
-  # One process goes on from what two left.
+  # One process resumes the run of two.
   done = finish(alone(copy, 2, *TEACHER))
   assert "its bytes may differ" in done.stderr
   assert_close(two[0], copy, 0, 1e-3)
@@ -201,13 +201,13 @@ def test_a_run_that_loses_processes_and_is_preempted_ends_with_the_same_bytes(tw
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_in_time_and_the_run_goes_on(two, tmp_path):
-  # Stopped, it keeps its connections and gives no sign of life: as a machine that hangs, or has lost its network.
+  # A stopped process keeps its connections and sends no heartbeat, like a machine that hangs or has lost its network.
   workdir = tmp_path / "run"
   arguments = several(workdir, 2, *TEACHER, peer_timeout=10)
   status, messages, seconds = interrupt(arguments, workdir, signal.SIGSTOP, victim=1)
   assert status == 128 + signal.SIGABRT
   assert "launch: process 0 was aborted (SIGABRT): another process of the run had gone, or gave" in messages
-  # The ten seconds and as long again for the other to end; then the launcher waits before it kills the one that hangs.
+  # Ten seconds, and ten more for the other to end; then the launcher waits before it kills the stopped one.
   assert seconds < 2 * 10 + 10 + launch.MARGIN
   assert "launch: process 1 did not end within 25 seconds: killed" in messages
   assert not (workdir / "gen_0" / "manifest.json").exists()
@@ -355,7 +355,7 @@ def test_a_lost_process_is_told_from_a_mistake(monkeypatch):
   wrapped.__cause__ = gloo
   storage = ValueError("UNAVAILABLE: the storage did not answer")
   cases = [(gloo, True), (wrapped, True), (PeerError("gone"), True), (storage, False), (KeyError("Glue"), False)]
-  assert not any(cli.lost_peer(error) for error, _ in cases)  # one process has nobody to lose
+  assert not any(cli.lost_peer(error) for error, _ in cases)  # one process has no peer to lose
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   assert [cli.lost_peer(error) for error, _ in cases] == [lost for _, lost in cases]
 
@@ -368,7 +368,7 @@ def test_paths_of_the_documented_commands_exist():
 
 @pytest.mark.slow
 def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_path):
-  # Evaluated by one stream, for which there is one device to each process; checkpointed in the middle of epochs.
+  # Evaluated in one stream, so on one device per process; checkpointed in the middle of epochs.
   text = [
     TRAIN[0],
     f"--config={ROOT}/configs/pydoc.py:pydoc,lstm_32,smoke",
@@ -395,7 +395,7 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
   finish(one(tmp_path / "one"))
   finish(two(tmp_path / "two"))
   compare(tmp_path / "two")
-  # What two processes left has the states of both of them in it: one goes on, and ends where it would have.
+  # A checkpoint of two processes holds the states of both: one process resumes it and ends with the same result.
   interrupt(two(tmp_path / "changed"), tmp_path / "changed", signal.SIGKILL, victim=1)
   assert not (tmp_path / "changed" / "gen_0" / "manifest.json").exists()
   finish(one(tmp_path / "changed"))
@@ -403,9 +403,9 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
 
 
 def met(arguments):
-  """Runs processes that meet each other, each with a list of arguments of its own; returns (status, messages) of each.
+  """Runs connected processes, each with its own arguments; returns (status, messages) of each.
 
-  Their number, their places, their meeting point and a --peer_timeout are put behind the arguments.
+  Their number, ids, coordinator address and a --peer_timeout are appended to the arguments.
   """
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -425,13 +425,13 @@ def met(arguments):
 def test_processes_that_were_given_different_runs_are_refused_by_name(tmp_path):
   for status, messages in met([alone(tmp_path / "run", 1, f"--config.seed={seed}") for seed in (0, 1)]):
     assert status == 2, messages
-    assert "error: the processes of this run differ in: seed, config; give all of them the same" in messages
+    assert "error: the processes of this run differ in: seed; give all of them the same" in messages
   assert not (tmp_path / "run" / "gen_0").exists()
 
 
 @pytest.mark.slow
 def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
-  # As a local path on each of two machines; resumed so, the one that finds a finished generation would wait for ever.
+  # Like a local path on each of two machines; if resumed, the one with a finished generation would wait forever.
   runs = [tmp_path / name for name in ("first", "second")]
   for place, (status, messages) in enumerate(met([alone(run, 1) for run in runs])):
     assert status == 2, messages

@@ -1,4 +1,4 @@
-"""Run directories through the command line: finish, resume after a kill, refuse what does not belong."""
+"""Run directories through the command line: finishing, resuming after a kill, refusing other runs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def digests(workdir):
 
 
 def times_of(workdir):
-  """Returns when each file was written but config.json and .lock, which every start writes anew."""
+  """Returns when each file was written, except config.json and .lock, which every start rewrites."""
   files = [path for path in workdir.rglob("*") if path.is_file() and path.name not in ("config.json", ".lock")]
   return {path: path.stat().st_mtime_ns for path in files}
 
@@ -79,14 +79,14 @@ def test_a_run_leaves_the_record_that_the_readme_describes(finished):
     assert len([json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]) == 4
     assert json.loads((directory / "metrics.json").read_text())["test_count"] == 1397
     rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    told = {
+    expected = {
       (name, row["step"]): pytest.approx(value, rel=1e-6)
       for row in rows
       for name, value in row.items()
       if name not in ("epoch", "step")
     }
     (events,) = directory.glob("events.out.tfevents.*")
-    assert scalars(events) == told
+    assert scalars(events) == expected
     assert not (directory / "steps").exists()
   first, second = (json.loads((workdir / f"gen_{i}" / "manifest.json").read_text()) for i in (0, 1))
   assert first["teachers"] == []
@@ -107,7 +107,7 @@ def test_a_finished_run_is_only_shown(finished):
 @pytest.mark.parametrize("generation", [0, 1])
 def test_a_run_killed_in_a_generation_and_resumed_ends_with_the_same_bytes(finished, generation, tmp_path):
   workdir = tmp_path / "killed"
-  if generation:  # a teacher as the other run's: start in the middle of its student
+  if generation:  # copy the other run's teacher: start in the middle of its student
     workdir.mkdir()
     shutil.copy(finished[0] / "config.json", workdir)
     shutil.copytree(finished[0] / "gen_0", workdir / "gen_0")
@@ -173,7 +173,7 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--workdir=/s3/bucket"], "workdir 's3://bucket': unknown storage 's3://'"),
     (["--config.train.epochs=ten"], "ten"),
     (["--config.generations=-1"], "generations=-1: expected a whole number of at least 0"),
-    (["--config.seed=99999999999999999999"], "seed must be below 2**32, not 99999999999999999999"),
+    (["--config.seed=99999999999999999999"], "seed=99999999999999999999: expected a whole number from 0 to 4294967295"),
     (["--devices=3"], "train.batch_size=20 cannot be shared equally by 3 devices; use 1, 2 devices (--devices)"),
     (["--devices=-1"], "--devices must be at least 0, not -1"),
     (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
@@ -256,7 +256,7 @@ def interrupted(*_):
 
 
 def leave_unfinished(workdir, cfg):
-  """Trains generation 0 up to its end on four devices, but not its last files; returns its directory."""
+  """Trains generation 0 to the end on four devices, without writing its final files; returns its directory."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The short form of experiments/soak.py: a run killed at random, and what the script says where bytes differ."""
+"""A short run of experiments/soak.py: a run killed at random, and the script's output if bytes differ."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ soak.compare(dict(same), same, "run 1, killed 3 times,")
 print("equal", flush=True)
 soak.compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
 """
-  # In a process of its own, since each script defines its flags anew.
+  # In a separate process, because each script defines its own flags.
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
   assert done.stdout == "equal\n"
   told = done.stderr.splitlines()[-1]
@@ -45,7 +45,7 @@ soak.compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 
 
 
 def soaked(code, *arguments):
-  """Runs code after an import of soak, in a process of its own, since each script defines its flags anew."""
+  """Runs code after an import of soak, in a separate process, because each script defines its own flags."""
   begin = "import pathlib, sys\nfrom absl import flags\nfrom ban_jax.errors import TrainingError\n"
   begin += "from experiments import soak\nflags.FLAGS(sys.argv)\n"
   command = [sys.executable, "-c", begin + code, *arguments]

@@ -1,4 +1,4 @@
-"""The compiled steps: who gets a gradient, what is normalised by what, and exact evaluation."""
+"""The compiled steps: gradients, normalisation, and exact evaluation."""
 
 import functools
 
@@ -19,7 +19,7 @@ SPEC = InputSpec("images", (6,), 3)
 
 
 def linear(spec=SPEC):
-  """Returns a linear classifier with a batch statistic of its own: small enough to work out by hand."""
+  """Returns a linear classifier with a batch statistic, small enough to calculate by hand."""
 
   def init(key):
     kernel = jax.random.normal(key, (*spec.shape, spec.num_classes))

@@ -1,4 +1,4 @@
-"""The six tables: what is trained once, what is skipped and resumed, what the cells say and where they come from."""
+"""The six tables: training each network once, skipping, resuming, the values of cells and their sources."""
 
 import csv
 import importlib
@@ -20,7 +20,7 @@ from conftest import ROOT
 from etils import epath
 
 import ban_jax
-from ban_jax import lock, storage
+from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
 from experiments import results
@@ -69,14 +69,14 @@ def cells(number, scale="paper", seeds=1, **options):
 
 
 def nodes(number, *args, **options):
-  """Returns all generations behind a table."""
+  """Returns all generations of a table."""
   return graph.topological_order(
     node for cell in cells(number, *args, **options) for members in cell.members for node in members
   )
 
 
 def members(number, row, column, **options):
-  """Returns the networks behind a cell at its first seed."""
+  """Returns the networks of a cell at its first seed."""
   (cell,) = [cell for cell in cells(number, **options) if (cell.row, cell.column) == (row, column)]
   return cell.members[0]
 
@@ -86,13 +86,13 @@ def members(number, row, column, **options):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A workdir for all tables, which share what they can."""
+  """A workdir for all tables, which share generations."""
   return tmp_path_factory.mktemp("tables")
 
 
 @pytest.fixture(scope="module")
 def made(workdir):
-  """Makes each table at most once; returns a function that gives the finished process."""
+  """Returns a function that makes a table, at most once, and returns the finished process."""
   done = {}
 
   def get(number):
@@ -143,7 +143,7 @@ METRICS = dict.fromkeys(range(1, 6), lambda column: "test_error") | {
 
 
 def trace(directory):
-  """Asserts that a generation's manifest says where it comes from, and that its teacher lies in the same workdir."""
+  """Asserts that a generation's manifest records its origin, and that its teacher is in the same workdir."""
   manifest = json.loads((directory / "manifest.json").read_text())
   config = json.loads((directory.parent / "config.json").read_text())
   assert manifest["seed"] == config["seed"]
@@ -151,7 +151,7 @@ def trace(directory):
   assert manifest.keys() >= {"config", "dataset", "digest", "git_commit", "packages", "teachers"}
   digests = [json.loads(path.read_text())["digest"] for path in directory.parent.parent.glob("*/gen_*/manifest.json")]
   assert set(manifest["teachers"]) <= set(digests)
-  # A student of the labels has a teacher where it copies that one's first and last layer.
+  # A student trained from labels has a teacher if it copies that teacher's first and last layer.
   taught = manifest["loss"] != "label" or manifest["model"].startswith("matched")
   assert bool(manifest["teachers"]) == (manifest["generation"] > 0 and taught)
 
@@ -177,7 +177,7 @@ def test_a_finished_table_is_shown_again_and_tables_share_their_teachers(made, w
   assert "0 of 6 generations were trained" in again.stdout
   assert "step" not in again.stderr
   assert written(workdir) == before
-  # On the embedded digits tables 1 and 3 ask for the same networks, but for the DenseNet.
+  # On the embedded digits tables 1 and 3 need the same networks, except for the DenseNet.
   first, third = numbers_of(workdir, 1), numbers_of(workdir, 3)
   for column in ("teacher", "BAN"):
     assert first["Wide-ResNet-28-1", column]["sources"] == third["Wide-ResNet-28-1", column]["sources"]
@@ -190,6 +190,7 @@ def test_a_killed_table_goes_on_and_repeats_nothing(made, workdir, tmp_path):
   made(1)
   die = f"""
 import os, signal, sys
+from ban_jax import storage
 save = storage.save_step
 def save_and_die(manager, step, tree, record):
   save(manager, step, tree, record)
@@ -218,7 +219,7 @@ run.main(table1.TABLE)
   assert "3 of 4 generations were trained" in done.stdout
   for path, time in before.items():
     assert written(tmp_path)[path] == time, f"{path} was trained again"
-  # The seconds that the first epoch took are those of the killed process: the epoch was not repeated.
+  # The seconds of the first epoch are those of the killed process: the epoch was not repeated.
   history = (steps.parent / "history.jsonl").read_text().splitlines()
   assert json.loads(history[0]) == record["record"]["history"][0]
   for name, line in numbers_of(workdir, 1).items():
@@ -256,7 +257,7 @@ def test_controls_are_columns_that_stay_with_the_table(made, workdir):
   assert done.returncode == 0, done.stderr
   assert "3 of 5 generations were trained" in done.stdout
   names = ["label smoothing", "entropy-matched smoothing", "labels, twice as long"]
-  # Neither fewer seeds nor no controls take away what the workdir holds.
+  # Fewer seeds, or no controls, remove nothing from the workdir's table.
   for again in (done, make(1, workdir, "--seeds=1")):
     assert again.returncode == 0, again.stderr
     found = numbers_of(workdir, 1)
@@ -290,7 +291,7 @@ def test_several_processes_make_a_table_together(tmp_path):
 
 def test_a_teacher_serves_all_that_learn_from_it():
   made = nodes(2, seeds=1)
-  assert len(made) == 3 * (1 + 4 + 3) + (1 + 4 + 2)  # of DenseNet-80-120 the paper has no BAN-3
+  assert len(made) == 3 * (1 + 4 + 3) + (1 + 4 + 2)  # the paper has no BAN-3 of DenseNet-80-120
   row = "DenseNet-90-60"
   (teacher,) = members(2, row, "teacher")
   for column in ("BAN", "BAN+L", "CWTM", "DKPP", "BAN-1"):
@@ -377,13 +378,13 @@ def test_a_teacher_comes_before_its_students():
 
 def train(made, workdir):
   messages = []
-  count = training.train(made, workdir, devices=jax.devices()[:2], progress=False, log=messages.append)
+  count = training.train(made, workdir, groups=[tuple(jax.devices()[:2])], progress=False, log=messages.append)
   return count, messages
 
 
 @pytest.fixture
 def pair():
-  """A teacher and its student, of seconds."""
+  """A teacher and its student that train in seconds."""
   builder = TABLES[1].builder("smoke", 0, "")
   teacher = builder.teacher("wrn_28_1")
   return [teacher, builder.student(teacher, "wrn_28_1", "ban")]
@@ -396,7 +397,7 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
   held, release = threading.Event(), threading.Event()
 
   def hold():
-    with lock.hold(workdir / pair[0].run):
+    with storage.lock.hold(workdir / pair[0].run):
       held.set()
       release.wait(60)
 
@@ -411,7 +412,7 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
       release.set()
       other.join()
 
-  assert training.train(pair, workdir, devices=jax.devices()[:2], progress=False, log=log) == 2
+  assert training.train(pair, workdir, groups=[tuple(jax.devices()[:2])], progress=False, log=log) == 2
   assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in messages)
   assert all(graph.state(node, workdir) == "finished" for node in pair)
 
@@ -454,7 +455,7 @@ def test_a_changed_teacher_is_refused_by_name(pair, tmp_path):
     CheckpointError, match=f"{pair[1].path} was taught by a teacher with the digest {manifest['digest']}"
   ):
     graph.find(pair[1], workdir)
-  path.write_text(json.dumps({**manifest, "config": "0" * 64}))
+  path.write_text(json.dumps({**manifest, "identity": "0" * 64}))
   with pytest.raises(CheckpointError, match=f"{pair[0].path} holds a generation of another configuration"):
     graph.find(pair[0], workdir)
   path.write_text(json.dumps(manifest))
@@ -527,7 +528,7 @@ def test_a_plan_is_priced_before_it_is_trained(pair, tmp_path):
   text = cost.cost_table(pair, epath.Path(tmp_path))
   assert text.splitlines()[-1].startswith("2 generations: 2 to do. Left, at most: 20 steps, ")
   one, two = (cost.cost(node, {}) for node in pair)
-  # A student's step is a teacher's forward pass longer, which is less than half of what a step is.
+  # A student's step has the teacher's forward pass in addition, which is less than half of a step.
   assert one.steps == two.steps == 10
   assert one.flops < two.flops < 1.5 * one.flops
   assert one.hours(1e12) == pytest.approx((one.flops / (1e12 * cost.UTILIZATION) + 10 * cost.STEP_SECONDS) / 3600)
@@ -650,3 +651,33 @@ def test_what_differs_between_rows_is_told():
 def test_a_cell_that_is_only_quoted_is_not_trained():
   quoted = [cell for cell in cells(5) if not cell.members]
   assert quoted == [Cell("Pre-activation ResNet-1001", "baseline", "", (), 22.71, False)]
+
+
+# --- students side by side, and recorded teachers --------------------------------------------------------------------
+
+
+def test_devices_are_grouped_for_students():
+  devices = tuple(jax.devices()[:4])
+  assert training.device_groups(devices, 0) == [devices]
+  assert [len(group) for group in training.device_groups(devices, 2)] == [2, 2]
+  with pytest.raises(ConfigError, match="--devices_per_student=3: 4 devices make groups of 1, 2, 4"):
+    training.device_groups(devices, 3)
+
+
+def test_students_side_by_side_are_those_of_one_at_a_time(tmp_path):
+  nodes = graph.topological_order(
+    node for column in ("BAN", "BAN+L", "DKPP") for node in members(2, "DenseNet-112-33", column, scale="smoke")
+  )
+  digests = []
+  for name, count in (("one", 1), ("three", 3)):
+    workdir = epath.Path(tmp_path / name)
+    messages = []
+    groups = [(device,) for device in jax.devices()[:count]]
+    trained = training.train(nodes, workdir, groups=groups, progress=False, log=messages.append)
+    assert trained == len(nodes) == len(messages) == 4
+    assert not (workdir / "replay").exists()  # nobody needs it any more
+    digests.append({node.path: graph.find(node, workdir)[1]["digest"] for node in nodes})
+    layouts = {node.path: graph.find(node, workdir)[1]["layout"] for node in nodes}
+    assert [layouts[node.path]["replayed"] for node in nodes] == [False, True, True, True]
+    assert training.train(nodes, workdir, groups=groups, progress=False, log=messages.append) == 0
+  assert digests[0] == digests[1]

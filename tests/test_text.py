@@ -1,4 +1,4 @@
-"""Text data sets: streams cut into windows, every token predicted once, vocabularies, the user's files, the manual."""
+"""Text data sets: windows of streams, every token predicted once, vocabularies, PTB's files, the Python manual."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def group(**changes):
 
 
 def numbered(count, window, **changes):
-  """Returns a data set whose splits are `count` tokens, all of them different, so that each shows its place."""
+  """Returns a data set whose splits are `count` different tokens, so that each shows its place."""
   lines = [[f"w{i:03}" for i in range(count - 1)]]
   words = text.vocabulary(lines)
   options = text.Options(**{"train_examples": 0, "window": window} | changes)
@@ -40,7 +40,7 @@ def numbered(count, window, **changes):
 
 
 def read(dataset, split, order):
-  """Returns what the batches of an order hold, [steps, B, T] each: inputs, labels, mask."""
+  """Returns the inputs, labels and mask of an order's batches, [steps, B, T] each."""
   arrays = dataset.splits[split]
   batches = [
     dataset.fetch(arrays, jnp.asarray(index), key=None, positions=None, train=split == "train") for index in order
@@ -49,7 +49,7 @@ def read(dataset, split, order):
 
 
 def columns(values, mask):
-  """Returns what stands in each column of the batches, from the first step to the last, where the mask is true."""
+  """Returns the values that a row of the batch reads from the first step to the last, for each row, without padding."""
   return [values[:, row][mask[:, row]] for row in range(values.shape[1])]
 
 
@@ -162,7 +162,7 @@ def sentence(dataset, split):
 
 def test_ptb_words_and_lines(tmp_path, caplog):
   dataset = data.load(write_ptb(tmp_path))
-  # By frequency, then by the alphabet.
+  # By frequency, then alphabetically.
   words = ("<eos>", "the", "<unk>", "N", "cat", "end", "sat")
   assert dataset.spec == InputSpec("tokens", (2,), 7, words)
   assert sentence(dataset, "train") == "<eos> the cat sat <eos> the <unk> N <eos> <eos> the end <eos>"
@@ -193,7 +193,7 @@ def test_digest_tells_texts_and_vocabularies_apart(tmp_path):
       (
         {},
         {"test": b"the sat\n end"},
-        {"train": GOOD["ptb.train.txt"].replace(b"N", b"M")},  # the same numbers, another word
+        {"train": GOOD["ptb.train.txt"].replace(b"N", b"M")},  # the same ids, another word
       )
     )
   ]
@@ -239,7 +239,7 @@ def test_a_ptb_file_that_cannot_be_read_is_reported(tmp_path):
 
 
 def test_a_ptb_directory_that_cannot_be_looked_into_is_reported():
-  name = "a" * 300  # as an unsearchable directory, it answers not even whether there is a file
+  name = "a" * 300  # like in an unsearchable directory, even the existence check fails
   with pytest.raises(DataError, match=f"^ptb: {name}/ptb.train.txt cannot be read: .*File name too long"):
     data.load(group(name="ptb", dir=name))
 
@@ -258,7 +258,7 @@ def test_the_real_penn_treebank(caplog):
   assert sentence(dataset, "validation").startswith("<eos> consumers may want to move their telephones a little")
   assert caplog.text == ""
   assert dataset.train_order(jax.random.key(0), 32).shape == (929_589 // 35 // 32, 32)
-  # The CNN-LSTM's parameters depend on these; its table has them, the two symbols, two boundaries and the padding.
+  # The CNN-LSTM's parameters depend on these; its table adds the two symbols, two boundaries and the padding.
   characters = set("".join(word for word in dataset.spec.words if word not in SYMBOLS))
   assert len(characters) == ptb.CHARACTERS == 46
   assert character_table(dataset.spec.words, 65, 7)[1] == 51

@@ -1,4 +1,4 @@
-"""Generations: what is the same, what differs, what is compiled, what is refused."""
+"""Generations: equal and different bytes, compilation, refusals."""
 
 import logging
 
@@ -50,7 +50,7 @@ def test_the_teacher_is_the_same_bytes_after_a_generation(teacher):
 
 
 def test_the_same_call_gives_the_same_bytes(teacher, student):
-  again = ban_jax.train_generation(teacher.params, config(), **QUIET)  # the tree stands for the Generation
+  again = ban_jax.train_generation(teacher.params, config(), **QUIET)  # the tree in place of the Generation
   assert bytes_of(again.params) == bytes_of(student.params)
   assert again.metrics == student.metrics
   other = ban_jax.train_generation(teacher.params, config(seed=1), **QUIET)
@@ -58,7 +58,7 @@ def test_the_same_call_gives_the_same_bytes(teacher, student):
 
 
 def test_bare_trees_start_each_generation_from_initial_params_of_its_own(monkeypatch):
-  # At this rate nothing moves, so the result is the start.
+  # At this rate nothing moves, so the result is the initial state.
   cfg = config(optim__learning_rate=1e-30, optim__weight_decay=0.0, train__epochs=1, train__evaluate_every=0)
   params, kernels = None, []
   for _ in range(3):
@@ -68,7 +68,7 @@ def test_bare_trees_start_each_generation_from_initial_params_of_its_own(monkeyp
     assert not np.allclose(kernels[first], kernels[second])
   assert trees.lineage(params) == 2
   bare = {name: tree for name, tree in params.items() if name != "lineage"}
-  assert ban_jax.train_generation(bare, cfg, **QUIET).index == 1  # a tree that does not say counts as generation 0
+  assert ban_jax.train_generation(bare, cfg, **QUIET).index == 1  # a tree without a lineage counts as generation 0
 
 
 def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, caplog):
@@ -91,11 +91,11 @@ def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, cap
     params = ban_jax.train_generation(None, cfg, **QUIET).params
     for _ in range(3):
       params = ban_jax.train_generation(params, cfg, **QUIET).params
-    params = jax.tree.map(np.array, flax.core.unfreeze(params))  # a plain dict is as good as a FrozenDict
+    params = jax.tree.map(np.array, flax.core.unfreeze(params))  # a plain dict works like a FrozenDict
     ban_jax.train_generation(params, config(train__evaluate_every=0, seed=5), **QUIET)
   assert traced == ["label", "ban"]
   compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(_fun)")]  # by pmap
-  assert len(compiled) <= 3  # two training programs and at the most one evaluation
+  assert len(compiled) <= 3  # two training programs and at most one evaluation
 
 
 @pytest.mark.parametrize("loss", ["label", "ban", "cwtm", "dkpp"])
@@ -104,7 +104,7 @@ def test_one_device_and_four_agree(loss, teacher):
   cfg = config(model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
   parent = None if loss == "label" else teacher
   one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
-  # At this rate nothing moves, so the result is the start.
+  # At this rate nothing moves, so the result is the initial state.
   still = cfg.copy_and_resolve_references()
   still.optim.update(learning_rate=1e-30, weight_decay=0.0)
   start = ban_jax.train_generation(parent, still, devices=jax.devices()[:1], **QUIET).params
@@ -117,7 +117,7 @@ def test_one_device_and_four_agree(loss, teacher):
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
   four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
   sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
-  mean = "batch_stats/stage1_unit1/norm1/mean"  # of the stem's output: a mean of device means is the batch's mean
+  mean = "batch_stats/stage1_unit1/norm1/mean"  # of the stem: the mean of device means is the batch's
   a, b = (trees.leaves(g.params)[mean] for g in (four, sync))
   np.testing.assert_allclose(a, b, atol=0.05)
   assert bytes_of(four.params) != bytes_of(sync.params)
@@ -145,7 +145,7 @@ def test_another_network_can_teach(tmp_path):
   assert ["transition1" in g.params["params"] for g in generations] == [False, True]
   both = ban_jax.evaluate(generations, cfg)  # an ensemble of both kinds
   assert both["count"] == 1397
-  again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # taught by a student of the students' network
+  again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # the teacher is itself a student
   assert again.index == 2
 
 
@@ -229,7 +229,7 @@ def test_layers_that_cannot_be_copied_are_refused(dense_teacher):
   cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_22_12", train__epochs=1)
   teacher = ban_jax.train_generation(None, cfg, **QUIET)
   with pytest.raises(
-    ConfigError, match=r"copies stem and classifier .* at stem/kernel the student has float32\[3, 3, 1, 16\]"
+    ConfigError, match=r"copies stem and classifier .* at classifier/kernel the student has float32\[16, 10\]"
   ):
     ban_jax.train_generation(teacher, cfg, **QUIET)
   with pytest.raises(ConfigError, match="copies stem and classifier from one teacher; 2 were given"):

@@ -80,7 +80,8 @@ def _arguments(group: Mapping[str, Any]) -> dict[str, Any]:
   parameters = _parameters(group["name"])
   options = parameters["options"].annotation
   # A group that was recorded before a key existed lacks it: the field's default is neutral.
-  arguments = {"options": options(**{key: group[key] for key in options._fields if key in group})}
+  given = {key: group[key] for key in options._fields if key in group or key not in options._field_defaults}
+  arguments = {"options": options(**given)}
   return arguments | ({"directory": group["dir"]} if "directory" in parameters else {})
 
 

@@ -13,7 +13,7 @@ Orbax restores a flipped byte without an error. Every tree is therefore compared
 before anything is computed from it.
 """
 
-from ban_jax.storage.files import storage_errors, write_json, write_text
+from ban_jax.storage.files import first_line, storage_errors, write_bytes, write_json, write_text
 from ban_jax.storage.finished import check_lineage, finish, load, load_together, provenance, read_records
 from ban_jax.storage.steps import open_steps, restore_newest, save_step
 from ban_jax.storage.workdir import open_workdir, resolve_workdir
@@ -21,6 +21,7 @@ from ban_jax.storage.workdir import open_workdir, resolve_workdir
 __all__ = [
   "check_lineage",
   "finish",
+  "first_line",
   "load",
   "load_together",
   "open_steps",
@@ -31,6 +32,7 @@ __all__ = [
   "restore_newest",
   "save_step",
   "storage_errors",
+  "write_bytes",
   "write_json",
   "write_text",
 ]

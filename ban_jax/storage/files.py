@@ -12,11 +12,16 @@ from etils import epath
 from ban_jax.errors import BanError, StorageError
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file such that a reader finds the old file or the whole new one, never a part."""
   partial = path.parent / f".{path.name}.partial"
-  partial.write_text(text)
+  partial.write_bytes(content)
   partial.replace(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a text as UTF-8, whole or not at all."""
+  write_bytes(path, text.encode())
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -8,8 +8,9 @@ import matplotlib
 import numpy as np
 
 from experiments import plots
+from experiments.results import CONFIDENCE
 from experiments.tables.spec import Table
-from experiments.tables.values import CONFIDENCE, Entry
+from experiments.tables.values import Entry
 
 
 class Panel(NamedTuple):

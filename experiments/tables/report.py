@@ -13,10 +13,11 @@ from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
 from experiments import plots, results
 from experiments.analysis import programs
+from experiments.results import CONFIDENCE
 from experiments.tables.graph import Node
 from experiments.tables.plot import plot_table
 from experiments.tables.spec import Cell, Table
-from experiments.tables.values import CONFIDENCE, Entry, entries_of
+from experiments.tables.values import Entry, entries_of
 
 # Columns of the CSV file, which has a line for each cell; semicolons separate the seeds, their values and sources.
 HEADER = (

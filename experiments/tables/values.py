@@ -16,8 +16,6 @@ from experiments.tables import graph
 from experiments.tables.graph import Node
 from experiments.tables.spec import Cell, Table
 
-CONFIDENCE = 0.95
-
 
 class Value(NamedTuple):
   """A cell's value for one seed, and the directories of the generations that it comes from."""
@@ -62,29 +60,11 @@ def ensemble_metrics(
     return None
 
 
-class Difference(NamedTuple):
-  """A mean of differences, paired by seed, with its confidence interval (NaN for a single seed)."""
-
-  mean: float
-  low: float
-  high: float
-  seeds: int
-
-
-def paired(values: Sequence[Value], reference: Sequence[Value]) -> Difference | None:
-  """Returns values minus reference over the seeds that both have; None if they share none.
-
-  The interval is Student's for the mean of the differences, with a confidence of 95%.
-  """
-  import scipy.stats  # slow to import
-
+def paired(values: Sequence[Value], reference: Sequence[Value]) -> results.Difference | None:
+  """Returns values minus reference over the seeds that both have, with its 95% interval; None if they share none."""
   by_seed = {value.seed: value.value for value in reference}
   differences = [value.value - by_seed[value.seed] for value in values if value.seed in by_seed]
-  if not differences:
-    return None
-  mean, error = results.mean_and_error(differences)
-  half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) if len(differences) > 1 else math.nan
-  return Difference(mean, mean - half, mean + half, len(differences))
+  return results.mean_difference(differences) if differences else None
 
 
 class Entry(NamedTuple):
@@ -95,7 +75,7 @@ class Entry(NamedTuple):
   mean: float  # NaN without values
   error: float  # standard error of the mean; NaN with fewer than two values
   reference: Cell | None  # None for the reference itself
-  difference: Difference | None  # from the reference; None if they share no seed
+  difference: results.Difference | None  # from the reference; None if they share no seed
 
   @property
   def from_paper(self) -> float:

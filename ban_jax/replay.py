@@ -1,0 +1,122 @@
+"""Recorded teachers: the logits of a fixed teacher on a fixed stream of mini-batches, computed once for all students.
+
+A teacher's logits follow from its networks, the data and the stream, that is the order of the examples and their
+augmentation, which seed and generation decide. Students that share these, such as those of different losses, can learn
+from one recording. It is made epoch by epoch, when an epoch is first needed, by a program that runs the teacher alone;
+every student, the first one included, reads it. So equal recordings give equal bytes, wherever a run was killed, and a
+replayed student differs from a live-taught one by rounding only.
+"""
+
+import functools
+import io
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from ban_jax import devices as devices_lib
+from ban_jax import storage, trees
+from ban_jax.job import Job
+from ban_jax.step import batch_of
+from ban_jax.teacher import Teaching
+from ban_jax.types import Batch, Devices
+
+logger = logging.getLogger(__name__)
+
+Logits = Float[np.ndarray, "local steps rows *T n"]
+
+
+def epoch_source(
+  job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any, key_data: jax.Array
+) -> Float[jax.Array, "local steps rows *T n"]:
+  """Returns the logits of a job's teacher for an epoch's mini-batches, each device's rows on that device.
+
+  They are read from the job's directory of recordings (`train.replay`), or computed and kept there. A recording whose
+  digest is wrong is named in the log and made again.
+  """
+  path = _directory(job) / f"epoch_{epoch:05d}"
+  logits = _read(path)
+  if logits is None:
+    logits = _record(job, epoch, order, arrays, key_data)
+    _keep(job, path, logits)
+  return devices_lib.place(logits, job.devices)
+
+
+def _directory(job: Job) -> epath.Path:
+  """Returns where the recordings of a job's teacher and stream lie: one directory for all students that share them."""
+  values, data = job.lineage, {key: value for key, value in job.lineage["config"].items() if key.startswith("data.")}
+  stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
+  stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
+  root = storage.resolve_workdir(job.cfg.train.replay)
+  return root / trees.json_digest(stream)[:16] / f"process_{jax.process_index()}"
+
+
+def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any, key_data: jax.Array) -> Logits:
+  """Returns the logits of a job's live teacher for an epoch's mini-batches."""
+  step = make_record_step(job.teacher.recorded, job.dataset.fetch, job.devices)
+  source = devices_lib.broadcast(job.teacher.source, job.devices)
+  carry = jax.tree.map(np.asarray, job.teacher.recorded.init_carry(order.shape[1]))
+  carry, rows = devices_lib.split_rows(carry, job.devices), []
+  for number, index in enumerate(order, epoch * job.steps_per_epoch):
+    carry, logits = step(source, carry, arrays, devices_lib.split_rows(index, job.devices), key_data, np.int32(number))
+    rows.append(np.asarray(logits))
+  return np.stack(rows, axis=1)
+
+
+@functools.lru_cache
+def make_record_step(teaching: Teaching, fetch: Callable[..., Batch], devices: Devices) -> Callable[..., Any]:
+  """Returns the pmapped step `(source, carry, arrays, index, key_data, step) -> (carry, logits)` of a live teacher.
+
+  The arguments are those of the training step; `index` is int32 [devices, B / devices] and `step` int32 [], the number
+  of the training step that this is the mini-batch of. `logits` are float32 [devices, B / devices, ...].
+  """
+
+  def record_step(source, carry, arrays, index, key_data, step):
+    logits, carry = teaching.logits(source, carry, batch_of(fetch, arrays, index, key_data, step).batch)
+    return carry, logits
+
+  return devices_lib.pmap(record_step, devices=devices, in_axes=(None, 0, None, 0, None, None))
+
+
+def _read(path: epath.Path) -> Logits | None:
+  """Returns a recording, or None where there is none, or only a damaged one."""
+  record = path.with_suffix(".json")  # written last
+  try:
+    if not record.exists():
+      return None
+    logits = np.load(io.BytesIO(path.with_suffix(".npy").read_bytes()))
+    if trees.digest({"logits": logits}) == json.loads(record.read_text())["digest"]:
+      return logits
+    reason = "its digest is not the one it was saved with"
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    reason = storage.first_line(error)
+  logger.warning(f"recording {path}.npy is damaged ({reason}): it is made again")
+  return None
+
+
+def _keep(job: Job, path: epath.Path, logits: Logits) -> None:
+  """Writes a recording, unless all of them would take more room than the configuration allows."""
+  root = storage.resolve_workdir(job.cfg.train.replay)
+  root.mkdir(parents=True, exist_ok=True)
+  taken = sum(file.stat().length for file in root.glob("*/*/*.npy"))
+  if taken + logits.nbytes > job.cfg.train.replay_gib * 2**30:
+    _warn_full(root, job.cfg.train.replay_gib)
+    return
+  with storage.storage_errors(root):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, logits)
+    storage.write_bytes(path.with_suffix(".npy"), content.getvalue())
+    storage.write_json(path.with_suffix(".json"), {"digest": trees.digest({"logits": logits})})
+
+
+@functools.cache
+def _warn_full(root: epath.Path, gib: float) -> None:
+  logger.warning(
+    f"the recordings in {root} have reached train.replay_gib={gib:g}: further epochs are computed anew for each student"
+  )
