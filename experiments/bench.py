@@ -21,6 +21,8 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
 On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
 """
 
+import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -53,6 +55,8 @@ from experiments.analysis.programs import count_flops
 
 # Load average above which another program takes part of a core.
 BUSY = 1.5
+# Steps after which the heap, which --keep_memory does not give back, has its size.
+WARM_UP = 5
 # The section `host`: whose number of arrays, how many steps, and how many of them a dispatch.
 LEAVES_OF, HOST_STEPS, HOST_BLOCKS = "wrn_28_1", 512, (1, 32)
 
@@ -123,7 +127,19 @@ def cases_of(options: Options, place: Place, *, training: bool = False) -> Itera
         if KINDS[kind].trains or not training:
           if options.progress:
             print(f"{row}, {kind}, {dtype}", file=sys.stderr, flush=True)
+          release_memory()
           yield Case(row, kind, dtype)
+
+
+def release_memory() -> None:
+  """Gives what the last case held back to the system.
+
+  With --keep_memory the heap would grow from case to case, until it is trimmed and filled again in every step.
+  """
+  jax.clear_caches()
+  gc.collect()
+  if platform.libc_ver()[0] == "glibc":
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def job_of(options: Options, place: Place, case: Case, **changes: Any) -> Job:
@@ -138,10 +154,10 @@ def steps_of(options: Options, place: Place) -> int:
 
 
 def take_turns(sides: Mapping[str, Run], options: Options, steps: int) -> dict[str, list[float]]:
-  """Returns each side's seconds a step, turn by turn, after a turn that compiles and one that warms up."""
+  """Returns each side's seconds a step, turn by turn, after a turn that compiles and some steps that warm up."""
   for run in sides.values():
     run(steps)
-    run(steps)
+    run(max(steps, WARM_UP))
   seconds = {name: [] for name in sides}
   for turn in range(options.turns):
     for name in list(sides)[:: 1 if turn % 2 else -1]:  # nobody is always the first
@@ -190,15 +206,19 @@ def torch_sides(options: Options, place: Place, case: Case, *, eager_only: bool 
 
 def steps(options: Options, place: Place) -> Iterator[Measurement]:
   """Yields the time of a step, ours and PyTorch's."""
-  count = steps_of(options, place)
   for case in cases_of(options, place):
-    job = job_of(options, place, case)
-    sides = {"ours": KINDS[case.kind].run(job), **torch_sides(options, place, case)}
-    times = {name: [1e3 * each for each in seconds] for name, seconds in take_turns(sides, options, count).items()}
-    ours = times.pop("ours")
-    against = min(times, key=lambda name: statistics.median(times[name])) if times else ""
-    flops = count_flops(KINDS[case.kind].program(job.cfg, place.devices)) * len(place.devices)
-    yield Measurement("steps", case, "ms a step", ours, against, times.get(against, ()), flops)
+    yield _step(options, place, case)
+
+
+def _step(options: Options, place: Place, case: Case) -> Measurement:
+  job, kind = job_of(options, place, case), KINDS[case.kind]
+  sides = {"ours": kind.run(job), **torch_sides(options, place, case)}
+  seconds = take_turns(sides, options, steps_of(options, place))
+  times = {name: [1e3 * each for each in found] for name, found in seconds.items()}
+  ours = times.pop("ours")
+  against = min(times, key=lambda name: statistics.median(times[name])) if times else ""
+  flops = count_flops(kind.program(job.cfg, place.devices)) * len(place.devices)
+  return Measurement("steps", case, "ms a step", ours, against, times.get(against, ()), flops)
 
 
 def epoch(options: Options, place: Place) -> Iterator[Measurement]:
