@@ -51,7 +51,7 @@ setuptools.setup(
     "tqdm",
   ],
   extras_require={
-    "benchmark": ["torch"],  # what experiments/benchmark_lstm.py compares with
+    "benchmark": ["torch"],  # what experiments/bench.py compares with
     "cuda": ["jax[cuda12]>=0.10"],
     "notebook": ["ipywidgets", "jupyterlab"],
     "test": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff==0.17.6"],

@@ -1,0 +1,209 @@
+"""What experiments/bench.py measures: networks on synthetic data of the real shapes, and our side of every measurement.
+
+A network is one entry of ROWS, a kind of step one entry of KINDS. A side of a comparison is a function that runs a
+number of steps and waits for the last one.
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ban_jax import config, data, step, train
+from ban_jax import devices as devices_lib
+from ban_jax import job as job_lib
+from ban_jax.data import images, text
+from ban_jax.errors import look_up
+from ban_jax.job import Job, Setup
+from ban_jax.types import Dataset, Devices, Model, Variables
+from configs import presets
+from experiments.analysis.programs import Program, eval_program, train_program
+
+Run = Callable[[int], None]
+
+# Mini-batches of synthetic data. Steps go through them again and again.
+BATCHES = 64
+IMAGES = 64  # in a mini-batch, unless the command line says otherwise
+# Labels are random and networks untrained: a small rate keeps all numbers finite, and no step's work depends on it.
+RATE = 1e-3
+
+
+class Row(NamedTuple):
+  """A network: words of configs/presets.py, what is changed, and whether it is measured on accelerators alone."""
+
+  words: str
+  changes: Mapping[str, Any] = {}
+  large: bool = False
+
+
+# Wide-ResNets have no dropout here: what is compared are convolutions, not random generators.
+ROWS = {
+  "wrn_16_1": Row("cifar10,wrn_16_1"),
+  "wrn_28_2": Row("cifar10,wrn_28_2", {"model.dropout": 0.0}),
+  "wrn_16_4": Row("cifar10,wrn_16_1", {"model.width": 4}),
+  "densenet_40_12": Row("cifar10,densenet_40_12"),
+  "lstm_200": Row("ptb,lstm_200"),
+  "lstm_650": Row("ptb,lstm_200", {"model.units": 650, "model.dropout": 0.5, "model.init_scale": 0.05}),
+  "cnn_lstm": Row("ptb,cnn_lstm"),
+  "wrn_28_1": Row("cifar10,wrn_28_1", {"model.dropout": 0.0}, large=True),
+  "wrn_28_10": Row("cifar10,wrn_28_10", {"model.dropout": 0.0}, large=True),
+  "densenet_90_60": Row("cifar10,densenet_90_60", large=True),
+}
+
+
+class Kind(NamedTuple):
+  """A kind of step: how its job is prepared, how a job's steps are run, and the program whose operations are counted.
+
+  `prepare(setup, parent)` takes the variables of an untrained network, which may teach.
+  """
+
+  prepare: Callable[[Setup, Variables], Job]
+  run: Callable[[Job], Run]
+  program: Callable[[ConfigDict, Devices], Program]
+  trains: bool = True
+
+
+def configuration(
+  row: str, *, batch: int = 0, dtype: str = "float32", batches: int = BATCHES, changes: Mapping[str, Any] | None = None
+) -> ConfigDict:
+  """Returns the checked configuration of a row with an epoch of `batches` steps.
+
+  `batch` 0 is the preset's mini-batch for text and `IMAGES` for images. Raises a ConfigError for an unknown row.
+  """
+  words, own, _ = look_up(ROWS, row, "row")
+  cfg = presets.compose(f"{words},paper")
+  cfg.update_from_flattened_dict({"optim.learning_rate": RATE, **own, **(changes or {}), "compute_dtype": dtype})
+  cfg.train.batch_size = batch or (cfg.train.batch_size if cfg.data.window else IMAGES)
+  cfg.data.train_examples = batches * cfg.train.batch_size * max(1, cfg.data.window)
+  cfg.evaluate.update(batch_size=1, training_batch_size=1)
+  config.check(cfg)
+  return cfg
+
+
+def synthetic(group: ConfigDict) -> Dataset:
+  """Returns random data of the shapes that a `data` group describes, with the smallest evaluation splits there can be.
+
+  Nothing is read, and equal groups give the same object.
+  """
+  return _synthetic(tuple(sorted(group.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
+  group = dict(group)
+  known, rng = data.describe(group), np.random.default_rng(0)
+  classes = known.spec.num_classes
+  if known.spec.kind == "images":
+    shape = known.arrays["images"].shape
+    pixels = rng.integers(0, 256, shape, np.uint8)
+    pool = images.Examples(pixels, rng.integers(0, classes, len(pixels)).astype(np.int32))
+    options = images.Options(**{key: group[key] for key in images.Options._fields})
+    return images.build(group["name"], pool, images.take(pool, np.arange(1)), num_classes=classes, options=options)
+  words = known.spec.words
+  # A line's end is a token, too.
+  line = [words[number] for number in rng.integers(0, classes, known.arrays["tokens"].shape[0] - 2)]
+  window = line[: group["window"] - 1]
+  lines = {"train": [line], "validation": [window], "test": [window]}
+  options = text.Options(**{key: group[key] for key in text.Options._fields})
+  return text.build(group["name"], lines, words, options=options)
+
+
+def setup_of(cfg: ConfigDict, devices: Devices) -> Setup:
+  """Returns a configuration's Setup on synthetic data."""
+  config.check_batch_size(cfg.train.batch_size, devices)
+  dataset = synthetic(cfg.data)
+  return Setup(cfg, dataset, job_lib.make_models(cfg, dataset.spec), devices)
+
+
+def job_of(kind: Kind, setup: Setup) -> Job:
+  """Returns the job whose steps are measured; its teacher, if any, is an untrained network like the student."""
+  return kind.prepare(setup, untrained(setup.models[0]))
+
+
+def untrained(model: Model) -> Variables:
+  """Returns variables that are finite and of the right shapes, without compiling anything."""
+  shapes, rng = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(1)
+  params = jax.tree.map(lambda leaf: (0.05 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes["params"])
+  batch_stats = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["batch_stats"])
+  return {"params": params, "batch_stats": batch_stats}
+
+
+def training(job: Job, *, fixed: bool = False) -> Run:
+  """Returns a function that runs training steps as ban_jax.train does; on one mini-batch again and again if `fixed`."""
+  devices, size = job.devices, job.steps_per_dispatch
+  compiled = train.step_of(job)
+  state, carry = train.initial(job)
+  state, carry = devices_lib.replicate(state, devices), devices_lib.split_rows(carry, devices)
+  source, arrays = (devices_lib.broadcast(tree, devices) for tree in (job.teacher.source, job.dataset.splits["train"]))
+  key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, train.STEPS)), devices)
+  order = job.dataset.train_order(job.key, job.cfg.train.batch_size)
+  batches = itertools.repeat(order[0]) if fixed else itertools.cycle(order)
+
+  def run(steps: int) -> None:
+    nonlocal state, carry
+    pending = collections.deque()
+    for first in range(0, steps, size):
+      block = np.full((size, order.shape[1]), -1, np.int32)
+      for place in range(min(size, steps - first)):
+        block[place] = next(batches)
+      index = devices_lib.split_batches(block, devices)
+      state, carry, sums = compiled.run(state, source, carry, arrays, index, key_data)
+      pending.append(sums)
+      if len(pending) > max(1, train.IN_FLIGHT // size):  # unbounded dispatch to several CPU devices deadlocks
+        devices_lib.unreplicate(pending.popleft())
+    jax.block_until_ready(state)
+
+  return run
+
+
+def evaluation(job: Job) -> Run:
+  """Returns a function that runs evaluation steps of the student on training batches, as ban_jax.evaluate does."""
+  devices, rows = job.devices, job.cfg.train.batch_size
+  compiled = step.make_eval_step((job.student,), job.dataset.fetch, devices)
+  variables = devices_lib.broadcast((untrained(job.student),), devices)
+  arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
+  carries = devices_lib.split_rows((job.student.init_carry(rows),), devices)
+  batches = itertools.cycle(job.dataset.train_order(job.key, rows))
+
+  def run(steps: int) -> None:
+    nonlocal carries
+    for index in itertools.islice(batches, steps):
+      carries, sums = compiled(variables, carries, arrays, devices_lib.split_rows(index, devices))
+      devices_lib.unreplicate(sums)
+
+  return run
+
+
+KINDS = {
+  "supervised": Kind(
+    lambda setup, parent: job_lib.prepare(setup, None, 0), training, functools.partial(train_program, taught=False)
+  ),
+  "distilled": Kind(lambda setup, parent: job_lib.prepare(setup, parent, 1), training, train_program),
+  "evaluation": Kind(lambda setup, parent: job_lib.prepare(setup, None, 0), evaluation, eval_program, trains=False),
+}
+
+
+@functools.lru_cache
+def many_leaves(like: Model) -> Model:
+  """Returns an image network with next to no work and as many arrays as another, of one number each."""
+  shapes = jax.eval_shape(like.init, jax.random.key(0))
+  groups = {group: [f"leaf{number}" for number, _ in enumerate(jax.tree.leaves(shapes[group]))] for group in shapes}
+
+  def init(key):
+    del key
+    return {group: {name: jnp.ones(1) for name in names} for group, names in groups.items()}
+
+  def apply(variables, carry, inputs, *, train, key=None, positions=None):
+    del key, positions
+    scale = sum(variables["params"].values()) / len(groups["params"])  # [1]
+    logits = inputs[:, 0, 0, :1] * scale * jnp.arange(like.spec.num_classes)  # [B, n]
+    moved = 1.0 if train else 0.0
+    return logits, carry, {name: leaf + moved for name, leaf in variables["batch_stats"].items()}
+
+  return Model(f"leaves_of_{like.name}", like.spec, init, lambda batch: (), apply)

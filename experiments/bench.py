@@ -1,0 +1,537 @@
+"""Measures training and evaluation steps, whole epochs, starts, memory and host time, as one table of ratios.
+
+  python experiments/bench.py                                        everything; on two cores an hour or two
+  python experiments/bench.py --rows=wrn_16_1,lstm_200 --sections=steps
+  python experiments/bench.py --processor_time                       on a machine that is busy otherwise: one thread
+
+`pip install -e '.[benchmark]'` adds PyTorch, to compare with; without it our times stand alone. The sides take turns,
+so that a machine that becomes slower or faster does so for all, and a ratio is of two neighboring turns. Sections:
+
+  steps   ours and PyTorch's: channels last, as it is and under torch.compile, whichever is faster. Ours cuts and
+          augments its mini-batches in the step, PyTorch's lie ready (experiments/analysis/torch_networks.py); both have
+          what --keep_memory does for the process
+  epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
+          it, and the same step on one mini-batch again and again
+  start   seconds until the first step has run, with the compilation cache filled and empty; in processes of their own
+  memory  the peak of the resident memory (RSS) of some steps, with a filled compilation cache, above what the process
+          held before, and where the device tells it, the peak there; in processes of their own
+  host    processor time of the thread that dispatches, for 32 steps a dispatch and for 1, on a network with as many
+          arrays as Wide-ResNet-28-1 and next to no work
+
+On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from etils import epath
+
+from ban_jax import data, train
+from ban_jax import devices as devices_lib
+from ban_jax.errors import BanError, ConfigError, look_up
+from ban_jax.job import Job, Setup, make_models
+from ban_jax.models import DTYPES
+from ban_jax.types import Devices
+from experiments import cli, results
+from experiments.analysis import cases
+from experiments.analysis.cases import KINDS, ROWS, Run
+from experiments.analysis.programs import count_flops
+
+# Load average above which another program takes part of a core.
+BUSY = 1.5
+# The section `host`: whose number of arrays, how many steps, and how many of them a dispatch.
+LEAVES_OF, HOST_STEPS, HOST_BLOCKS = "wrn_28_1", 512, (1, 32)
+
+
+class Options(NamedTuple):
+  """The values of the flags; an empty choice or a zero leaves it to the platform."""
+
+  rows: tuple[str, ...] = ()
+  kinds: tuple[str, ...] = tuple(KINDS)
+  sections: tuple[str, ...] = ("steps", "epoch", "start", "memory", "host")
+  dtypes: tuple[str, ...] = ()
+  turns: int = 7
+  steps: int = 0
+  epoch_steps: int = 16
+  batch: int = 0
+  processor_time: bool = False
+  torch: bool = True
+  torch_compile: bool = True
+  peak_tflops: float = 0.0
+  progress: bool = False
+  arguments: tuple[str, ...] = ()  # the command line, which processes of their own are given
+
+  @property
+  def clock(self) -> Callable[[], float]:
+    return time.process_time if self.processor_time else time.perf_counter
+
+
+class Place(NamedTuple):
+  """Where things are measured. The sections that start processes have no devices, which one process alone may hold."""
+
+  platform: str
+  devices: Devices = ()
+
+
+class Case(NamedTuple):
+  """What a line of the table is about."""
+
+  row: str
+  kind: str
+  dtype: str
+
+
+class Measurement(NamedTuple):
+  """A line of the table: ours, and what it is compared with, turn by turn."""
+
+  section: str
+  case: Case
+  what: str
+  ours: Sequence[float]
+  against: str = ""
+  other: Sequence[float] = ()
+  flops: float = 0.0  # a step's, on all devices together
+
+  @property
+  def ratios(self) -> list[float]:
+    return [mine / other for mine, other in zip(self.ours, self.other, strict=True)] if self.other else []
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+def cases_of(options: Options, place: Place, *, training: bool = False) -> Iterator[Case]:
+  """Yields the chosen cases, those of `training` steps alone if asked to."""
+  on_cpu = place.platform == "cpu"
+  for row in options.rows or [name for name, row in ROWS.items() if not (row.large and on_cpu)]:
+    for dtype in options.dtypes or (("float32",) if on_cpu else ("float32", "bfloat16")):
+      for kind in options.kinds:
+        if KINDS[kind].trains or not training:
+          if options.progress:
+            print(f"{row}, {kind}, {dtype}", file=sys.stderr, flush=True)
+          yield Case(row, kind, dtype)
+
+
+def job_of(options: Options, place: Place, case: Case, **changes: Any) -> Job:
+  """Returns the job of a case, with changes of the configuration as `configuration` takes them."""
+  cfg = cases.configuration(case.row, batch=options.batch, dtype=case.dtype, **changes)
+  return cases.job_of(KINDS[case.kind], cases.setup_of(cfg, place.devices))
+
+
+def steps_of(options: Options, place: Place) -> int:
+  """Returns the steps of a turn: enough that an accelerator's queue does not run dry."""
+  return options.steps or (2 if place.platform == "cpu" else 50)
+
+
+def take_turns(sides: Mapping[str, Run], options: Options, steps: int) -> dict[str, list[float]]:
+  """Returns each side's seconds a step, turn by turn, after a turn that compiles and one that warms up."""
+  for run in sides.values():
+    run(steps)
+    run(steps)
+  seconds = {name: [] for name in sides}
+  for turn in range(options.turns):
+    for name in list(sides)[:: 1 if turn % 2 else -1]:  # nobody is always the first
+      start = options.clock()
+      sides[name](steps)
+      seconds[name].append((options.clock() - start) / steps)
+  return seconds
+
+
+def torch_device(options: Options, place: Place) -> str | None:
+  """Returns the device on which PyTorch runs the same work, or None where it does not."""
+  if not options.torch or importlib.util.find_spec("torch") is None:
+    return None
+  import torch
+
+  from experiments.analysis import torch_networks
+
+  torch_networks.start(devices_lib.cores())
+  devices = {"cpu": "cpu"} | ({"gpu": "cuda"} if torch.cuda.is_available() else {})
+  return devices.get(place.platform)
+
+
+def torch_sides(options: Options, place: Place, case: Case, *, eager_only: bool = False) -> dict[str, Run]:
+  """Returns PyTorch's sides of a case by name, ready to run: none where it is not there or does not know the kind."""
+  device = torch_device(options, place)
+  if device is None:
+    return {}
+  from experiments.analysis import torch_networks
+
+  if case.kind not in torch_networks.KINDS:
+    return {}
+  cfg = cases.configuration(case.row, batch=options.batch, dtype=case.dtype)
+  ours, sides = make_models(cfg, data.describe(cfg.data).spec)[1], {}
+  for name, compiled in {"PyTorch": False, "PyTorch, compiled": True}.items():
+    if not compiled or options.torch_compile and not eager_only:
+      run = torch_networks.run_of(case.kind, cfg, ours, device=device, compiled=compiled)
+      try:
+        run(1)
+        sides[name] = run
+      except Exception as error:  # torch.compile needs a C++ compiler, and raises what its parts raise
+        if not compiled:
+          raise
+        print(f"warning: torch.compile fails, and is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+  return sides
+
+
+def steps(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time of a step, ours and PyTorch's."""
+  count = steps_of(options, place)
+  for case in cases_of(options, place):
+    job = job_of(options, place, case)
+    sides = {"ours": KINDS[case.kind].run(job), **torch_sides(options, place, case)}
+    times = {name: [1e3 * each for each in seconds] for name, seconds in take_turns(sides, options, count).items()}
+    ours = times.pop("ours")
+    against = min(times, key=lambda name: statistics.median(times[name])) if times else ""
+    flops = count_flops(KINDS[case.kind].program(job.cfg, place.devices)) * len(place.devices)
+    yield Measurement("steps", case, "ms a step", ours, against, times.get(against, ()), flops)
+
+
+def epoch(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time of a step in epochs of the training loop, and on one mini-batch between two epochs."""
+  epochs, count = options.turns + 2, options.epoch_steps  # the first epoch compiles, and the last one is evaluated
+  changes = {"train.epochs": epochs, "train.checkpoint_every": epochs * count, "train.evaluate_every": 0}
+  for case in cases_of(options, place, training=True):
+    times = _epochs(job_of(options, place, case, batches=count, changes=changes), options.clock)
+    ours, fixed = ([1e3 * seconds for seconds in each[1:-1]] for each in zip(*times, strict=True))
+    yield Measurement("epoch", case, "ms a step", ours, "one mini-batch", fixed)
+
+
+def _epochs(job: Job, clock: Callable[[], float]) -> list[tuple[float, float]]:
+  """Returns, for every epoch of a job, the seconds a step in it and after it, on one mini-batch."""
+  count, fixed = job.steps_per_epoch, cases.training(job, fixed=True)
+  fixed(count)
+  dispatches, looks, began, times = -(-count // job.steps_per_dispatch), 0, clock(), []
+
+  def look() -> bool:  # what the loop asks after each dispatch: whether to stop
+    nonlocal looks, began
+    looks += 1
+    if looks % dispatches == 0:
+      ended = clock()
+      fixed(count)
+      now = clock()
+      times.append(((ended - began) / count, (now - ended) / count))
+      began = clock()
+    return False
+
+  train.train([job], [None], look, False)
+  return times
+
+
+def start(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the seconds until the first step has run, with a filled and an empty compilation cache."""
+  for case in cases_of(options, place, training=True):
+    with tempfile.TemporaryDirectory() as cache:
+      cold, warm = (in_a_process(options, [*case, "ours"], cache)["seconds"] for _ in range(2))
+    yield Measurement("start", case, "s to the first step, warm", [warm], "cold", [cold])
+
+
+def memory(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the most memory that some steps take, on the host and, where the platform tells it, on the device."""
+  titles = {"resident": "MB, peak RSS", "device": "MB, peak on the device"}
+  for case in cases_of(options, place, training=True):
+    with tempfile.TemporaryDirectory() as cache:  # the first process compiles, which may take more than the steps do
+      _, ours, theirs = (in_a_process(options, [*case, side], cache) for side in ("ours", "ours", "torch"))
+    for key, title in titles.items():
+      if ours[key] is not None:
+        other = [] if theirs is None or theirs.get(key) is None else [theirs[key] / 1e6]
+        yield Measurement("memory", case, title, [ours[key] / 1e6], "PyTorch" if other else "", other)
+
+
+def host(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the processor time, a step, of the thread that dispatches."""
+  for kind in options.kinds:
+    if KINDS[kind].trains:
+      jobs = {block: _leafy_job(kind, place, block) for block in HOST_BLOCKS}
+      times = {block: [] for block in jobs}
+      for turn in range(options.turns + 1):
+        for block, job in jobs.items():
+          seconds = _dispatching(job)
+          if turn:  # the first one compiles
+            times[block].append(1e6 * seconds)
+      one, many = HOST_BLOCKS
+      what = f"us a step, {many} steps a dispatch"
+      case = Case(f"leaves of {LEAVES_OF}", kind, "float32")
+      yield Measurement("host", case, what, times[many], f"{one} step a dispatch", times[one])
+
+
+def _leafy_job(kind: str, place: Place, block: int) -> Job:
+  """Returns the job of `HOST_STEPS` steps of a network with next to no work."""
+  changes = {"train.epochs": 1, "train.steps_per_dispatch": block, "train.checkpoint_every": HOST_STEPS}
+  changes |= {"data.pad": 0, "data.flip": False}
+  cfg = cases.configuration(LEAVES_OF, batch=4 * len(place.devices), batches=HOST_STEPS, changes=changes)
+  setup = cases.setup_of(cfg, place.devices)
+  leafy = cases.many_leaves(setup.models[0])
+  return cases.job_of(KINDS[kind], Setup(cfg, setup.dataset, (leafy, leafy), place.devices))
+
+
+def _dispatching(job: Job) -> float:
+  """Returns the seconds a step of this thread's processor time, without the first and the last dispatch."""
+  stamps = []
+
+  def look() -> bool:
+    stamps.append(time.thread_time())
+    return False
+
+  train.train([job], [None], look, False)
+  return (stamps[-2] - stamps[0]) / (len(stamps) - 2) / job.steps_per_dispatch
+
+
+class Section(NamedTuple):
+  """A part of the table; where it `starts_processes`, they may need the accelerator before this process takes it."""
+
+  measure: Callable[[Options, Place], Iterator[Measurement]]
+  starts_processes: bool = False
+
+
+SECTIONS = {
+  "steps": Section(steps),
+  "epoch": Section(epoch),
+  "start": Section(start, starts_processes=True),
+  "memory": Section(memory, starts_processes=True),
+  "host": Section(host),
+}
+
+
+# --- processes of their own ----------------------------------------------------------------------------------------
+
+
+def in_a_process(options: Options, what: Sequence[str], cache: str | None = None) -> Any:
+  """Returns what `alone` finds in a new process, which keeps compiled programs in the directory `cache`."""
+  command = [sys.executable, __file__, *options.arguments, f"--alone={','.join(what)}"]
+  environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise BanError(f"measuring {', '.join(what)} in a process of its own failed:\n{done.stderr.strip()[-2000:]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def alone(options: Options, place: Place, what: Sequence[str]) -> Any:
+  """Measures one side of one case in this process, which has done nothing before; "platform" asks for that alone.
+
+  Returns the seconds until the first step has run, and the bytes that some steps took at most; None without PyTorch.
+  """
+  if list(what) == ["platform"]:
+    return place.platform
+  *names, side = what
+  case = Case(*names)
+  job = job_of(options, place, case) if side == "ours" else None
+  if side != "ours" and torch_device(options, place) is None:
+    return None
+  (before, _), began = resident_bytes(), options.clock()
+  sides = torch_sides(options, place, case, eager_only=True) if job is None else {"ours": KINDS[case.kind].run(job)}
+  for run in sides.values():
+    run(1)
+  seconds = options.clock() - began
+  for run in sides.values():
+    run(steps_of(options, place))
+  held = resident_bytes()[1] - before
+  return {"seconds": seconds, "resident": held, "device": device_bytes(options, place, side)}
+
+
+def resident_bytes() -> tuple[int, int]:
+  """Returns the bytes of memory that this process holds, and the most it ever held."""
+  status = pathlib.Path("/proc/self/status")
+  if not status.exists():
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most, most
+  lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+  # Not getrusage's, which on Linux begins with what the parent process held.
+  held, most = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+  return held, most
+
+
+def device_bytes(options: Options, place: Place, side: str) -> int | None:
+  """Returns the most bytes of the first device that were in use at once; None where the platform does not tell."""
+  if side == "ours":
+    return (place.devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+  from experiments.analysis import torch_networks
+
+  return torch_networks.peak_bytes(torch_device(options, place))
+
+
+def start_jax() -> Devices:
+  """Returns the devices of the command line; of several accelerators one, unless --devices says otherwise."""
+  devices = cli.start_jax()
+  if jax.process_count() > 1:
+    raise ConfigError("this benchmark runs in one process; leave out the flags for several")
+  return devices if devices[0].platform == "cpu" or cli.DEVICES.value else devices[:1]
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+  """Returns a number with three digits or all before the point."""
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(measurements: Sequence[Measurement], peak: float = 0.0) -> str:
+  """Returns a Markdown table; `peak` is the devices' operations a second together, 0 for no share of it."""
+  title = ["section", "network", "kind", "type", "measured", "ours", "other", "other is", "ours / other", "range"]
+  rows = [[*title, "GFLOP/s", *(["share of peak"] if peak else [])]]
+  for found in measurements:
+    row, ratios = [found.section, *found.case, found.what, number(statistics.median(found.ours))], found.ratios
+    row += [number(statistics.median(found.other)) if found.other else "", found.against]
+    row.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+    row.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else "")
+    rate = found.flops / statistics.median(found.ours) * 1e3  # from operations in milliseconds
+    row.append(number(rate / 1e9) if rate else "")
+    rows.append(row + ([f"{rate / peak:.1%}" if rate else ""] if peak else []))
+  return results.markdown(rows)
+
+
+def describe(options: Options, place: Place, load: float) -> dict[str, Any]:
+  """Returns under what settings the numbers were found."""
+  has_torch = torch_device(options, place) is not None
+  return {
+    "processor": processor(),
+    "cores": devices_lib.cores(),
+    "jax": jax.__version__,
+    "devices": len(place.devices),
+    "device_kind": place.devices[0].device_kind,
+    "torch": importlib.metadata.version("torch") if has_torch else None,
+    "clock": "processor time" if options.processor_time else "wall time",
+    "turns": options.turns,
+    "steps": steps_of(options, place),
+    "load": round(load, 2),
+    "python": platform.python_version(),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+def heading(settings: Mapping[str, Any]) -> str:
+  """Returns the settings as text, with a warning if the machine was busy."""
+  torch = f"PyTorch {settings['torch']}, threads: {settings['cores']}" if settings["torch"] else "no PyTorch"
+  lines = [
+    f"{settings['processor']}, cores: {settings['cores']}, load average {settings['load']:.2f}. JAX {settings['jax']}, "
+    f"devices: {settings['devices']} ({settings['device_kind']}); {torch}.",
+    f"Medians of {settings['turns']} turns of {settings['steps']} steps, {settings['clock']}; ratios are medians over "
+    "turns, below 1 where ours takes less.",
+  ]
+  if settings["load"] > BUSY:
+    lines.append(
+      f"warning: the load average is above {BUSY}: other programs run. Wall times then say little; --processor_time is "
+      f"more robust. OMP_WAIT_POLICY of PyTorch's threads: {os.environ.get('OMP_WAIT_POLICY', 'default')}."
+    )
+  return "\n".join(lines)
+
+
+def processor() -> str:
+  """Returns the processor's name, or its architecture if the system does not give the name."""
+  information = pathlib.Path("/proc/cpuinfo")
+  lines = information.read_text().splitlines() if information.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.machine()
+
+
+def record(settings: Mapping[str, Any], measurements: Sequence[Measurement]) -> str:
+  """Returns settings and measurements as JSON."""
+  found = [
+    {**each.case._asdict(), **{key: value for key, value in each._asdict().items() if key != "case"}}
+    for each in measurements
+  ]
+  return json.dumps({"settings": settings, "measurements": found}, indent=2) + "\n"
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def define_flags() -> None:
+  """Defines the flags; in a function, so that this file can be imported beside other scripts."""
+  default = Options()
+  flags.DEFINE_list("rows", list(default.rows), "Networks; by default all, those for accelerators only there.")
+  flags.DEFINE_list("kinds", list(default.kinds), "Kinds of steps.")
+  flags.DEFINE_list("sections", list(default.sections), "Parts of the table.")
+  flags.DEFINE_list(
+    "dtypes", list(default.dtypes), "Types of activations; by default float32, elsewhere than on CPU bfloat16 too."
+  )
+  flags.DEFINE_integer("turns", default.turns, "Turns of each side.", lower_bound=1)
+  flags.DEFINE_integer("steps", default.steps, "Steps of a turn; 0: 2 on CPU, 50 elsewhere.", lower_bound=0)
+  flags.DEFINE_integer("epoch_steps", default.epoch_steps, "Steps of an epoch.", lower_bound=1)
+  flags.DEFINE_integer("batch", default.batch, f"Mini-batch; 0: {cases.IMAGES} images, or the preset's.", lower_bound=0)
+  flags.DEFINE_bool("processor_time", default.processor_time, "Measure processor time, on one core and thread.")
+  flags.DEFINE_bool("torch", default.torch, "Compare with PyTorch, where it is installed.")
+  flags.DEFINE_bool("torch_compile", default.torch_compile, "Also compare with torch.compile.")
+  flags.DEFINE_float("peak_tflops", default.peak_tflops, "A device's peak, 10^12 operations/s.", lower_bound=0.0)
+  flags.DEFINE_string("out", None, "File for the numbers as JSON.")
+  flags.DEFINE_list("alone", [], "For processes that this script starts: what to measure.")
+
+
+def read_flags() -> Options:
+  """Returns the values of the flags; raises a ConfigError that lists the choices for a wrong name."""
+  values = {name: getattr(flags.FLAGS, name) for name in Options._fields if name != "arguments"}
+  values |= {name: tuple(dict.fromkeys(value)) for name, value in values.items() if isinstance(value, list)}
+  for name, known in {"rows": ROWS, "kinds": KINDS, "sections": SECTIONS, "dtypes": DTYPES}.items():
+    for value in values[name]:
+      look_up(known, value, name.removesuffix("s"))
+  return Options(**values, arguments=tuple(sys.argv[1:]))
+
+
+def pin() -> None:
+  """Keeps this process, and every thread that it starts from now on, on one core."""
+  if not hasattr(os, "sched_setaffinity"):
+    raise ConfigError("--processor_time needs a system that can keep a process on one core, as Linux does")
+  os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def measure(options: Options, load: float, out: str | None = None) -> tuple[dict[str, Any], list[Measurement]]:
+  """Returns the settings and the measurements of the chosen sections; a file `out` has those found so far."""
+  found, chosen = [], [SECTIONS[name] for name in SECTIONS if name in options.sections]
+  settings = {"load": round(load, 2)}
+
+  def add(section: Section, place: Place) -> None:
+    for each in section.measure(options, place):
+      found.append(each)
+      if out:
+        results.write(epath.Path(out), record(settings, found))
+
+  own = [section for section in chosen if section.starts_processes]
+  place = Place(in_a_process(options, ["platform"])) if own else None
+  for section in own:
+    add(section, place)
+  devices = start_jax()
+  place = Place(devices[0].platform, devices)
+  if options.processor_time and place.platform != "cpu":
+    raise ConfigError("--processor_time measures a CPU; leave it out on accelerators")
+  settings = describe(options, place, load)
+  for section in chosen:
+    if section not in own:
+      add(section, place)
+  return settings, sorted(found, key=lambda each: list(SECTIONS).index(each.section))
+
+
+def main() -> None:
+  """Measures, and prints the settings and the table."""
+  options, out, load = read_flags(), flags.FLAGS.out, os.getloadavg()[0]
+  if load > BUSY:  # PyTorch's threads spin while they wait: beside other programs a step takes ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+  if options.processor_time:
+    pin()
+  if flags.FLAGS.alone:
+    devices = start_jax()
+    print(json.dumps(alone(options, Place(devices[0].platform, devices), flags.FLAGS.alone)))
+    return
+  settings, found = measure(options, load, out)
+  if out:
+    results.write(epath.Path(out), record(settings, found))
+  print(f"{heading(settings)}\n\n{table(found, 1e12 * options.peak_tflops * settings['devices'])}")
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
