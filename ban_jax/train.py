@@ -63,7 +63,7 @@ def train_generation(
   """
   job = job_lib.prepare(job_lib.resolve(cfg, devices), params_prev, generation)
   with storage.open_workdir(workdir, config.record(cfg)) if workdir is not None else contextlib.nullcontext() as held:
-    return _finished_or_trained([job], [held], progress)[0]
+    return finished_or_trained([job], [held], progress)[0]
 
 
 def run(
@@ -92,15 +92,13 @@ def run_generations(setups: Sequence[Setup], workdirs: Sequence[epath.Path], pro
   for index in range(1 + max(setup.cfg.generations for setup in setups)):
     due = [place for place, setup in enumerate(setups) if index <= setup.cfg.generations]
     jobs = [job_lib.prepare(setups[place], runs[place][-1] if index else None, index) for place in due]
-    done = _finished_or_trained(jobs, [workdirs[place] for place in due], progress)
+    done = finished_or_trained(jobs, [workdirs[place] for place in due], progress)
     for place, generation in zip(due, done, strict=True):
       runs[place].append(generation)
   return runs
 
 
-def _finished_or_trained(
-  jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool
-) -> list[Generation]:
+def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
   """Returns the generations that the workdirs hold, and trains the others side by side."""
   directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
   found = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
@@ -121,6 +119,8 @@ def _finished(job: Job, directory: epath.Path) -> Generation | None:
     return None
   generation, manifest = finished
   storage.check_lineage(job.lineage, manifest, directory)
+  if processes.is_primary():
+    storage.remove_leftovers(directory)
   return generation
 
 

@@ -377,7 +377,7 @@ def test_a_teacher_comes_before_its_students():
 
 def train(made, workdir):
   messages = []
-  count = training.train(made, workdir, devices=jax.devices()[:2], progress=False, log=messages.append)
+  count = training.train(made, workdir, groups=[tuple(jax.devices()[:2])], progress=False, log=messages.append)
   return count, messages
 
 
@@ -411,7 +411,7 @@ def test_what_another_process_trains_is_waited_for(pair, tmp_path, monkeypatch):
       release.set()
       other.join()
 
-  assert training.train(pair, workdir, devices=jax.devices()[:2], progress=False, log=log) == 2
+  assert training.train(pair, workdir, groups=[tuple(jax.devices()[:2])], progress=False, log=log) == 2
   assert any(message.startswith("waiting: workdir ") and "is in use by" in message for message in messages)
   assert all(graph.state(node, workdir) == "finished" for node in pair)
 
@@ -645,3 +645,33 @@ def test_what_differs_between_rows_is_told():
 def test_a_cell_that_is_only_quoted_is_not_trained():
   quoted = [cell for cell in cells(5) if not cell.members]
   assert quoted == [Cell("Pre-activation ResNet-1001", "baseline", "", (), 22.71, False)]
+
+
+# --- students side by side, and recorded teachers --------------------------------------------------------------------
+
+
+def test_devices_are_grouped_for_students():
+  devices = tuple(jax.devices()[:4])
+  assert training.device_groups(devices, 0) == [devices]
+  assert [len(group) for group in training.device_groups(devices, 2)] == [2, 2]
+  with pytest.raises(ConfigError, match="--devices_per_student=3: 4 devices make groups of 1, 2, 4"):
+    training.device_groups(devices, 3)
+
+
+def test_students_side_by_side_are_those_of_one_at_a_time(tmp_path):
+  nodes = graph.topological_order(
+    node for column in ("BAN", "BAN+L", "DKPP") for node in members(2, "DenseNet-112-33", column, scale="smoke")
+  )
+  digests = []
+  for name, count in (("one", 1), ("three", 3)):
+    workdir = epath.Path(tmp_path / name)
+    messages = []
+    groups = [(device,) for device in jax.devices()[:count]]
+    trained = training.train(nodes, workdir, groups=groups, progress=False, log=messages.append)
+    assert trained == len(nodes) == len(messages) == 4
+    assert not (workdir / "replay").exists()  # nobody needs it any more
+    digests.append({node.path: graph.find(node, workdir)[1]["digest"] for node in nodes})
+    layouts = {node.path: graph.find(node, workdir)[1]["layout"] for node in nodes}
+    assert [layouts[node.path]["replayed"] for node in nodes] == [False, True, True, True]
+    assert training.train(nodes, workdir, groups=groups, progress=False, log=messages.append) == 0
+  assert digests[0] == digests[1]

@@ -20,7 +20,7 @@ from experiments.tables.cost import cost_table
 from experiments.tables.graph import Node
 from experiments.tables.report import Output
 from experiments.tables.spec import SCALES, VARIANT, Cell, Table
-from experiments.tables.train import train
+from experiments.tables.train import device_groups, train
 from experiments.tables.values import evaluate_ensemble
 
 
@@ -33,6 +33,12 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Directory of runs and tables, common to all tables (runs/tables/SCALE).")
   flags.DEFINE_string("data_dir", "", "Data directory: that of TFDS for CIFAR, that of the three text files for PTB.")
   flags.DEFINE_string("shard", "1/1", "K/N: as the K-th of N processes on one workdir, train every N-th row and seed.")
+  flags.DEFINE_integer(
+    "devices_per_student",
+    0,
+    "Train several students side by side, each on so many devices; 0: one on all.",
+    lower_bound=0,
+  )
   flags.DEFINE_bool("controls", False, "Also train the controls (smoothed labels, longer training...).")
   flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and exit.")
   flags.DEFINE_bool("dry_run", False, "Show what would be trained and its cost, and exit.")
@@ -107,6 +113,7 @@ def make_table(table: Table) -> None:
   if flags.FLAGS.dry_run:
     print(cost_table(nodes, workdir))
     return
+  groups = device_groups(devices, flags.FLAGS.devices_per_student)
   output = Output(table, scale, workdir)
   # The written table keeps all seeds, rows and controls of the workdir, whatever the flags ask for now.
   existing = output.existing()
@@ -118,7 +125,7 @@ def make_table(table: Table) -> None:
     if (cell.row in rows or not cell.members) and cell.column in columns
   ]
   everything = graph.topological_order(node for cell in shown for members in cell.members for node in members)
-  graph.check(everything, workdir, devices)
+  graph.check(everything, workdir, groups[0])
 
   def log(message: str) -> None:
     if is_primary():
@@ -126,7 +133,7 @@ def make_table(table: Table) -> None:
         print(message, flush=True)
       output.write(shown, seeds, plot=False)  # what is finished by now
 
-  trained = train(nodes, workdir, devices=devices, progress=cli.PROGRESS.value, log=log)
+  trained = train(nodes, workdir, groups=groups, progress=cli.PROGRESS.value, log=log)
   for members in ensembles:
     if len(members) > 1:
       evaluate_ensemble(members, workdir, devices)

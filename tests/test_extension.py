@@ -1,0 +1,119 @@
+"""Adding a loss, a network, a data set or a table touches one place: its own module and one registry entry."""
+
+import dataclasses
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import config
+from flax import linen as nn
+
+import ban_jax
+from ban_jax import data, losses, models
+from ban_jax.data import images
+from ban_jax.models import common
+from configs import presets
+from experiments.tables import graph
+
+QUIET = {"progress": False}
+SHORT = {"train__epochs": 1, "train__evaluate_every": 0}
+
+
+def test_a_loss_is_a_function_and_an_entry(monkeypatch):
+  def focal(logits, labels, teacher_logits, *, key, positions, temperature):
+    values = losses.label_cross_entropy(logits, labels) * temperature
+    return values, jnp.ones_like(values)
+
+  monkeypatch.setitem(losses.LOSSES, "focal", losses.Loss(focal, needs_teacher=False))
+  cfg = config("digits,wrn_10_1,smoke,focal", **SHORT)  # the presets know it, too
+  teacher = ban_jax.train_generation(None, cfg, **QUIET)
+  student = ban_jax.train_generation(teacher, cfg, **QUIET)
+  assert student.index == 1
+  assert losses.make_loss({**cfg.loss, "temperature": 2.0}).options == ("temperature",)
+
+
+def test_a_network_is_a_file_and_an_entry(monkeypatch):
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class LinearOptions:
+    scale: float  # of the inputs
+
+  class Linear(nn.Module):
+    options: LinearOptions
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train, positions):
+      x = x.reshape(len(x), -1) * self.options.scale
+      return common.classifier(nn.BatchNorm(use_running_average=not train)(x), self.num_classes, jnp.float32)
+
+  def linear(spec, options, *, dtype, axis_name):
+    return common.from_image_module("linear", Linear(options, spec.num_classes), spec)
+
+  monkeypatch.setitem(models.MODELS, "linear", models.ModelKind(LinearOptions, linear))
+  cfg = config(**SHORT).copy_and_resolve_references()
+  with cfg.unlocked():
+    cfg.model = {"name": "linear", "scale": 0.5}
+  generations = [ban_jax.train_generation(None, cfg, **QUIET)]
+  generations.append(ban_jax.train_generation(generations[0], cfg, **QUIET))
+  assert ban_jax.evaluate(generations, cfg)["count"] == 1397
+  cfg.model.scale = 0.25
+  with cfg.unlocked():
+    cfg.model.sale = 1.0
+  with pytest.raises(ban_jax.ConfigError, match="model 'linear' takes the options scale; the configuration gives"):
+    ban_jax.train_generation(None, cfg, **QUIET)
+
+
+def test_a_data_set_is_a_file_and_an_entry(monkeypatch):
+  def load(options: images.Options):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 30).astype(np.int32)
+    pixels = (rng.integers(0, 60, (120, 8, 8, 1)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    parts = [images.Examples(pixels[first::2], labels[first::2]) for first in (0, 1)]
+    return images.build("stripes", *parts, num_classes=4, options=options)
+
+  monkeypatch.setitem(data.DATASETS, "stripes", data.Source(load, "images", embedded=True))
+  changes = {"data__name": "stripes", "data__train_examples": 40, "data__label_noise": 0.2, "evaluate__batch_size": 60}
+  cfg = config(**changes, **SHORT)
+  generation = ban_jax.train_generation(None, cfg, **QUIET)
+  assert generation.metrics["test_count"] == 60
+  assert generation.metrics["wrong_seen_count"] == 8
+  assert data.describe(cfg.data).rows == 40
+
+
+def test_a_table_is_a_script(tmp_path, monkeypatch):
+  (tmp_path / "table9.py").write_text(
+    textwrap.dedent('''
+      """A table of one's own."""
+
+      from experiments.tables import run
+      from experiments.tables.spec import Table, make_rows
+
+
+      def columns(builder, row):
+        teacher = builder.teacher(row.network)
+        return {"teacher": [teacher], "CWTM": [builder.student(teacher, row.network, "cwtm")]}
+
+
+      TABLE = Table(
+        number=9,
+        title="one of ours",
+        dataset="cifar10",
+        rows=make_rows(("teacher", "CWTM"), ("WRN", "wrn_10_1", "0.08M", 9.0, 8.0)),
+        columns=columns,
+        controls=lambda builder, row: {},
+        substitutes={"smoke": {"wrn_10_1": "wrn_10_1"}},
+      )
+
+      if __name__ == "__main__":
+        run.main(TABLE)
+    ''')
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  import table9
+
+  cells = table9.TABLE.cells("smoke", 2, "", controls=False)
+  assert [(cell.row, cell.column, cell.paper) for cell in cells] == [("WRN", "teacher", 9.0), ("WRN", "CWTM", 8.0)]
+  nodes = graph.topological_order(node for cell in cells for members in cell.members for node in members)
+  assert [node.loss for node in nodes] == ["label", "label", "cwtm", "cwtm"] or len(nodes) == 4
+  assert presets.compose("digits,wrn_10_1,smoke").data.name == "digits"
