@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import forks
 import pytest
 
 
@@ -25,12 +26,12 @@ def test_importing_the_library_is_light_and_fast():
 def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterwards(tmp_path):
   command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path}", "--seeds=2",
              "--words=digits,wrn_10_1,smoke", "--devices=2"]  # fmt: skip
-  first = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  first = forks.run(command, cwd="/")
   assert first.returncode == 0, first.stderr
   assert "±" in first.stdout
   assert (tmp_path / "error_by_generation.png").read_bytes().startswith(b"\x89PNG")
   assert f"plot:  {tmp_path}/error_by_generation.png" in first.stdout
-  again = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  again = forks.run(command, cwd="/")
   assert "everything was finished already" in again.stdout
   assert again.stdout.split("\n\n", 1)[1] == first.stdout.split("\n\n", 1)[1]
 
