@@ -1,5 +1,6 @@
 # make quickstart   trains a teacher and three born-again generations on embedded digits, prints and plots the result
 # make test         runs the linter and the tests
+# make soak         runs the long forms of some tests, which take about half an hour
 # make lint         runs the linter alone
 # make bench        measures steps, epochs, starts and memory, for an hour or two: make bench ARGS=--rows=wrn_16_1 is less
 # make clean        removes the virtual environment (runs and results stay)
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test soak lint bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from ban_jax.errors import (
   TrainingError,
 )
 from ban_jax.evaluate import compare, evaluate, reliability
+from ban_jax.loading import load, load_run
 from ban_jax.memory import keep_freed_memory
 from ban_jax.train import run, train_generation
 from ban_jax.types import Generation
@@ -32,6 +33,8 @@ __all__ = [
   "compare",
   "evaluate",
   "keep_freed_memory",
+  "load",
+  "load_run",
   "reliability",
   "run",
   "train_generation",

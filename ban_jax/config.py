@@ -107,7 +107,8 @@ UNUSED = {
   "label_noise": (0.0, "is text, and has no labels to replace"),
 }
 
-# Keys that no byte of a generation depends on: labels, places, and what is only logged, saved or evaluated.
+# Keys that make no other generation: labels, places, and what is only logged, saved or evaluated. Steps a dispatch and
+# replay change the rounding, which the layout records.
 FREE = (
   *("generations", "scale", "data.dir", "evaluate.batch_size", "evaluate.training_batch_size"),
   *("train.checkpoint_every", "train.evaluate_every", "train.gradient_split", "train.steps_per_dispatch"),

@@ -125,4 +125,11 @@ def layout(devices: Devices) -> dict[str, Any]:
     "devices": len(devices),
     "processes": len({device.process_index for device in devices}),
     "cores": cores(),
+    "settings": {
+      "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # "default" is TF32 on NVIDIA's GPUs
+      "threefry_partitionable": jax.config.jax_threefry_partitionable,
+      "xla_flags": " ".join(
+        sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+      ),
+    },
   }

@@ -83,6 +83,8 @@ class Job(NamedTuple):
 
 def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None) -> Setup:
   """Returns what a configuration names; raises a ConfigError or a DataError where it cannot be run or evaluated."""
+  if jax.config.jax_enable_x64:
+    raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
   config.check(cfg)
   dataset = data.load(cfg.data)
   config.check_dataset(cfg, dataset)

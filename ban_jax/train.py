@@ -119,6 +119,8 @@ def _finished(job: Job, directory: epath.Path) -> Generation | None:
     return None
   generation, manifest = finished
   storage.check_lineage(job.lineage, manifest, directory)
+  if processes.is_primary():
+    storage.remove_leftovers(directory)
   return generation
 
 

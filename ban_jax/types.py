@@ -94,5 +94,12 @@ class Generation(NamedTuple):
   metrics: Mapping[str, float]
   history: Sequence[Mapping[str, float]]
 
+  def __repr__(self) -> str:
+    """Returns one line; the arrays would take thousands in a notebook."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params.get("params", {})))
+    shown = [name for name in ("test_error", "test_perplexity") if name in self.metrics]
+    numbers = "".join(f", {name}={self.metrics[name]:.4g}" for name in shown)
+    return f"Generation(index={self.index}, parameters={size:,}, epochs={len(self.history)}{numbers})"
+
 
 Devices = tuple[jax.Device, ...]

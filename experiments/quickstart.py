@@ -74,7 +74,8 @@ def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, st
     rows = list(per_seed[0])
     single = [row for row in rows if not row.startswith("Ens")]
     places = {row: place + 0.5 * (row not in single) for place, row in enumerate(rows)}
-    for group, color, style in ((single, "tab:blue", "o-"), (rows[len(single) :], "tab:orange", "s")):
+    ensembles = rows[len(single) :]
+    for group, color, style in ((single, "tab:blue", "o-"), (ensembles, "tab:orange", "s"))[: 1 + bool(ensembles)]:
       errors = {row: [seed[row]["error"] for seed in per_seed] for row in group}
       bars = {row: results.mean_and_error(values) for row, values in errors.items()}
       means, spreads = zip(*bars.values(), strict=True)

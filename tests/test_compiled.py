@@ -245,3 +245,24 @@ def test_slices_that_cannot_be_read_are_refused(name):
 def test_a_batch_that_the_devices_cannot_share_is_refused(make):
   with pytest.raises(ConfigError, match="train.batch_size=21 cannot be shared equally by 2 devices"):
     make(config(train__batch_size=21), tuple(jax.devices()[:2]))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_convolutions_in_bfloat16_are_neither_transposed_nor_converted(platform):
+  cfg = cifar.get_config("cifar10,wrn_10_1,paper")
+  cfg.compute_dtype = "bfloat16"
+  program = programs.train_program(cfg, tuple(jax.devices()[:2]))
+  text = jax.jit(program.step).trace(*program.arguments).lower(lowering_platforms=(platform,)).as_text()
+  convolutions = re.findall(r"stablehlo\.convolution.*: \((tensor<\S+>), (tensor<\S+>)\) -> (tensor<\S+>)", text)
+  assert len(convolutions) == 27  # 7 of 3x3 forward for each network, 6 and 7 gradients; 1x1 ones are products
+  assert all(tensor.endswith("xbf16>") for each in convolutions for tensor in each)
+  # NHWC throughout: nothing of four axes is transposed; kernels are turned round inside the convolutions.
+  assert not re.findall(r"stablehlo\.transpose.*: \(tensor<\d+x\d+x\d+x\d+x", text)
+
+
+def test_state_and_carry_are_donated_and_the_teacher_is_not():
+  for name in ("wide_resnet", "lstm"):
+    program = programs.train_program(NETWORKS[name][0], tuple(jax.devices()))
+    lowered = program.step.lower(*program.arguments).as_text()
+    donated = lowered.count("jax.buffer_donor") + lowered.count("tf.aliasing_output")
+    assert donated == len(jax.tree.leaves((program.arguments[0], program.arguments[2])))

@@ -422,12 +422,13 @@ def test_downloaded_archive_must_be_the_official_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_real_data_set(tmp_path):
+def test_the_real_data_set(pytestconfig):
   tool = SHARED / "tools/make_tfds.py"
   if not tool.exists():
     pytest.skip(f"no real CIFAR-10 at {SHARED}; set BAN_SHARED")
-  subprocess.run([sys.executable, tool, tmp_path, "cifar10"], check=True, capture_output=True)
-  cfg = group(name="cifar10", dir=str(tmp_path), pad=4, flip=True)
+  directory = pytestconfig.cache.mkdir("data")  # kept: it takes most of a minute, and nothing if it was made before
+  subprocess.run([sys.executable, tool, directory, "cifar10"], check=True, capture_output=True)
+  cfg = group(name="cifar10", dir=str(directory), pad=4, flip=True)
   dataset = data.load(cfg)
   assert dataset.sizes == {"train": 50_000, "test": 10_000}
   assert_describes(data.describe(cfg), dataset)

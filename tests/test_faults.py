@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ def start(workdir, *flags, command=COMMAND):
 def finish(process):
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err
+
+
+def run(workdir, *flags, command=COMMAND):
+  done = forks.run([*command, f"--workdir={workdir}", *flags], cwd="/")
+  return done.returncode, done.stdout, done.stderr
 
 
 def wait_until(condition, process):
@@ -87,6 +93,15 @@ def whole():
 def unfinished(tmp_path_factory):
   """A generation with checkpoints of steps 6 and 9 and without final files."""
   return leave_unfinished(tmp_path_factory.mktemp("unfinished"), config(**PLAIN)).parent
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """The workdir of a run of two generations by the command line."""
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  status, _, err = run(workdir, "--config.generations=1")
+  assert status == 0, err
+  return workdir
 
 
 # --- bad disks -----------------------------------------------------------------------------------------------------
@@ -313,7 +328,7 @@ cp "$disk"/run/gen_0/manifest.json "$disk.manifest"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
-def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(tmp_path):
+def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(undisturbed, tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
   command = [*COMMAND, f"--workdir={disk}/run", "--config.train.checkpoint_every=1"]
@@ -334,9 +349,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   assert read("err_full").count("\n") == 1
   assert read("steps_full") == read("steps1")
   assert read("status2") == "0\n", read("err2")
-  undisturbed = start(tmp_path / "undisturbed")
-  assert finish(undisturbed)[0] == 0
-  assert json.loads(read("manifest"))["digest"] == digest_of(tmp_path / "undisturbed")
+  assert json.loads(read("manifest"))["digest"] == digest_of(undisturbed)
 
 
 # Writes more scalars than the file's buffer holds, so that writing them fails on the full disk.
@@ -377,7 +390,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   wait_until(lambda: steps_of(tmp_path / "run"), process)
 
   process.send_signal(signal.SIGSTOP)  # stopped in the middle of its training while the other one starts
-  status, out, err = finish(start(tmp_path / "run", *flags))
+  status, out, err = run(tmp_path / "run", *flags)
   assert status == 2
   assert err.startswith(f"error: workdir {tmp_path}/run is in use by process {process.pid} on ")
   assert "wait until it ends, or give another workdir" in err
@@ -393,10 +406,10 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   assert f"saved at step {saved} of 150. Rerun the command to resume" in err
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
 
-  status, _, err = finish(start(tmp_path / "run", *flags))
+  status, _, err = run(tmp_path / "run", *flags)
   assert status == 0, err
   assert f"step {saved + 1}/" in err or "step 150/150" in err
-  assert finish(start(tmp_path / "undisturbed", *flags))[0] == 0
+  assert run(tmp_path / "undisturbed", *flags)[0] == 0
   assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
 
 
@@ -466,33 +479,31 @@ exec(open(SCRIPT).read())
 def kill_at(name, workdir, *flags):
   code = DIE_AT.replace("SCRIPT", repr(COMMAND[1]))
   command = [sys.executable, "-c", code, name, *COMMAND[2:], f"--workdir={workdir}", *flags]
-  killed = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=300)
+  killed = forks.run(command, cwd="/")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "manifest.json", "save"])
-def test_a_kill_while_something_is_written_is_survived(name, tmp_path):
+def test_a_kill_while_something_is_written_is_survived(name, undisturbed, tmp_path):
   kill_at(name, tmp_path / "run")
   assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
   assert name != "save" or steps_of(tmp_path / "run") in ([3], [3, 6])
-  status, _, err = finish(start(tmp_path / "run"))
+  status, _, err = run(tmp_path / "run")
   assert status == 0, err
-  assert finish(start(tmp_path / "undisturbed"))[0] == 0
-  assert digest_of(tmp_path / "run") == digest_of(tmp_path / "undisturbed")
+  assert digest_of(tmp_path / "run") == digest_of(undisturbed)
 
 
 @pytest.mark.slow
-def test_a_kill_between_generations_is_survived(tmp_path):
+def test_a_kill_between_generations_is_survived(undisturbed, tmp_path):
   kill_at("between", tmp_path / "run", "--config.generations=1")
   assert (tmp_path / "run" / "gen_0" / "manifest.json").exists()
   assert steps_of(tmp_path / "run")  # the next start removes them
   assert not (tmp_path / "run" / "gen_1").exists()
-  status, _, err = finish(start(tmp_path / "run", "--config.generations=1"))
+  status, _, err = run(tmp_path / "run", "--config.generations=1")
   assert status == 0, err
   assert not (tmp_path / "run" / "gen_0" / "steps").exists()
-  assert finish(start(tmp_path / "undisturbed", "--config.generations=1"))[0] == 0
   for generation in (0, 1):
-    assert digest_of(tmp_path / "run", generation) == digest_of(tmp_path / "undisturbed", generation)
+    assert digest_of(tmp_path / "run", generation) == digest_of(undisturbed, generation)
 
 
 def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):
@@ -622,7 +633,7 @@ def test_parameters_that_are_not_finite_stop_a_run_whose_loss_still_is(tmp_path)
 
 
 def test_the_command_line_tells_divergence_by_its_status(tmp_path):
-  status, out, err = finish(start(tmp_path / "run", "--config.optim.learning_rate=1e30"))
+  status, out, err = run(tmp_path / "run", "--config.optim.learning_rate=1e30")
   assert status == TrainingError.exit_status == 3
   assert err.splitlines()[-1].startswith("error: generation 0 diverged in epoch 1 at step ")
   assert "Traceback" not in err
@@ -680,7 +691,7 @@ def with_another_word(folder):
     (folder / f"ptb.{split}.txt").write_text(f"the cat sat on a mat\n{text}\n")
   command = [*COMMAND[:2], f"--config={ROOT}/configs/ptb.py:ptb,lstm_32,smoke", f"--config.data.dir={folder}"]
   command += ["--config.data.train_examples=0", "--config.train.epochs=1", "--config.generations=0"]
-  assert finish(start(folder / "run", command=command))[0] == 0
+  assert run(folder / "run", command=command)[0] == 0
   train_text = folder / "ptb.train.txt"
   train_text.write_text(train_text.read_text().replace("the cat", "the mat", 1))
   return command, "run/gen_0 holds a generation of another origin (dataset: "
@@ -693,7 +704,7 @@ def with_another_word(folder):
 def test_what_the_command_line_refuses_it_leaves_as_it_is(prepare, tmp_path):
   command, message = prepare(tmp_path)
   before = contents(tmp_path)
-  status, out, err = finish(start(tmp_path / "run", command=command))
+  status, out, err = run(tmp_path / "run", command=command)
   assert status == 2
   assert err.splitlines()[-1].startswith(f"error: {tmp_path}/{message}")
   assert "Traceback" not in err
@@ -702,7 +713,7 @@ def test_what_the_command_line_refuses_it_leaves_as_it_is(prepare, tmp_path):
 
 
 def test_the_command_line_refuses_a_workdir_that_cannot_be_written():
-  status, out, err = finish(start("/proc/ban_jax"))
+  status, out, err = run("/proc/ban_jax")
   assert status == 2
   assert err.startswith("error: workdir /proc/ban_jax cannot be written: ")
   assert err.count("\n") == 1
@@ -713,7 +724,7 @@ def test_the_command_line_refuses_a_workdir_that_cannot_be_written():
 def test_the_command_line_goes_on_from_the_checkpoint_before_a_damaged_one(unfinished, whole, tmp_path):
   workdir = shutil.copytree(unfinished, tmp_path / "run")
   flip_a_byte(workdir / "gen_0" / "steps" / "9")
-  status, out, err = finish(start(workdir, "--devices=4"))
+  status, out, err = run(workdir, "--devices=4")
   assert status == 0, err
   assert f"checkpoint {workdir}/gen_0/steps/9 is damaged (the digest of its arrays is not the one it was saved" in err
   assert "resuming from the one before it" in err

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
+import forks
 import jax
 import matplotlib.image
 import numpy as np
@@ -26,7 +26,7 @@ WRITTEN = {*PNGS, "figures.md", "figures.json"}
 
 def command(script, *arguments):
   line = [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments), "--devices=2"]
-  return subprocess.run(line, cwd="/", capture_output=True, text=True, timeout=300)
+  return forks.run(line)
 
 
 def contents(directory):

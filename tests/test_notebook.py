@@ -3,9 +3,9 @@
 import ast
 import json
 import os
-import subprocess
 import sys
 
+import forks
 import nbformat
 import pytest
 from conftest import ROOT
@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from experiments import results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
+EPOCHS = 40  # in the notebook
 PLOTS = ("curves", "errors", "compare", "dark", "classes", "split")
 # Trains the notebook's first two generations in a program with the same configuration.
 REFERENCE = """
@@ -28,7 +29,7 @@ from experiments import cli
 jax.config.update("jax_num_cpu_devices", cli.cpu_devices(cores()))
 cli.use_compilation_cache()
 cfg = digits.get_config("digits,wrn_10_1,cpu")
-cfg.train.update(epochs=40, batch_size=40, evaluate_every=5, gradient_split=True)
+cfg.train.update(epochs=EPOCHS, batch_size=40, evaluate_every=5, gradient_split=True)
 teacher = ban_jax.train_generation(None, cfg, progress=False)
 student = ban_jax.train_generation(teacher, cfg, progress=False)
 print(json.dumps([teacher.metrics, ban_jax.evaluate(student, cfg)]))
@@ -94,7 +95,11 @@ def test_it_finds_the_package_from_wherever_jupyter_starts(notebook, execute, di
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, execute):
+@pytest.mark.parametrize("epochs", [6, pytest.param(EPOCHS, marks=pytest.mark.soak)])
+def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, execute, epochs):
+  (cell,) = [cell for cell in notebook.cells if cell.id == "configuration"]
+  assert cell.source.count(f"cfg.train.epochs = {EPOCHS}\n") == 1
+  cell.source = cell.source.replace(f"cfg.train.epochs = {EPOCHS}\n", f"cfg.train.epochs = {epochs}\n")
   probe = "import time; print(time.process_time())"
   notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
   execute(notebook, NOTEBOOK.parent)
@@ -110,7 +115,7 @@ def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, ex
   assert "DenseNet student: test error" in printed(notebook, "networks")
   assert printed(notebook, "run").count("the same bytes: True") == 4
 
-  done = subprocess.run([sys.executable, "-c", REFERENCE], capture_output=True, text=True, cwd=ROOT, check=False)
+  done = forks.run([sys.executable, "-c", REFERENCE.replace("EPOCHS", str(epochs))], cwd=ROOT)
   assert done.returncode == 0, done.stderr
   teacher, student = json.loads(done.stdout)
   assert ast.literal_eval(*shown(notebook, "teacher", "text/plain")) == teacher

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import forks
 import pytest
 
 
@@ -25,11 +26,27 @@ def test_importing_the_library_is_light_and_fast():
 def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterwards(tmp_path):
   command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path}", "--seeds=2",
              "--words=digits,wrn_10_1,smoke", "--devices=2"]  # fmt: skip
-  first = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  first = forks.run(command, cwd="/")
   assert first.returncode == 0, first.stderr
   assert "±" in first.stdout
   assert (tmp_path / "error_by_generation.png").read_bytes().startswith(b"\x89PNG")
   assert f"plot:  {tmp_path}/error_by_generation.png" in first.stdout
-  again = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  again = forks.run(command, cwd="/")
   assert "everything was finished already" in again.stdout
   assert again.stdout.split("\n\n", 1)[1] == first.stdout.split("\n\n", 1)[1]
+
+
+@pytest.mark.slow
+def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
+  command = [sys.executable, "-m", "experiments.enough", f"--workdir={tmp_path}", "--seeds=1", "--devices=1",
+             "--words=digits,wrn_10_1,smoke", "--noise=0.4", "--epochs=1,2", "--generations=1"]  # fmt: skip
+  done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  assert done.returncode == 0, done.stderr
+  for epochs in (1, 2):
+    assert f"| 40%          | {epochs}      |" in done.stdout
+  assert "teacher's best stop" in done.stdout
+  assert (tmp_path / "enough.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "enough.md").read_text() in done.stdout + "\n"
+  refused = subprocess.run([*command, "--epochs=ten"], capture_output=True, text=True, cwd="/", check=False)
+  assert refused.returncode == 2
+  assert "error: --noise and --epochs take numbers, separated by commas" in refused.stderr

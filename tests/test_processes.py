@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def several(workdir, processes, *more, peer_timeout=PEER_TIMEOUT):
 
 
 def finish(arguments):
-  done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+  done = forks.run(arguments, cwd=ROOT, timeout=PATIENCE)
   assert done.returncode == 0, done.stderr
   return done
 
@@ -263,7 +264,7 @@ def test_a_run_whose_other_process_never_comes_ends_with_a_message(process, tmp_
     probe.bind(("localhost", 0))
     address = f"localhost:{probe.getsockname()[1]}"
   where = [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={process}", "--start_timeout=2"]
-  done = subprocess.run(alone(tmp_path, 1, *where), capture_output=True, text=True, timeout=60)
+  done = forks.run(alone(tmp_path, 1, *where))
   assert done.returncode == 69
   expected = f"error: not all processes of the run met at {address} within 2 seconds (--start_timeout)"
   assert done.stderr.splitlines()[-1].startswith(expected)
@@ -276,7 +277,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     other.listen()
     port = other.getsockname()[1]
     where = [f"--coordinator_address=localhost:{port}", "--num_processes=2", "--process_id=0"]
-    done = subprocess.run(alone(tmp_path, 1, *where), capture_output=True, text=True, timeout=60)
+    done = forks.run(alone(tmp_path, 1, *where))
   assert done.returncode == 2
   expected = f"error: --coordinator_address: port {port} of this machine cannot be opened: "
   assert done.stderr.startswith(expected)
@@ -310,7 +311,7 @@ def test_flags_that_do_not_fit_together_are_refused(values, message):
 
 
 def test_wrong_flags_end_with_one_line_and_status_2(tmp_path):
-  done = subprocess.run(alone(tmp_path, 1, "--num_processes=2"), capture_output=True, text=True, timeout=60)
+  done = forks.run(alone(tmp_path, 1, "--num_processes=2"))
   assert done.returncode == 2
   assert done.stderr == "error: --num_processes also needs --coordinator_address and --process_id\n"
 

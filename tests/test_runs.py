@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -25,11 +26,9 @@ WORDS = f"{ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
 COMMAND = [sys.executable, str(ROOT / "experiments" / "train.py"), f"--config={WORDS}", "--devices=2"]
 
 
-def train(workdir, *flags, cwd=None, **options):
+def train(workdir, *flags):
   # A run from another directory shows that the package, configurations and experiments are installed.
-  return subprocess.run(
-    [*COMMAND, f"--workdir={workdir}", *flags], cwd=cwd or "/", capture_output=True, text=True, timeout=300, **options
-  )
+  return forks.run([*COMMAND, f"--workdir={workdir}", *flags], cwd="/")
 
 
 def digests(workdir):
@@ -267,6 +266,9 @@ def leave_unfinished(workdir, cfg):
 def test_home_directories_and_a_broken_table_cache(finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "run")
   (tmp_path / "run" / "evaluations.json").write_text("garbage")
-  done = train("~/run", "--config.train.epochs=4", env={**os.environ, "HOME": str(tmp_path)})
+  done = subprocess.run(
+    [*COMMAND, "--workdir=~/run", "--config.train.epochs=4"], cwd="/", capture_output=True, text=True, timeout=300,
+    env={**os.environ, "HOME": str(tmp_path)},
+  )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "| BAN-1   |" in done.stdout

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -10,6 +11,7 @@ COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
   "flags",
   [
@@ -18,12 +20,11 @@ COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
   ],
   ids=["images", "text"],
 )
-def test_a_run_killed_at_random_ends_with_the_bytes_of_one_left_alone(flags):
-  done = subprocess.run(
-    [*COMMAND, "--kills=3", "--seconds=200", *flags], capture_output=True, text=True, cwd="/", check=False, timeout=500
-  )
+def test_a_run_killed_at_random_ends_with_the_bytes_of_one_left_alone(flags, kills):
+  command = [*COMMAND, f"--kills={kills}", "--seconds=1000", *flags]
+  done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=5000)
   assert done.returncode == 0, done.stderr
-  assert "3 kills in " in done.stdout
+  assert f"{kills} kills in " in done.stdout
   assert done.stdout.splitlines()[-1].endswith("all ended with the bytes of the run left alone")
 
 
@@ -36,7 +37,7 @@ print("equal", flush=True)
 soak.compare({**same, "generation 0": ("other", "rows", "metrics")}, same, "run 1, killed 3 times,")
 """
   # In a separate process, because each script defines its own flags.
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+  done = forks.run([sys.executable, "-c", code], cwd=ROOT)
   assert done.stdout == "equal\n"
   told = done.stderr.splitlines()[-1]
   assert told.endswith(
@@ -48,8 +49,7 @@ def soaked(code, *arguments):
   """Runs code after an import of soak, in a separate process, because each script defines its own flags."""
   begin = "import pathlib, sys\nfrom absl import flags\nfrom ban_jax.errors import TrainingError\n"
   begin += "from experiments import soak\nflags.FLAGS(sys.argv)\n"
-  command = [sys.executable, "-c", begin + code, *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+  return forks.run([sys.executable, "-c", begin + code, *arguments], cwd=ROOT)
 
 
 WHOLE = """
@@ -90,7 +90,7 @@ def test_changes_of_the_configuration_are_handed_on_however_they_are_written():
   [("--kills=0", "flag --kills=0: 0 is not a positive integer"), ("--seconds=0", "flag --seconds=0: ")],
 )
 def test_wrong_bounds_are_refused(flag, message):
-  done = subprocess.run([*COMMAND, flag], capture_output=True, text=True, cwd=ROOT, check=False, timeout=100)
+  done = forks.run([*COMMAND, flag], cwd=ROOT)
   assert done.returncode == 2
   assert done.stderr.startswith(f"error: {message}")
   assert done.stderr.count("\n") == 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import forks
 import jax
 import matplotlib.image
 import numpy as np
@@ -48,9 +49,7 @@ def command(number, *flags):
 
 
 def make(number, workdir, *flags):
-  return subprocess.run(
-    command(number, f"--workdir={workdir}", *flags), cwd="/", capture_output=True, text=True, timeout=300, check=False
-  )
+  return forks.run(command(number, f"--workdir={workdir}", *flags), cwd="/")
 
 
 def numbers_of(workdir, number):
@@ -203,7 +202,7 @@ from experiments import table1
 from experiments.tables import run
 run.main(table1.TABLE)
 """
-  killed = subprocess.run([sys.executable, "-c", die], cwd=ROOT, capture_output=True, text=True, check=False)
+  killed = forks.run([sys.executable, "-c", die], cwd=ROOT)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   before = written(tmp_path)
   (steps,) = tmp_path.glob("runs/*/gen_1/steps")
@@ -580,13 +579,8 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
 )
 def test_what_a_table_has_not_is_refused_in_words(flags, message, tmp_path):
   workdir = tmp_path / "tables"
-  done = subprocess.run(
-    [sys.executable, str(ROOT / "experiments" / "table1.py"), f"--workdir={workdir}", *flags],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  script = str(ROOT / "experiments" / "table1.py")
+  done = forks.run([sys.executable, script, f"--workdir={workdir}", *flags], cwd=tmp_path)
   assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
   assert done.stderr.startswith(f"error: {message}")
   assert not workdir.exists()

@@ -10,6 +10,7 @@ from conftest import config
 
 import ban_jax
 from ban_jax import data, losses, models, trees
+from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 
 QUIET = {"progress": False}
@@ -234,3 +235,15 @@ def test_layers_that_cannot_be_copied_are_refused(dense_teacher):
     ban_jax.train_generation(teacher, cfg, **QUIET)
   with pytest.raises(ConfigError, match="copies stem and classifier from one teacher; 2 were given"):
     ban_jax.train_generation([dense_teacher] * 2, config(MATCHED), **QUIET)
+
+
+def test_64_bit_mode_is_refused(monkeypatch):
+  with jax.enable_x64(True), pytest.raises(ConfigError, match="jax_enable_x64 is set: ban_jax trains in float32"):
+    ban_jax.train_generation(None, config(), **QUIET)
+
+
+def test_settings_that_change_bytes_are_recorded():
+  before = devices_lib.layout(tuple(jax.devices()))
+  assert before["settings"]["matmul_precision"] == "default"
+  with jax.default_matmul_precision("float32"):
+    assert devices_lib.layout(tuple(jax.devices()))["settings"]["matmul_precision"] == "float32"

@@ -36,7 +36,7 @@ def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name:
 
 def _computed_once(x: Array) -> Array:
   """Returns x, behind a barrier on CPU: XLA would compute it anew inside each strided copy that a convolution needs."""
-  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+  return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:

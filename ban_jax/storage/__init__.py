@@ -14,7 +14,15 @@ before anything is computed from it.
 """
 
 from ban_jax.storage.files import first_line, storage_errors, write_bytes, write_json, write_text
-from ban_jax.storage.finished import check_lineage, finish, load, load_together, provenance, read_records
+from ban_jax.storage.finished import (
+  check_lineage,
+  finish,
+  load,
+  load_together,
+  provenance,
+  read_records,
+  remove_leftovers,
+)
 from ban_jax.storage.steps import open_steps, restore_newest, save_step
 from ban_jax.storage.workdir import open_workdir, resolve_workdir
 
@@ -28,6 +36,7 @@ __all__ = [
   "open_workdir",
   "provenance",
   "read_records",
+  "remove_leftovers",
   "resolve_workdir",
   "restore_newest",
   "save_step",

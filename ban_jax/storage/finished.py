@@ -75,8 +75,6 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
     index, expected = manifest["generation"], manifest["digest"]
   if trees.digest(variables) != expected:
     raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
-  if processes.is_primary():
-    remove_leftovers(directory)
   return Generation(index, trees.to_host(trees.to_plain(variables), index), metrics, tuple(history)), manifest
 
 

@@ -7,6 +7,7 @@ number of steps and waits for the last one.
 import collections
 import functools
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, data, step, train
+from ban_jax import config, data, replay, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.data import images, text
-from ban_jax.errors import look_up
+from ban_jax.errors import ConfigError, look_up
 from ban_jax.job import Job, Setup
 from ban_jax.types import Dataset, Devices, Model, Variables
 from configs import presets
@@ -143,6 +144,8 @@ def training(job: Job, *, fixed: bool = False) -> Run:
   source, arrays = (devices_lib.broadcast(tree, devices) for tree in (job.teacher.source, job.dataset.splits["train"]))
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, train.STEPS)), devices)
   order = job.dataset.train_order(job.key, job.cfg.train.batch_size)
+  if job.teacher.recorded:
+    source = replay.epoch_source(job, 0, order, arrays, key_data)
   batches = itertools.repeat(order[0]) if fixed else itertools.cycle(order)
 
   def run(steps: int) -> None:
@@ -180,11 +183,27 @@ def evaluation(job: Job) -> Run:
   return run
 
 
+@functools.cache
+def recordings() -> tempfile.TemporaryDirectory:
+  """Returns the directory of recorded teachers, which is removed when the process ends."""
+  return tempfile.TemporaryDirectory(prefix="ban_jax_bench")
+
+
+def prepare_replayed(setup: Setup, parent: Variables) -> Job:
+  """Returns the job of a student of a recorded teacher; images only, since text would record all words' logits."""
+  if setup.dataset.spec.kind != "images":
+    raise ConfigError("--kinds=replayed is for images; choose --rows without language models")
+  cfg = setup.cfg.copy_and_resolve_references()
+  cfg.train.replay = recordings().name
+  return job_lib.prepare(setup._replace(cfg=cfg), parent, 1)
+
+
 KINDS = {
   "supervised": Kind(
     lambda setup, parent: job_lib.prepare(setup, None, 0), training, functools.partial(train_program, taught=False)
   ),
   "distilled": Kind(lambda setup, parent: job_lib.prepare(setup, parent, 1), training, train_program),
+  "replayed": Kind(prepare_replayed, training, functools.partial(train_program, taught=False)),
   "evaluation": Kind(lambda setup, parent: job_lib.prepare(setup, None, 0), evaluation, eval_program, trains=False),
 }
 
