@@ -124,7 +124,7 @@ def cases_of(options: Options, place: Place, *, training: bool = False) -> Itera
   for row in options.rows or [name for name, row in ROWS.items() if not (row.large and on_cpu)]:
     for dtype in options.dtypes or (("float32",) if on_cpu else ("float32", "bfloat16")):
       for kind in options.kinds:
-        if KINDS[kind].trains or not training:
+        if cases.is_measured(row, kind, training=training):
           if options.progress:
             print(f"{row}, {kind}, {dtype}", file=sys.stderr, flush=True)
           release_memory()

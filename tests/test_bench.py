@@ -47,7 +47,8 @@ def bench_py(*arguments):
 
 def test_steps_of_every_kind_are_timed_and_their_operations_counted(place):
   found = list(bench.steps(OPTIONS, place))
-  assert [each.case for each in found] == [("tiny_lstm", kind, "float32") for kind in bench.KINDS]
+  kinds = ("supervised", "distilled", "evaluation")
+  assert [each.case for each in found] == [("tiny_lstm", kind, "float32") for kind in kinds]
   assert all(len(each.ours) == 2 and min(each.ours) > 0 and not each.other for each in found)
   supervised, distilled, evaluation = (each.flops for each in found)
   # A backward pass costs up to two forward passes, and a teacher one more.
@@ -61,6 +62,13 @@ def test_an_epoch_of_the_training_loop_takes_turns_with_steps_on_one_mini_batch(
     assert len(found.ours) == len(found.other) == 2
     assert min(*found.ours, *found.other) > 0
   assert supervised.ratios == [ours / other for ours, other in zip(supervised.ours, supervised.other, strict=True)]
+
+
+@pytest.mark.slow
+def test_a_recorded_teacher_is_replayed(place):
+  (found,) = bench.epoch(OPTIONS._replace(rows=("tiny_wrn", "tiny_lstm"), kinds=("replayed",)), place)
+  assert found.case == ("tiny_wrn", "replayed", "float32")  # text is left out
+  assert min(found.ours) > 0
 
 
 def test_a_dispatch_of_many_steps_costs_the_host_less_than_as_many_dispatches(place):
@@ -137,7 +145,7 @@ def test_an_unknown_row_is_refused_with_the_choices():
   ("flag", "message"),
   [
     ("--rows=wrn", "unknown row 'wrn'; choose one of: cnn_lstm, densenet_40_12, "),
-    ("--kinds=training", "unknown kind 'training'; choose one of: distilled, evaluation, supervised"),
+    ("--kinds=training", "unknown kind 'training'; choose one of: distilled, evaluation, replayed, supervised"),
     ("--sections=step", "unknown section 'step'; choose one of: epoch, host, memory, start, steps"),
   ],
 )
@@ -237,9 +245,10 @@ def test_another_number_of_parameters_is_refused():
     torch_networks.make(wider.model, ours)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_steps_are_compared_with_pytorch(place):
-  options = OPTIONS._replace(torch=True, torch_compile=False)
-  found = list(bench.steps(options, place))
-  assert [each.against for each in found] == ["PyTorch"] * 3
+  options = OPTIONS._replace(torch=True, torch_compile=False, rows=("tiny_wrn", "tiny_lstm"))
+  found = list(bench.steps(options._replace(kinds=("distilled", "replayed")), place))
+  assert [each.against for each in found] == ["PyTorch"] * 3  # nothing is replayed for text
   assert all(min(each.ratios) > 0 for each in found)

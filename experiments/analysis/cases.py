@@ -20,7 +20,7 @@ from ban_jax import config, data, replay, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.data import images, text
-from ban_jax.errors import ConfigError, look_up
+from ban_jax.errors import look_up
 from ban_jax.job import Job, Setup
 from ban_jax.types import Dataset, Devices, Model, Variables
 from configs import presets
@@ -68,6 +68,7 @@ class Kind(NamedTuple):
   run: Callable[[Job], Run]
   program: Callable[[ConfigDict, Devices], Program]
   trains: bool = True
+  images_only: bool = False
 
 
 def configuration(
@@ -85,6 +86,12 @@ def configuration(
   cfg.evaluate.update(batch_size=1, training_batch_size=1)
   config.check(cfg)
   return cfg
+
+
+def is_measured(row: str, kind: str, *, training: bool = False) -> bool:
+  """Returns whether a row has steps of a kind; with `training`, whether these train, too."""
+  has_images = not presets.compose(f"{look_up(ROWS, row, 'row').words},paper").data.window
+  return (has_images or not KINDS[kind].images_only) and (KINDS[kind].trains or not training)
 
 
 def synthetic(group: ConfigDict) -> Dataset:
@@ -190,9 +197,7 @@ def recordings() -> tempfile.TemporaryDirectory:
 
 
 def prepare_replayed(setup: Setup, parent: Variables) -> Job:
-  """Returns the job of a student of a recorded teacher; images only, since text would record all words' logits."""
-  if setup.dataset.spec.kind != "images":
-    raise ConfigError("--kinds=replayed is for images; choose --rows without language models")
+  """Returns the job of a student of a recorded teacher; of images, since text would record all words' logits."""
   cfg = setup.cfg.copy_and_resolve_references()
   cfg.train.replay = recordings().name
   return job_lib.prepare(setup._replace(cfg=cfg), parent, 1)
@@ -203,7 +208,7 @@ KINDS = {
     lambda setup, parent: job_lib.prepare(setup, None, 0), training, functools.partial(train_program, taught=False)
   ),
   "distilled": Kind(lambda setup, parent: job_lib.prepare(setup, parent, 1), training, train_program),
-  "replayed": Kind(prepare_replayed, training, functools.partial(train_program, taught=False)),
+  "replayed": Kind(prepare_replayed, training, functools.partial(train_program, taught=False), images_only=True),
   "evaluation": Kind(lambda setup, parent: job_lib.prepare(setup, None, 0), evaluation, eval_program, trains=False),
 }
 

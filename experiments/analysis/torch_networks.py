@@ -8,6 +8,7 @@ that ours recompute in the large DenseNets to save memory.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -304,15 +305,19 @@ class Side(NamedTuple):
       torch.cuda.synchronize()
 
 
-def training(side: Side, *, taught: bool) -> Run:
-  """Returns a function that runs training steps, from labels or, `taught`, by the configuration's loss."""
+def training(side: Side, *, taught: bool = False, recorded: bool = False) -> Run:
+  """Returns a function that runs training steps, from labels or, `taught`, by the configuration's loss.
+
+  The teacher is a network, or `recorded`: its logits then lie on the device.
+  """
   network, forward = side.network(trains=True)
   optim, loss = side.cfg.optim, side.cfg.loss
   label_weight, teacher_weight = 1.0, 0.0
   if taught:
     weights = {"ban": (0.0, 1.0), "ban_label": (loss.label_weight, loss.teacher_weight)}
     label_weight, teacher_weight = look_up(weights, loss.name, "loss in PyTorch")
-  _, teach = side.network(trains=False) if taught else (None, None)
+  _, teach = side.network(trains=False) if taught and not recorded else (None, None)
+  record = torch.randn(side.cfg.train.batch_size, side.ours.spec.num_classes, device=side.device)
   parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
   sgd = torch.optim.SGD(parameters, optim.learning_rate, optim.momentum, weight_decay=optim.weight_decay,
                         nesterov=optim.nesterov)  # fmt: skip
@@ -322,7 +327,8 @@ def training(side: Side, *, taught: bool) -> Run:
     nonlocal state, teacher_state
     sgd.zero_grad(set_to_none=True)
     with side.precision():
-      if taught:
+      targets = record
+      if teach is not None:
         with torch.no_grad():
           targets, teacher_state = teach(inputs, teacher_state)
       logits, state = forward(inputs, tuple(part.detach() for part in state))
@@ -364,8 +370,9 @@ def evaluation(side: Side) -> Run:
 
 # By kind of step; a kind that is missing here is measured without a comparison.
 KINDS = {
-  "supervised": lambda side: training(side, taught=False),
-  "distilled": lambda side: training(side, taught=True),
+  "supervised": training,
+  "distilled": functools.partial(training, taught=True),
+  "replayed": functools.partial(training, taught=True, recorded=True),
   "evaluation": evaluation,
 }
 
