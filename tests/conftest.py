@@ -1,5 +1,6 @@
 """Four virtual CPU devices and the compilation cache, set before the first computation; small configurations."""
 
+import collections
 import gc
 import pathlib
 
@@ -21,6 +22,12 @@ def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:
   cfg = digits.get_config(words)
   cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   return cfg
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the files with the most slow tests first, so that at the end no worker is left with a long one."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True, scope="module")

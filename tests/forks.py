@@ -42,7 +42,7 @@ def _server() -> subprocess.Popen:
   server = subprocess.Popen(
     [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
   )
-  atexit.register(server.stdin.close)
+  atexit.register(server.communicate)  # ends it
   return server
 
 

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -33,17 +34,13 @@ def test_freed_memory_is_kept():
   assert faults["not"] > 5 * faults["keep"] + 1000
 
 
-def run(*flags, env=None):
-  command = [sys.executable, str(ROOT / "experiments" / "train.py"), *flags]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=300)
-
-
 def test_the_allocator_changes_no_byte(tmp_path):
   digests = []
   for flag in ("--keep_memory", "--nokeep_memory"):
     workdir = tmp_path / flag.strip("-")
     words = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
-    done = run(words, flag, "--config.generations=0", "--noprogress", f"--workdir={workdir}")
+    flags = [words, flag, "--config.generations=0", "--noprogress", f"--workdir={workdir}"]
+    done = forks.run([sys.executable, str(ROOT / "experiments" / "train.py"), *flags])
     assert done.returncode == 0, done.stderr
     manifest = (workdir / "gen_0" / "manifest.json").read_text()
     digests.append([line for line in manifest.splitlines() if '"digest"' in line])
