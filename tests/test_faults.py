@@ -341,7 +341,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(u
   assert read("status1") == "74\n", read("err1")
   assert f"error: {disk}/run/gen_0 cannot be read or written: " in read("err1")
   assert "the checkpoints before are intact, and the same command resumes from them" in read("err1")
-  assert read("err1").splitlines()[-1].startswith("error: ")  # after what Orbax's own thread prints
+  assert read("err1").count("error: ") == 1  # Orbax's other threads may print of their own after it
   assert any(line.isdigit() for line in read("steps1").splitlines())
   assert "manifest.json" not in read("files1")
   assert read("status_full") == "74\n", read("err_full")
