@@ -49,7 +49,8 @@ def epoch_source(
 
 def _directory(job: Job) -> epath.Path:
   """Returns where the recordings of a job's teacher and stream lie: one directory for all students that share them."""
-  values, data = job.lineage, {key: value for key, value in job.lineage["config"].items() if key.startswith("data.")}
+  values = job.lineage
+  data = {key: value for key, value in values["config"].items() if key.startswith("data.")}
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
   stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
   root = storage.resolve_workdir(job.cfg.train.replay)

@@ -98,13 +98,9 @@ def make_train_step(
     trainable = {name: tree for name, tree in state.params.items() if name not in frozen}
 
     def weighted_sum(trainable):
+      variables = {"params": {**trainable, **fixed}, "batch_stats": state.batch_stats}
       logits, new_carry, batch_stats = student.apply(
-        {"params": {**trainable, **fixed}, "batch_stats": state.batch_stats},
-        student_carry,
-        batch.inputs,
-        train=True,
-        key=dropout_key,
-        positions=positions,
+        variables, student_carry, batch.inputs, train=True, key=dropout_key, positions=positions
       )
       values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
@@ -128,8 +124,17 @@ def make_train_step(
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
     return new, (student_carry, teacher_carry), row
 
+  train_step = _several(one_step, steps_per_dispatch, len(names))
+  axes = (0, teaching.source_axis, 0, None, 0, None)
+  run = devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2))
+  return TrainStep(run, names)
+
+
+def _several(one_step: Callable[..., Any], steps: int, sums: int) -> Callable[..., Any]:
+  """Returns the function that takes up to `steps` steps, one mini-batch and one row of `sums` numbers each."""
+
   def train_step(state, source, carry, arrays, index, key_data):
-    if steps_per_dispatch == 1:  # no loop: XLA's CPU back end runs a convolution inside one 30 times slower
+    if steps == 1:  # no loop: XLA's CPU back end runs a convolution inside one 30 times slower
       state, carry, row = one_step(state, source, carry, arrays, index[0], key_data)
       return state, carry, row[None]
 
@@ -140,11 +145,9 @@ def make_train_step(
 
     # The length is known at run time only, so that one program, with the same bytes, serves every chunk.
     count = (index[:, 0] >= 0).sum()
-    return jax.lax.fori_loop(0, count, body, (state, carry, jnp.zeros((len(index), len(names)))))
+    return jax.lax.fori_loop(0, count, body, (state, carry, jnp.zeros((steps, sums))))
 
-  axes = (0, teaching.source_axis, 0, None, 0, None)
-  run = devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2))
-  return TrainStep(run, names)
+  return train_step
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -57,8 +57,11 @@ def train(
       batch = _claim(nodes, workdir, len(groups), busy, stack)
       for node in batch:
         log(f"[{nodes.index(node) + 1}/{len(nodes)}] {node.summary}, in {node.path}")
+      teachers = dict.fromkeys(node.teacher.path for node in batch if node.teacher is not None)
+      loaded = {path: _load(workdir / path) for path in teachers}  # once, however many it teaches
       jobs = [
-        _job(node, workdir, group, replay=shared[_stream(node)] > 1) for node, group in zip(batch, groups, strict=False)
+        _job(node, workdir, group, loaded, replay=shared[_stream(node)] > 1)
+        for node, group in zip(batch, groups, strict=False)
       ]
       if jobs:
         finished_or_trained(jobs, [workdir / node.run for node in batch], progress)
@@ -116,12 +119,14 @@ def _stream(node: Node) -> tuple:
   return node.teacher.path, cfg.seed, node.generation, cfg.train.batch_size
 
 
-def _job(node: Node, workdir: epath.Path, devices: Devices, *, replay: bool) -> job.Job:
-  """Returns the job of a node whose teacher is finished."""
+def _job(
+  node: Node, workdir: epath.Path, devices: Devices, loaded: Mapping[str, Generation], *, replay: bool
+) -> job.Job:
+  """Returns the job of a node whose teacher is among those `loaded`, by path."""
   cfg: ConfigDict = node.cfg.copy_and_resolve_references()
   if replay:
     cfg.train.replay = str(workdir / "replay")
-  teacher = None if node.teacher is None else _load(workdir / node.teacher.path)
+  teacher = None if node.teacher is None else loaded[node.teacher.path]
   return job.prepare(job.resolve_run(cfg, devices), teacher, node.generation)
 
 
