@@ -28,7 +28,10 @@ setuptools.setup(
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
   ],
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["ban_jax*", "configs*", "experiments*"]),
+  # The folders configs and experiments stay in a checkout: as installed packages they would take these names from other
+  # projects. With this package_dir an editable installation adds the whole checkout to the path.
+  packages=setuptools.find_packages(include=["ban_jax*"]),
+  package_dir={"": "."},
   install_requires=[
     "absl-py",
     "array_record",  # the file format of a prepared data directory

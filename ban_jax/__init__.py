@@ -1,5 +1,6 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
+from ban_jax.data.own import from_arrays
 from ban_jax.errors import (
   BanError,
   CheckpointError,
@@ -14,8 +15,11 @@ from ban_jax.errors import (
 from ban_jax.evaluate import compare, evaluate, reliability
 from ban_jax.loading import load, load_run
 from ban_jax.memory import keep_freed_memory
+from ban_jax.models.own import from_flax, from_function
+from ban_jax.predict import log_probabilities, predict, sample
+from ban_jax.presets import get_config
 from ban_jax.train import run, train_generation
-from ban_jax.types import Generation
+from ban_jax.types import Dataset, Generation, Model
 from ban_jax.version import __version__
 
 __all__ = [
@@ -23,8 +27,10 @@ __all__ = [
   "CheckpointError",
   "ConfigError",
   "DataError",
+  "Dataset",
   "Generation",
   "InUseError",
+  "Model",
   "PeerError",
   "Preempted",
   "StorageError",
@@ -32,10 +38,17 @@ __all__ = [
   "__version__",
   "compare",
   "evaluate",
+  "from_arrays",
+  "from_flax",
+  "from_function",
+  "get_config",
   "keep_freed_memory",
   "load",
   "load_run",
+  "log_probabilities",
+  "predict",
   "reliability",
   "run",
+  "sample",
   "train_generation",
 ]

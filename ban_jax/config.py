@@ -123,7 +123,7 @@ def check(cfg: ConfigDict) -> None:
   """Raises a ConfigError where a value, or a combination of values, cannot be run; reads no data."""
   given = _flat(cfg)
   for key in RULES.keys() - given.keys():
-    raise ConfigError(f"the configuration lacks {key}; configs/base.py documents every key")
+    raise ConfigError(f"the configuration lacks {key}; ban_jax/presets/base.py documents every key")
   known = {*RULES, *NEUTRAL, *_options(given["data.name"], losses.LOSSES.values(), optim.SCHEDULES.values())}
   for key, value in given.items():
     if key not in known and not key.startswith(("model.", "teacher.")):

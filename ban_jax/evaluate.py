@@ -31,6 +31,9 @@ def evaluate(
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
 ) -> dict[str, float]:
   """Evaluates a network, or the ensemble of several by their mean probabilities (Eq. 4), on every example of a split.
 
@@ -39,7 +42,11 @@ def evaluate(
   before any work: ConfigError for an unknown split, no members or a configuration that cannot be evaluated,
   CheckpointError for a tree that does not fit its network.
   """
-  return measure(_resolve("evaluate", generations, cfg, devices), split, cfg.evaluate.batch_size)
+  return measure(
+    _resolve("evaluate", generations, cfg, devices, job.Own(dataset, model, teacher_model)),
+    split,
+    cfg.evaluate.batch_size,
+  )
 
 
 def reliability(
@@ -48,6 +55,9 @@ def reliability(
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
 ) -> dict[str, np.ndarray]:
   """Returns a reliability diagram's numbers on every example of a split: what `evaluate`'s "ece" is the sum of.
 
@@ -55,7 +65,7 @@ def reliability(
   their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
   Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
   """
-  subject = _resolve("reliability", generations, cfg, devices)
+  subject = _resolve("reliability", generations, cfg, devices, job.Own(dataset, model, teacher_model))
   return metrics.bins(sum_predictions(subject, split, cfg.evaluate.batch_size))
 
 
@@ -65,6 +75,9 @@ def compare(
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
 ) -> dict[str, Any]:
   """Compares the predictions of M networks, pair by pair, on every example of a split.
 
@@ -72,19 +85,26 @@ def compare(
   float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
   row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
   """
-  return measure_pairs(_resolve("compare", generations, cfg, devices), split, cfg.evaluate.batch_size)
+  return measure_pairs(
+    _resolve("compare", generations, cfg, devices, job.Own(dataset, model, teacher_model)),
+    split,
+    cfg.evaluate.batch_size,
+  )
 
 
 def _resolve(
-  what: str, generations: Member | Sequence[Member], cfg: ConfigDict, devices: Sequence[jax.Device] | None
+  what: str,
+  generations: Member | Sequence[Member],
+  cfg: ConfigDict,
+  devices: Sequence[jax.Device] | None,
+  own: job.Own,
 ) -> Subject:
   """Returns what the function named `what` was given, checked: trees with the networks they fit, data and devices."""
-  setup = job.resolve(cfg, devices)
-  members = trees.members_of(generations)
+  setup = job.resolve(cfg, devices, own)
+  members, models = job.members(generations, setup, "member")
   if not members:
     raise ConfigError(f"{what} needs at least one network")
-  models = trees.models_of(members, setup.models, "member")
-  return Subject(models, tuple(map(trees.to_plain, members)), setup.dataset, setup.devices)
+  return Subject(tuple(models), tuple(map(trees.to_plain, members)), setup.dataset, setup.devices)
 
 
 def measure(subject: Subject, split: str, batch_size: int) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """From what a caller gives to what is trained: a checked Setup for all generations of a run, and a Job for each one."""
 
+import json
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +13,28 @@ from ml_collections import ConfigDict
 from ban_jax import config, data, losses, optim, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
+from ban_jax.data import images
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.losses import Loss
 from ban_jax.models import make_model
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
-from ban_jax.types import Dataset, Devices, InputSpec, Model, Variables
+from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
 
 # Steps a dispatch where the configuration leaves the number open, enough to hide the host's millisecond for a dispatch.
 # Images on CPU take single steps: a convolution inside a compiled loop is 30 times slower there.
 BLOCK = 32
+
+
+class Own(NamedTuple):
+  """What the caller gives in place of what the configuration names; None where it does not."""
+
+  dataset: Dataset | None = None
+  model: Model | None = None  # the students' network, and generation 0's where nothing else names one
+  teacher_model: Model | None = None  # generation 0's network
+
+
+NOTHING = Own()
 
 
 class Setup(NamedTuple):
@@ -30,6 +44,20 @@ class Setup(NamedTuple):
   dataset: Dataset
   models: tuple[Model, Model]  # generation 0's network, the students' network
   devices: Devices
+  own: Own = NOTHING
+
+  @property
+  def values(self) -> dict[str, Any]:
+    """The record of the configuration, with what the caller gave in its place."""
+    return record(self.cfg, self.own)
+
+  def network(self, generation: int) -> Network:
+    """Returns what a generation carries of its network."""
+    student, teacher = _group("model", self.values), _group("teacher.model", self.values)
+    model, dataset = self.models[min(generation, 1)], self.dataset
+    group = student if generation or not teacher else teacher
+    scaling = images.scaling(dataset) if dataset.spec.kind == "images" else {}
+    return Network(group, self.cfg.compute_dtype, dataset.spec, scaling, model if group["name"] == "own" else None)
 
 
 class Job(NamedTuple):
@@ -46,6 +74,9 @@ class Job(NamedTuple):
   optimizer: optax.GradientTransformation
   steps_per_epoch: int
   steps_per_dispatch: int
+  values: dict[str, Any]  # the record of the configuration
+  network: Network
+  initial: Variables | None = None  # the student's variables before its first step, where the caller gives them
 
   @property
   def total_steps(self) -> int:
@@ -60,7 +91,7 @@ class Job(NamedTuple):
   @property
   def lineage(self) -> dict[str, Any]:
     """What ties the generation to where it comes from, for its checkpoints and its manifest."""
-    values = config.record(self.cfg)
+    started = {} if self.initial is None else {"initial": trees.digest(self.initial)}
     return {
       "generation": self.generation,
       "seed": self.cfg.seed,
@@ -68,8 +99,9 @@ class Job(NamedTuple):
       "model": self.student.name,
       "loss": self.loss.name,
       "teachers": list(self.teacher.digests),
-      "config": values,
-      "identity": config.identity_digest(values, self.generation),
+      "config": self.values,
+      "identity": config.identity_digest(self.values, self.generation),
+      **started,
       "dataset": self.dataset.digest,
       "data": dict(self.dataset.record),
       # Bytes depend on it too, but a run may be resumed on another one.
@@ -81,27 +113,117 @@ class Job(NamedTuple):
     }
 
 
-def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None) -> Setup:
-  """Returns what a configuration names; raises a ConfigError or a DataError where it cannot be run or evaluated."""
+def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
+  """Returns `config.record`, with "own" and their options for the data set and the networks that the caller gave."""
+  values = config.record(cfg)
+  given = {"data.": own.dataset, "model.": own.model, "teacher.model.": own.teacher_model}
+  for prefix, value in given.items():
+    if value is not None:
+      values = {key: kept for key, kept in values.items() if not f"{key}.".startswith(prefix)}
+      values[f"{prefix}name"] = "own"
+  # Not under "data.", of which the identity keeps the options that a registered data set takes.
+  if own.dataset is not None:
+    values |= {f"dataset.{key}": value for key, value in {"name": own.dataset.name, **own.dataset.options}.items()}
+  for prefix, model in (("model.", own.model), ("teacher.model.", own.teacher_model)):
+    if model is not None:
+      values |= {f"{prefix}{key}": value for key, value in (("own", model.name), *model.options)}
+  return json.loads(json.dumps(values))
+
+
+def _group(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a group of a record; {} where there is none."""
+  return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+
+
+def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+  """Returns what a configuration names, or the caller gives in its place.
+
+  Raises a ConfigError or a DataError where it cannot be run or evaluated.
+  """
   if jax.config.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
+  if not isinstance(cfg, ConfigDict):
+    raise ConfigError(f"cfg must be a ConfigDict, as ban_jax.get_config returns it, not {type(cfg).__name__}")
+  for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
+    value = getattr(own, name)
+    if value is not None and not isinstance(value, kind):
+      maker = "ban_jax.from_arrays" if kind is Dataset else "ban_jax.from_flax"
+      raise ConfigError(f"{name} must be a {kind.__name__}, as {maker} returns it, not {type(value).__name__}")
   config.check(cfg)
-  dataset = data.load(cfg.data)
+  dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset)
-  return Setup(cfg, dataset, make_models(cfg, dataset.spec), devices_lib.resolve(devices))
+  return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), devices_lib.resolve(devices), own)
 
 
-def make_models(cfg: ConfigDict, spec: InputSpec) -> tuple[Model, Model]:
+def make_models(cfg: ConfigDict, spec: InputSpec, own: Own = NOTHING) -> tuple[Model, Model]:
   """Returns (generation 0's network, the students' network) of a configuration, for a data set's inputs."""
   options = {"compute_dtype": cfg.compute_dtype, "sync_batch_stats": cfg.train.sync_batch_stats}
-  student = make_model(cfg.model, spec, **options)
-  teacher = make_model(cfg.teacher.model, spec, key="teacher.model", **options) if cfg.teacher.model else student
+  student = own.model or make_model(cfg.model, spec, **options)
+  teacher = own.teacher_model or student
+  if cfg.teacher.model and not own.teacher_model:
+    teacher = make_model(cfg.teacher.model, spec, key="teacher.model", **options)
+  for model in (teacher, student):
+    _check_spec(f"model {model.name!r}", model.spec, spec)
   return teacher, student
 
 
-def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None) -> Setup:
+def _check_spec(what: str, given: InputSpec, expected: InputSpec) -> None:
+  """Raises a ConfigError where a network was made for other inputs or classes than the data set's."""
+  for name, found, wanted in zip(InputSpec._fields[:3], given, expected, strict=False):
+    if found != wanted:
+      raise ConfigError(f"{what} is made for {name}={found}; the data set has {name}={wanted}")
+
+
+def members(given: Member | Sequence[Member] | None, setup: Setup, what: str) -> tuple[list[Variables], list[Model]]:
+  """Returns the variables trees of one network, or of several, and their networks, which they are known to fit.
+
+  A Generation's network is its own; a bare tree's is the configuration's for its place in the lineage. Raises a
+  ConfigError for a network of the caller's own that is not at hand, and a CheckpointError for a tree that does not fit;
+  `what` names the trees in messages.
+  """
+  found, trees_, models = trees.members_of(given), [], []
+  for number, member in enumerate(found, 1):
+    label = what if len(found) == 1 else f"{what} {number}"
+    known = isinstance(member, Generation) and member.network is not None
+    tree = member.params if isinstance(member, Generation) else member
+    trees.check_tree(tree, label)
+    model = _model_of(member, setup, label) if known else setup.models[min(trees.lineage(tree), 1)]
+    source = "" if known else "; a tree does not say which network it is, so that the configuration's is taken"
+    trees.check_fits(tree, model, label, source)
+    trees_.append(tree)
+    models.append(model)
+  return trees_, models
+
+
+def _model_of(member: Generation, setup: Setup, label: str) -> Model:
+  """Returns a generation's own network."""
+  network, generation = member.network, min(member.index, 1)
+  if network.own is not None:
+    _check_spec(f"the network of {label}, {network.own.name!r},", network.own.spec, setup.dataset.spec)
+    return network.own
+  if network.group["name"] == "own":
+    for model in (setup.own.teacher_model, setup.own.model):
+      if model is not None and model.name == network.group["own"]:
+        return model
+    raise ConfigError(
+      f"{label} has a network of your own, {network.group['own']!r}: give it as model= or teacher_model=, or to load"
+    )
+  # The configuration's choice of how to compute the same network (dtype, rematerialisation, cuDNN) is kept.
+  configured, name = setup.models[generation], setup.network(generation).group["name"]
+  if name == network.group["name"] and trees.fits(member.params, configured):
+    return configured
+  return make_model(
+    network.group,
+    setup.dataset.spec,
+    compute_dtype=setup.cfg.compute_dtype,
+    sync_batch_stats=setup.cfg.train.sync_batch_stats,
+    key=f"the network of {label}",
+  )
+
+
+def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
   """Returns `resolve`'s Setup, for training; raises whatever any generation of the run would raise at its start."""
-  setup = resolve(cfg, devices)
+  setup = resolve(cfg, devices, own)
   config.check_batch_size(cfg.train.batch_size, setup.devices)
   setup.dataset.train_order(jax.random.key(0), cfg.train.batch_size)
   if cfg.generations:
@@ -110,24 +232,30 @@ def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None) -> Setup:
   return setup
 
 
-def prepare(setup: Setup, params_prev: Member | Sequence[Member] | None, generation: int | None) -> Job:
+def prepare(
+  setup: Setup,
+  params_prev: Member | Sequence[Member] | None,
+  generation: int | None,
+  initial: Member | None = None,
+) -> Job:
   """Returns the job of one generation; raises a BanError where it cannot be trained.
 
-  `generation` None is 0 without parents, and else one more than theirs.
+  `generation` None is 0 without parents, and else one more than theirs. `initial` replaces the student's initial
+  variables.
   """
   cfg, dataset = setup.cfg, setup.dataset
   config.check_batch_size(cfg.train.batch_size, setup.devices)
-  parents = trees.members_of(params_prev)
+  parents, models = members(params_prev, setup, "teacher")
   if params_prev is not None and not parents:
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
-  models = trees.models_of(parents, setup.models, "teacher")
   for number, tree in enumerate(parents, 1):
     if not trees.is_finite(tree):
       raise CheckpointError(f"teacher {number} has parameters that are not finite; it cannot teach")
   if generation is None:
     generation = 1 + max(map(trees.lineage, parents)) if parents else 0
-  if generation < 0:
-    raise ConfigError(f"generation must be at least 0, not {generation}")
+  if not isinstance(generation, numbers.Integral) or isinstance(generation, bool) or generation < 0:
+    raise ConfigError(f"generation={generation!r}: expected a whole number of at least 0, or None")
+  generation = int(generation)
   student = setup.models[min(generation, 1)]
   if parents:
     _check_inherits(student, parents)
@@ -151,7 +279,23 @@ def prepare(setup: Setup, params_prev: Member | Sequence[Member] | None, generat
     optimizer=optim.make_optimizer(cfg.optim, total),
     steps_per_epoch=steps_per_epoch,
     steps_per_dispatch=cfg.train.steps_per_dispatch or (1 if single else BLOCK),
+    values=setup.values,
+    network=setup.network(generation),
+    initial=None if initial is None else _initial(initial, student),
   )
+
+
+def _initial(given: Member, student: Model) -> Variables:
+  """Returns the variables that a student begins with; raises a CheckpointError where they do not fit its network."""
+  found = trees.members_of(given)
+  if len(found) != 1:
+    raise ConfigError(f"initial must be one Generation or variables tree, not {len(found)}")
+  tree = found[0].params if isinstance(found[0], Generation) else found[0]
+  trees.check_tree(tree, "initial")
+  trees.check_fits(tree, student, "initial")
+  if not trees.is_finite(tree):
+    raise CheckpointError("initial has parameters that are not finite")
+  return tree
 
 
 def _check_replay(cfg: ConfigDict, spec: InputSpec, steps: int) -> None:

@@ -50,7 +50,7 @@ def epoch_source(
 def _directory(job: Job) -> epath.Path:
   """Returns where the recordings of a job's teacher and stream lie: one directory for all students that share them."""
   values = job.lineage
-  data = {key: value for key, value in values["config"].items() if key.startswith("data.")}
+  data = {key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset."))}
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
   stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
   root = storage.resolve_workdir(job.cfg.train.replay)

@@ -29,10 +29,12 @@ class TrainStep(NamedTuple):
 
 
 def initial_state(
-  student: Model, optimizer: optax.GradientTransformation, key: PRNGKeyArray, copied: Mapping[str, PyTree]
+  variables: Mapping[str, Any], optimizer: optax.GradientTransformation, copied: Mapping[str, PyTree]
 ) -> TrainState:
-  """Returns a student's state before its first step; `copied` replaces top-level parameters and is not trained."""
-  variables = student.init(key)
+  """Returns a student's state before its first step, from its initial variables.
+
+  `copied` replaces top-level parameters and is not trained.
+  """
   params = {**variables["params"], **copied}
   trainable = {name: tree for name, tree in params.items() if name not in copied}
   return TrainState(np.int32(0), params, variables.get("batch_stats", {}), optimizer.init(trainable))

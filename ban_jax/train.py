@@ -14,15 +14,15 @@ from etils import epath
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
-from ban_jax import config, metrics, optim, preemption, processes, replay, report, storage, trees
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
+from ban_jax import metrics, optim, preemption, processes, replay, report, storage, trees
 from ban_jax.errors import ConfigError, Preempted, TrainingError
 from ban_jax.evaluate import Subject, measure
-from ban_jax.job import Job, Setup
+from ban_jax.job import Job, Own, Setup
 from ban_jax.step import TrainStep, initial_state, make_train_step
 from ban_jax.trees import Member
-from ban_jax.types import Carry, Generation, TrainState
+from ban_jax.types import Carry, Dataset, Generation, Model, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,20 @@ def train_generation(
   workdir: epath.PathLike | None = None,
   devices: Sequence[jax.Device] | None = None,
   progress: bool = True,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
+  initial: Member | None = None,
 ) -> Generation:
   """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
 
   `params_prev` is a variables tree, a Generation, or a sequence of them, which teaches by its mean probabilities.
   `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
   random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
+
+  `dataset`, `model` and `teacher_model` take the place of the configuration's `data`, `model` and `teacher.model`: what
+  `from_arrays` and `from_flax` return. `initial`, a Generation or a variables tree of the student's network, is what
+  the student begins with, in place of random parameters: to fine-tune, or to train a finished generation longer.
 
   With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
   only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
@@ -61,8 +69,9 @@ def train_generation(
   `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite; with `workdir` a StorageError where that
   cannot be written any more, and Preempted, after a checkpoint, on SIGTERM.
   """
-  job = job_lib.prepare(job_lib.resolve(cfg, devices), params_prev, generation)
-  with storage.open_workdir(workdir, config.record(cfg)) if workdir is not None else contextlib.nullcontext() as held:
+  setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model))
+  job = job_lib.prepare(setup, params_prev, generation, initial)
+  with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
     return finished_or_trained([job], [held], progress)[0]
 
 
@@ -70,28 +79,42 @@ def run(
   cfg: ConfigDict,
   workdir: epath.PathLike,
   *,
+  params_prev: Member | Sequence[Member] | None = None,
   devices: Sequence[jax.Device] | None = None,
   progress: bool = True,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
 ) -> list[Generation]:
   """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
 
-  Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations. Raises
-  what `train_generation` raises.
+  With `params_prev`, a sequence that was begun elsewhere is carried on, perhaps with another configuration:
+  `cfg.generations` students follow, the first of them taught by `params_prev`, and their numbers go on from its own.
+
+  Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations of the
+  workdir. Other arguments and errors are those of `train_generation`.
   """
-  setup = job_lib.resolve_run(cfg, devices)
-  with storage.open_workdir(workdir, config.record(cfg)) as held:  # from the first generation to the last
-    return run_generations([setup], [held], progress)[0]
+  setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model))
+  with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
+    return run_generations([setup], [held], progress, params_prev)[0]
 
 
-def run_generations(setups: Sequence[Setup], workdirs: Sequence[epath.Path], progress: bool) -> list[list[Generation]]:
+def run_generations(
+  setups: Sequence[Setup],
+  workdirs: Sequence[epath.Path],
+  progress: bool,
+  params_prev: Member | Sequence[Member] | None = None,
+) -> list[list[Generation]]:
   """Returns the generations of several runs, trained side by side, each on devices of its own.
 
-  The caller holds the workdirs open. Generation by generation, the runs wait for each other.
+  The caller holds the workdirs open. Generation by generation, the runs wait for each other. `params_prev` teaches the
+  first generation of each, which then is a student.
   """
   runs: list[list[Generation]] = [[] for _ in setups]
-  for index in range(1 + max(setup.cfg.generations for setup in setups)):
-    due = [place for place, setup in enumerate(setups) if index <= setup.cfg.generations]
-    jobs = [job_lib.prepare(setups[place], runs[place][-1] if index else None, index) for place in due]
+  counts = [setup.cfg.generations + (params_prev is None) for setup in setups]
+  for number in range(max(counts)):
+    due = [place for place, count in enumerate(counts) if number < count]
+    jobs = [job_lib.prepare(setups[place], runs[place][-1] if number else params_prev, None) for place in due]
     done = finished_or_trained(jobs, [workdirs[place] for place in due], progress)
     for place, generation in zip(due, done, strict=True):
       runs[place].append(generation)
@@ -121,7 +144,7 @@ def _finished(job: Job, directory: epath.Path) -> Generation | None:
   storage.check_lineage(job.lineage, manifest, directory)
   if processes.is_primary():
     storage.remove_leftovers(directory)
-  return generation
+  return generation._replace(network=job.network)  # an earlier version recorded none, and a network may be the caller's
 
 
 def _check_processes(lineage: Mapping[str, Any]) -> None:
@@ -235,7 +258,9 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
 
 def initial(job: Job) -> tuple[TrainState, Carry]:
   """Returns a generation's state and carry before its first step, as NumPy arrays on the host, rows in global order."""
-  state = initial_state(job.student, job.optimizer, jax.random.fold_in(job.key, INIT), job.teacher.copied)
+  key = jax.random.fold_in(job.key, INIT)
+  variables = job.student.init(key) if job.initial is None else trees.to_plain(job.initial)
+  state = initial_state(variables, job.optimizer, job.teacher.copied)
   rows = job.cfg.train.batch_size
   carry = (job.student.init_carry(rows), job.teacher.teaching.init_carry(rows))
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
@@ -251,7 +276,7 @@ def step_of(job: Job) -> TrainStep:
     optimizer=job.optimizer,
     fetch=job.dataset.fetch,
     devices=job.devices,
-    sync_batch_stats=job.cfg.train.sync_batch_stats,
+    sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
     gradient_split=job.cfg.train.gradient_split,
     steps_per_dispatch=job.steps_per_dispatch,
   )
@@ -385,7 +410,7 @@ def _finish(lane: Lane, live: Live) -> Generation:
   job = lane.job
   last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
   params = trees.to_host(variables_of(live.state), job.generation)
-  generation = Generation(job.generation, params, last, live.history)
+  generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
     storage.finish(lane.directory, generation, job.lineage | storage.provenance())
   return generation

@@ -67,46 +67,45 @@ def lineage(variables: Variables) -> int:
   return int(variables["lineage"]["generation"]) if "lineage" in variables else 0
 
 
-def members_of(given: Member | Sequence[Member] | None) -> list[Variables]:
-  """Returns the variables trees of one network, or of several, given as trees or as Generations."""
+def members_of(given: Member | Sequence[Member] | None) -> list[Member]:
+  """Returns one network, or several, as a flat list; raises a ConfigError for what cannot be networks."""
   if given is None:
     return []
-  if isinstance(given, Generation):
-    return [given.params]
-  if isinstance(given, Mapping):
+  if isinstance(given, Generation | Mapping):
     return [given]
-  if not isinstance(given, Sequence):
+  if not isinstance(given, Sequence) or isinstance(given, str):
     raise ConfigError(f"expected a variables tree, a Generation or a sequence of them, not {type(given).__name__}")
-  return [tree for member in given for tree in members_of(member)]
+  return [one for member in given for one in members_of(member)]
 
 
-def models_of(trees: Sequence[Variables], models: tuple[Model, Model], what: str) -> tuple[Model, ...]:
-  """Returns each tree's network, chosen by its lineage: `models` are generation 0's and the students'.
-
-  Raises a CheckpointError where a tree does not fit its network; `what` names the trees in the message.
-  """
-  own = tuple(models[min(lineage(tree), 1)] if isinstance(tree, Mapping) else models[0] for tree in trees)
-  for number, (tree, model) in enumerate(zip(trees, own, strict=True), 1):
-    check_fits(tree, model, what if len(trees) == 1 else f"{what} {number}")
-  return own
-
-
-def check_fits(variables: Variables, model: Model, what: str) -> None:
-  """Raises a CheckpointError that names the first path, with both shapes, where a tree does not fit the model."""
+def check_tree(variables: Variables, what: str) -> None:
+  """Raises a CheckpointError where something cannot be a variables tree; `what` names it in the message."""
   if not isinstance(variables, Mapping) or "params" not in variables:
     is_mapping = isinstance(variables, Mapping)
     given = f"a mapping with {', '.join(map(str, variables))}" if is_mapping else type(variables).__name__
     raise CheckpointError(
       f"{what} must be a variables tree with 'params' and 'batch_stats' (as Generation.params is), not {given}"
     )
-  expected = jax.eval_shape(model.init, jax.random.key(0))
-  difference = first_difference(expected, to_plain(variables))
+
+
+def check_fits(variables: Variables, model: Model, what: str, note: str = "") -> None:
+  """Raises a CheckpointError that names the first path, with both shapes, where a tree does not fit the model."""
+  difference = _difference(variables, model)
   if difference:
     path, want, have = difference
     raise CheckpointError(
       f"{what} does not fit model {model.name} with {model.spec.num_classes} classes: at {path} the model has "
-      f"{want}, the tree {have}"
+      f"{want}, the tree {have}{note}"
     )
+
+
+def fits(variables: Variables, model: Model) -> bool:
+  """Returns whether a variables tree has the model's leaves, with their dtypes and shapes."""
+  return _difference(variables, model) is None
+
+
+def _difference(variables: Variables, model: Model) -> tuple[str, str, str] | None:
+  return first_difference(jax.eval_shape(model.init, jax.random.key(0)), to_plain(variables))
 
 
 def first_difference(expected: PyTree, given: PyTree) -> tuple[str, str, str] | None:

@@ -49,6 +49,10 @@ class Model(NamedTuple):
   apply: Callable[..., tuple[Array, Carry, Any]]
   # Top-level names in `params` that a student copies from its teacher and keeps frozen (Table 5: stem and classifier).
   inherits: tuple[str, ...] = ()
+  # Whether its batch statistics are each device's own, so that the step averages them (models.from_flax).
+  local_batch_stats: bool = False
+  # Of a network that the caller gave: its options, (name, plain value) each, for the records.
+  options: tuple[tuple[str, Any], ...] = ()
 
 
 class Dataset(NamedTuple):
@@ -71,6 +75,7 @@ class Dataset(NamedTuple):
   train_order: Callable[[PRNGKeyArray, int], np.ndarray]
   eval_order: Callable[[str, int], np.ndarray]
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
+  options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
 
 
 class TrainState(NamedTuple):
@@ -82,17 +87,51 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+class Network(NamedTuple):
+  """What is known of a generation's network, as plain values: enough to build it again and to feed it raw inputs."""
+
+  group: Mapping[str, Any]  # the configuration's `model` group; of a caller's own network {"name": "own", "own": NAME}
+  compute_dtype: str
+  spec: InputSpec
+  # Of images: "dtype", "uint8" (taken as x / 255) or "float32" (taken as it is), and then the "mean" and "std" of each
+  # channel that inputs are normalised by. Empty for text, and where it is not known.
+  scaling: Mapping[str, Any] = {}
+  own: Model | None = None  # the caller's own network, in the process where it was given; pickle leaves it out
+
+  def __reduce__(self):
+    """Leaves out the caller's own network: its functions belong to the process."""
+    return Network, tuple(self._replace(own=None))
+
+  def __copy__(self):
+    return self  # immutable
+
+  def __deepcopy__(self, memo):
+    return self
+
+
 class Generation(NamedTuple):
-  """A trained network: its place in the lineage, its variables and how it came about.
+  """A trained network: its place in the lineage, its variables, how it came about, and which network it is.
 
   `params` is the full immutable variables tree on the host (parameters, batch statistics, lineage), ready to be handed
-  to `train_generation` as the next teacher.
+  to `train_generation` as the next teacher. `network` is None where it is not known: then a function that needs it
+  takes the configuration's.
   """
 
   index: int
   params: Variables
   metrics: Mapping[str, float]
   history: Sequence[Mapping[str, float]]
+  network: Network | None = None
+
+  def __reduce__(self):
+    """Makes the arrays read-only again where a pickled generation is read."""
+    return _restored, tuple(self)
+
+  def __copy__(self):
+    return self  # immutable
+
+  def __deepcopy__(self, memo):
+    return self
 
   def __repr__(self) -> str:
     """Returns one line; the arrays would take thousands in a notebook."""
@@ -100,6 +139,12 @@ class Generation(NamedTuple):
     shown = [name for name in ("test_error", "test_perplexity") if name in self.metrics]
     numbers = "".join(f", {name}={self.metrics[name]:.4g}" for name in shown)
     return f"Generation(index={self.index}, parameters={size:,}, epochs={len(self.history)}{numbers})"
+
+
+def _restored(index: int, params: Variables, *rest: Any) -> Generation:
+  for leaf in jax.tree.leaves(params):
+    leaf.setflags(write=False)
+  return Generation(index, params, *rest)
 
 
 Devices = tuple[jax.Device, ...]

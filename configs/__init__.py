@@ -1,1 +1,1 @@
-"""Configurations: base.py documents every key, presets.py holds the variants, the other files combine them."""
+"""Configuration files for --config, which combine the presets of ban_jax/presets."""

@@ -5,9 +5,9 @@ python experiments/train.py --config=configs/cifar.py:cifar100,wrn_28_1,paper --
 
 from ml_collections import ConfigDict
 
-from configs import presets
+from ban_jax import presets
 
 
 def get_config(words: str = "cifar100,wrn_28_1,paper") -> ConfigDict:
-  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see ban_jax/presets."""
   return presets.compose(words, ("cifar10", "cifar100"))

@@ -7,9 +7,9 @@ PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt (Mikolov's
 
 from ml_collections import ConfigDict
 
-from configs import presets
+from ban_jax import presets
 
 
 def get_config(words: str = "ptb,lstm,paper") -> ConfigDict:
-  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see ban_jax/presets."""
   return presets.compose(words, ("ptb",))

@@ -7,9 +7,9 @@ Results differ between Python versions and are not comparable with any published
 
 from ml_collections import ConfigDict
 
-from configs import presets
+from ban_jax import presets
 
 
 def get_config(words: str = "pydoc,lstm_32,cpu") -> ConfigDict:
-  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see presets.py."""
+  """Returns the locked configuration for the words "dataset,network,scale[,more]"; see ban_jax/presets."""
   return presets.compose(words, ("pydoc",))

@@ -156,7 +156,8 @@ def read(directories: Sequence[epath.Path], data_dir: str | None) -> tuple[Datas
       raise CheckpointError(f"{directory} was trained on other data than those found: {where}; expected the same")
     if data.load(cfg.data).spec != dataset.spec:
       raise CheckpointError(f"{directory} and {directories[0]} differ in how they read the data: compare data.window")
-    (model,) = trees.models_of([generation.params], make_models(cfg, dataset.spec), str(directory))
+    model = make_models(cfg, dataset.spec)[min(generation.index, 1)]
+    trees.check_fits(generation.params, model, str(directory))
     shown.append(Shown(name, directory, cfg, generation, manifest["digest"], model))
   return dataset, shown
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
+from ban_jax import presets
 from ban_jax.data import ptb
 from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
-from configs import presets
 from experiments import cli, results, table1, table2, table3, table4, table5, table6
 from experiments.analysis.memory import count_memory
 from experiments.analysis.programs import trained_sizes
@@ -40,7 +40,7 @@ leaves the teacher's stem and classifier out. The difference is that of the colu
 * The paper's figure is not reproduced. It counts as reproduced where either column, rounded or truncated, shows the
   printed digits: the paper does both, and its Table 1 evidently counts the Wide-ResNets with 100 classes.
 DenseNet-112-33 has 6.3M in Table 1 and 6.5M in the text, which also calls it 116-33 and 106-33.
-Table 4's compression variants and Table 5's bottleneck students are readings: configs/presets.py and
+Table 4's compression variants and Table 5's bottleneck students are readings: ban_jax/presets and
 ban_jax/models/matched_resnet.py give the reasons. Table 5's Pre-activation ResNet-1001 is quoted there, not trained."""
 
 

@@ -2,7 +2,7 @@
 
     python experiments/table4.py --scale=paper --data_dir=DIR --workdir=runs/tables/paper
 
-The paper does not define its compression: configs/presets.py has our reading, which does not reproduce the counts.
+The paper does not define its compression: ban_jax/presets has our reading, which does not reproduce the counts.
 
 Paper scale: 24 generations, 14,797 PFLOP; expected (--dry_run) 134 h on an A100, 44 h on an H100, 21 h on a TPU v4-8.
 """

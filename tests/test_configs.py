@@ -2,10 +2,11 @@
 
 import pytest
 
-from ban_jax import data, models
+from ban_jax import data, models, presets
 from ban_jax.errors import ConfigError
+from ban_jax.presets import base
 from ban_jax.types import InputSpec
-from configs import base, cifar, digits, presets, ptb, pydoc
+from configs import cifar, digits, ptb, pydoc
 
 
 def test_the_papers_settings():

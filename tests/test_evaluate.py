@@ -12,12 +12,11 @@ import sklearn.metrics
 from conftest import config
 
 import ban_jax
-from ban_jax import data, metrics, models
+from ban_jax import data, metrics, models, presets
 from ban_jax.data import text
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluate import Subject, measure, measure_pairs
 from ban_jax.types import Batch
-from configs import presets
 
 CFG = config()
 

@@ -10,10 +10,9 @@ from conftest import config
 from flax import linen as nn
 
 import ban_jax
-from ban_jax import data, losses, models
+from ban_jax import data, losses, models, presets
 from ban_jax.data import images
 from ban_jax.models import common
-from configs import presets
 from experiments.tables import graph
 
 QUIET = {"progress": False}

@@ -16,11 +16,10 @@ from ml_collections import ConfigDict
 
 from ban_jax import config as config_lib
 from ban_jax import job as job_lib
-from ban_jax import train, trees
+from ban_jax import presets, train, trees
 from ban_jax.errors import BanError, ConfigError
 from ban_jax.losses import LOSSES
 from ban_jax.step import initial_state, make_eval_step
-from configs import presets
 from experiments import results
 
 # All kinds of data and networks, and teachers of another kind than their student.
@@ -120,7 +119,7 @@ def trace(job):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
   state = jax.eval_shape(
-    lambda key: initial_state(job.student, job.optimizer, key, job.teacher.copied), jax.random.key(0)
+    lambda key: initial_state(job.student.init(key), job.optimizer, job.teacher.copied), jax.random.key(0)
   )
   rows = config.train.batch_size // len(devices)
   index = jax.ShapeDtypeStruct((job.steps_per_dispatch, rows), np.int32)

@@ -8,9 +8,8 @@ from conftest import config
 
 import ban_jax
 from ban_jax import config as config_lib
-from ban_jax import storage, trees
+from ban_jax import presets, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
-from configs import presets
 
 QUIET = {"progress": False}
 TINY = {"train__epochs": 1, "train__evaluate_every": 0}
@@ -76,7 +75,9 @@ def test_an_unknown_key_is_refused():
   with cfg.unlocked():
     del cfg.train.fancy
     del cfg.loss.temperature
-  with pytest.raises(ConfigError, match=r"the configuration lacks loss.temperature; configs/base.py documents every"):
+  with pytest.raises(
+    ConfigError, match=r"the configuration lacks loss.temperature; ban_jax/presets/base.py documents every"
+  ):
     ban_jax.train_generation(None, cfg, **QUIET)
 
 

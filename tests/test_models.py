@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ban_jax import presets
 from ban_jax.errors import ConfigError
 from ban_jax.models import MODELS, check_options, common, make_model
 from ban_jax.types import InputSpec
-from configs import presets
 from experiments import parameters
 from experiments.analysis import memory
 

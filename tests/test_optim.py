@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ban_jax import optim
-from configs import base
+from ban_jax.presets import base
 
 OPTIM = base.get_config().optim.to_dict()
 

@@ -71,7 +71,7 @@ def make_step(loss, members, devices, frozen=(), split=False):
 def initial(frozen=()):
   variables = jax.device_get(MODEL.init(jax.random.key(1)))
   copied = {name: variables["params"][name] for name in frozen}
-  return variables, jax.device_get(step.initial_state(MODEL, sgd(), jax.random.key(1), copied))
+  return variables, jax.device_get(step.initial_state(MODEL.init(jax.random.key(1)), sgd(), copied))
 
 
 def one_step(loss, teachers, index, devices, frozen=(), split=False):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ban_jax.data import cifar, digits, ptb, pydoc
+from ban_jax.data import cifar, digits, own, ptb, pydoc
 from ban_jax.data.arrays import Known
 from ban_jax.errors import look_up
 from ban_jax.types import Dataset, Kind
@@ -33,6 +33,7 @@ DATASETS = {
   "cifar10": Source(cifar.load_cifar10, "images", cifar.describe_cifar10),
   "cifar100": Source(cifar.load_cifar100, "images", cifar.describe_cifar100),
   "digits": Source(digits.load, "images", embedded=True),
+  "own": Source(own.load, "images"),
   "ptb": Source(ptb.load, "tokens", ptb.describe),
   "pydoc": Source(pydoc.load, "tokens", embedded=True),
 }

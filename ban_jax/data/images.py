@@ -3,17 +3,17 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, UInt8
 
 from ban_jax import errors
 from ban_jax.data import augment, noise
 from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
-from ban_jax.errors import ConfigError
+from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Batch, Dataset, InputSpec
 
 # Which examples are held out, or chosen as a small training set, is part of a data set's definition and not of a run:
@@ -36,7 +36,7 @@ class Options(NamedTuple):
 class Examples(NamedTuple):
   """Images and their classes, in an order that depends on nothing but the data."""
 
-  images: UInt8[np.ndarray, "N H W C"]
+  images: UInt8[np.ndarray, "N H W C"] | Float32[np.ndarray, "N H W C"]
   labels: Int32[np.ndarray, " N"]
 
 
@@ -60,22 +60,61 @@ def balanced_order(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
   return by_class[np.lexsort((rng.random(len(labels)), rounds))]
 
 
-def build(name: str, pool: Examples, test: Examples, *, num_classes: int, options: Options) -> Dataset:
-  """Returns the Dataset of a training pool and a test set.
+def check_examples(name: str, parts: Mapping[str, Examples], num_classes: int) -> None:
+  """Raises a DataError where the examples of the splits cannot be trained on, or do not fit the training images."""
+  height, width, channels = parts["train"].images.shape[1:]
+  for split, part in parts.items():
+    where = f"{name}, {split}"
+    if len(part.images) != len(part.labels):
+      raise DataError(f"{where}: {len(part.images)} images and {len(part.labels)} labels; expected as many of each")
+    if not part.images.size:
+      raise DataError(
+        f"{where}: the images have the shape {part.images.shape}; expected at least one image with pixels"
+      )
+    if part.images.shape[1:] != (height, width, channels):
+      found = "x".join(map(str, part.images.shape[1:]))
+      raise DataError(f"{where}: the images are {found}; expected {height}x{width}x{channels}, as in train")
+    if part.images.dtype != parts["train"].images.dtype:
+      raise DataError(f"{where}: the images are {part.images.dtype}, those of train {parts['train'].images.dtype}")
+    if part.images.dtype != np.uint8 and not np.isfinite(part.images).all():
+      first = int(np.flatnonzero(~np.isfinite(part.images).all(axis=(1, 2, 3)))[0])
+      raise DataError(f"{where}: image {first} has pixels that are not finite; expected numbers")
+    low, high = part.labels.min(), part.labels.max()
+    if low < 0 or high >= num_classes:
+      hint = "; the labels seem to begin at 1: subtract 1" if low == 1 and high == num_classes else ""
+      wrong = low if low < 0 else high
+      raise DataError(f"{where}: a label is {wrong}; expected classes from 0 to {num_classes - 1}{hint}")
+  if missing := np.flatnonzero(np.bincount(parts["train"].labels, minlength=num_classes) == 0).tolist():
+    hint = "; the labels seem to begin at 1: subtract 1" if missing == [0] else ""
+    listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+    raise DataError(f"{name}, train: no example of class {listed}; expected some of each of the {num_classes}{hint}")
 
-  The validation split is cut off the pool first, so that it stays the same whatever `options.train_examples` is; then
-  the training examples are chosen from the rest, a smaller choice being part of every larger one. Splits keep the
-  pool's order. Every split's arrays are `images` uint8 [N, H, W, C], `labels` int32 [N], and the training examples'
-  `mean` and `std` float32 [C] of images / 255. Raises ConfigError if the pool is too small for the options, or the
-  images for the padding.
+
+def build(
+  name: str,
+  pool: Examples,
+  test: Examples,
+  *,
+  num_classes: int,
+  options: Options,
+  validation: Examples | None = None,
+) -> Dataset:
+  """Returns the Dataset of a training pool, a test set and, where the data have one of their own, a validation split.
+
+  Otherwise the validation split is cut off the pool first, so that it stays the same whatever `options.train_examples`
+  is; then the training examples are chosen from the rest, a smaller choice being part of every larger one. Splits keep
+  the pool's order. Every split's arrays are `images` uint8 or float32 [N, H, W, C], `labels` int32 [N], and the
+  training examples' `mean` and `std` float32 [C], of images / 255 where they are uint8. Raises DataError for examples
+  that do not fit each other, and ConfigError if the pool is too small for the options, or the images for the padding.
 
   With label noise there are four more splits, for the metrics of a finished generation on what it was trained on:
   "train_seen" and "train_true", the training examples with the labels it saw and with the true ones, and "wrong_seen"
   and "wrong_true", those of them whose labels are wrong.
   """
+  parts = {"train": pool, "test": test} | ({} if validation is None else {"validation": validation})
+  check_examples(name, parts, num_classes)
   shape = pool.images.shape[1:]
   held_out, chosen = _divide(name, len(pool.labels), shape, options)
-  parts = {"train": pool, "test": test}
   if chosen < len(pool.labels):
     order = balanced_order(pool.labels)
     parts["train"] = take(pool, order[held_out : held_out + chosen])
@@ -176,16 +215,38 @@ def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
         images = augment.crop(images, offsets, pad)
       if flip:
         images = augment.flip(images, flips)
-    inputs = (images.astype(jnp.float32) / 255 - arrays["mean"]) / arrays["std"]
-    return Batch(inputs, arrays["labels"][rows], index >= 0)
+    return Batch(normalise(images, arrays["mean"], arrays["std"]), arrays["labels"][rows], index >= 0)
 
   return fetch
 
 
+def normalise(
+  images: UInt8[Array, "B H W C"] | Float32[Array, "B H W C"], mean: Float[Array, " C"], std: Float[Array, " C"]
+) -> Float[Array, "B H W C"]:
+  """Returns what a network reads: uint8 is divided by 255, and both are normalised per channel."""
+  scaled = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+  return (scaled - mean) / std
+
+
+def scaling(dataset: Dataset) -> dict[str, Any]:
+  """Returns how a data set of `build` normalises its images, as types.Network records it; {} for any other."""
+  arrays = dataset.splits["train"]
+  if not {"images", "mean", "std"} <= arrays.keys():
+    return {}
+  statistics = {name: [float(value) for value in arrays[name]] for name in ("mean", "std")}
+  return {"dtype": str(arrays["images"].dtype), **statistics}
+
+
 def channel_statistics(
-  images: UInt8[np.ndarray, "N H W C"],
+  images: UInt8[np.ndarray, "N H W C"] | Float32[np.ndarray, "N H W C"],
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-  """Returns the mean and standard deviation of each channel of images / 255, float32, computed in float64."""
+  """Returns the mean and standard deviation of each channel, of images / 255 where they are uint8.
+
+  Both are float32 and computed in float64.
+  """
+  if images.dtype != np.uint8:
+    means, stds = (function(images, axis=(0, 1, 2), dtype=np.float64) for function in (np.mean, np.std))
+    return means.astype(np.float32), np.where(stds > 0, stds, 1).astype(np.float32)
   # Counts of the 256 levels need no copy of the images in floating point, 1.2 GB for CIFAR, and sums of whole numbers
   # are exact: the last bit, which is part of the digest, is the same on every machine.
   levels, means, stds = np.arange(256), [], []

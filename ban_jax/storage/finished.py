@@ -15,7 +15,7 @@ from etils import epath
 from ban_jax import config, processes, trees
 from ban_jax.errors import CheckpointError, StorageError
 from ban_jax.storage.files import damage, storage_errors, write_json, write_text
-from ban_jax.types import Generation
+from ban_jax.types import Generation, InputSpec, Network
 from ban_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -33,9 +33,31 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
     write_json(directory / "metrics.json", metrics)
     write_text(directory / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
+    if generation.network is not None:
+      network = _network_record(generation.network)
+      write_json(directory / "network.json", network)
+      digests["network_digest"] = trees.json_digest(network)
     write_json(directory / "manifest.json", {**manifest, **digests})
     remove_leftovers(directory)
   processes.wait_for_all(f"manifest of generation {generation.index}")
+
+
+def _network_record(network: Network) -> dict[str, Any]:
+  """Returns what is kept of a generation's network, as JSON holds it; a caller's own functions are not."""
+  values = {name: value for name, value in network._asdict().items() if name != "own"}
+  return json.loads(json.dumps(values | {"spec": network.spec._asdict()}))
+
+
+def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network | None:
+  """Returns a generation's network, or None where an earlier version wrote none."""
+  if "network_digest" not in manifest:
+    return None
+  record = json.loads((directory / "network.json").read_text())
+  if trees.json_digest(record) != manifest["network_digest"]:
+    raise ValueError("network.json was changed: its digest is not the manifest's")
+  spec = record["spec"]
+  spec = InputSpec(spec["kind"], tuple(spec["shape"]), spec["num_classes"], tuple(spec["words"]))
+  return Network(record["group"], record["compute_dtype"], spec, record["scaling"])
 
 
 def remove_leftovers(directory: epath.Path) -> None:
@@ -73,9 +95,11 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
     variables = checkpointer.restore(directory / "params")
     index, expected = manifest["generation"], manifest["digest"]
+    network = _read_network(directory, manifest)
   if trees.digest(variables) != expected:
     raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
-  return Generation(index, trees.to_host(trees.to_plain(variables), index), metrics, tuple(history)), manifest
+  params = trees.to_host(trees.to_plain(variables), index)
+  return Generation(index, params, metrics, tuple(history), network), manifest
 
 
 def load_together(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
@@ -107,9 +131,9 @@ def _remedy(directory: epath.Path) -> str:
 def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory: epath.Path) -> None:
   """Raises a CheckpointError where a generation on disk has another origin: configuration, teacher or data."""
   differing = [
-    f"{key}: {recorded.get(key)} there, {own[key]} here"
-    for key in ("generation", "teachers", "dataset")
-    if own[key] != recorded.get(key)
+    f"{key}: {recorded.get(key)} there, {own.get(key)} here"
+    for key in ("generation", "teachers", "dataset", "initial")
+    if own.get(key) != recorded.get(key)
   ]
   values = recorded.get("config")
   if isinstance(values, str):  # an earlier version's digest of what config.json holds

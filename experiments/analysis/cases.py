@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, data, replay, step, train
+from ban_jax import config, data, presets, replay, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.data import images, text
 from ban_jax.errors import look_up
 from ban_jax.job import Job, Setup
 from ban_jax.types import Dataset, Devices, Model, Variables
-from configs import presets
 from experiments.analysis.programs import Program, eval_program, train_program
 
 Run = Callable[[int], None]
@@ -36,7 +35,7 @@ RATE = 1e-3
 
 
 class Row(NamedTuple):
-  """A network: words of configs/presets.py, what is changed, and whether it is measured on accelerators alone."""
+  """A network: words of ban_jax/presets, what is changed, and whether it is measured on accelerators alone."""
 
   words: str
   changes: Mapping[str, Any] = {}

@@ -64,7 +64,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
   def initial(key):
     copied = {name: student.init(key)["params"][name] for name in frozen}
     carry = (student.init_carry(rows), teaching.init_carry(rows))
-    return initial_state(student, optimizer, key, copied), carry, tuple(model.init(key) for model in teachers)
+    return initial_state(student.init(key), optimizer, copied), carry, tuple(model.init(key) for model in teachers)
 
   state, carry, source = jax.eval_shape(initial, jax.random.key(0))
   index = jax.ShapeDtypeStruct((1, rows), np.int32)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import config, job, storage
+from ban_jax import config, job, presets, storage
 from ban_jax.errors import CheckpointError
 from ban_jax.trees import json_digest
 from ban_jax.types import Devices
-from configs import presets
 
 
 class Node(NamedTuple):
@@ -24,7 +23,7 @@ class Node(NamedTuple):
   cfg: ConfigDict
   generation: int
   teacher: "Node | None"
-  network: str  # of configs/presets.py
+  network: str  # of ban_jax/presets
   paper_network: str  # the paper's network that it is, or that it substitutes
 
   @property

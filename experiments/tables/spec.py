@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from configs import presets
+from ban_jax import presets
 from experiments.tables import graph
 from experiments.tables.graph import Node
 
@@ -35,7 +35,7 @@ EMBEDDED = {"cifar10": "digits", "cifar100": "digits", "ptb": "pydoc"}
 
 
 class Row(NamedTuple):
-  """A row of the paper: its name, its network (of configs/presets.py; None is not trained), its numbers."""
+  """A row of the paper: its name, its network (of ban_jax/presets; None is not trained), its numbers."""
 
   name: str
   network: str | None

@@ -1,0 +1,115 @@
+"""A caller's own images as a data set."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ban_jax.data import images, noise
+from ban_jax.errors import ConfigError, DataError, look_up
+from ban_jax.types import Dataset
+
+Pair = tuple[Any, Any]  # images and labels, as arrays or what numpy.asarray takes
+
+
+class Options(NamedTuple):
+  """The keys of a configuration's `data` group that it takes: none, since the arrays come with their own settings."""
+
+
+def load(options: Options) -> Dataset:
+  """Raises the ConfigError that names where data of one's own are given."""
+  raise ConfigError("data.name='own': pass the data as dataset=, for images what ban_jax.from_arrays returns")
+
+
+def from_arrays(
+  train: Pair,
+  test: Pair,
+  validation: Pair | float | None = None,
+  *,
+  num_classes: int | None = None,
+  pad: int = 0,
+  flip: bool = False,
+  name: str = "arrays",
+  train_examples: int = 0,
+  label_noise: float = 0.0,
+  noise_kind: str = "symmetric",
+  noise_seed: int = 0,
+) -> Dataset:
+  """Returns a data set of the caller's own images, for the argument `dataset` of `train_generation` and others.
+
+  `train` and `test` are (images, labels): images uint8 or floating [N, H, W, C] or [N, H, W], and integer labels [N]
+  from 0. uint8 images are divided by 255. Floats are taken as they are, float32, whatever their range: all images are
+  then normalised by the mean and standard deviation of each channel over the training images, so no range is expected.
+  `validation` is a pair too, or the share of `train` to hold out. `num_classes` defaults to the largest label plus one.
+  `pad` pixels of reflection are added before a random crop, and `flip` mirrors at random. The other arguments are those
+  of the configuration's `data` group: a class-balanced or proportional choice of training examples, and wrong labels.
+
+  The arrays are copied. Raises a DataError for arrays that are no such pairs or do not fit each other, and a
+  ConfigError for a value out of range.
+  """
+  share = 0.0
+  if isinstance(validation, int | float):
+    share, validation = float(validation), None
+  if not (isinstance(name, str) and name.isprintable() and name):
+    raise ConfigError(f"name={name!r}: expected a printable word, because it names the data set in messages")
+  if not 0 <= share < 1:
+    raise ConfigError(f"validation={share}: expected a share in [0, 1), or a pair of images and labels")
+  look_up(noise.KINDS, noise_kind, "noise_kind")
+  if not 0 <= label_noise < 1:
+    raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
+  for key, value in {"pad": pad, "train_examples": train_examples, "noise_seed": noise_seed}.items():
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+      raise ConfigError(f"{key}={value!r}: expected a whole number of at least 0")
+  given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+  parts = {split: _examples(name, split, pair) for split, pair in given.items()}
+  largest = max(int(part.labels.max(initial=0)) for part in parts.values())
+  if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 2):
+    raise ConfigError(f"num_classes={num_classes!r}: expected a whole number of at least 2")
+  options = images.Options(
+    validation=share,
+    train_examples=train_examples,
+    pad=pad,
+    flip=bool(flip),
+    label_noise=label_noise,
+    noise_kind=noise_kind,
+    noise_seed=noise_seed,
+  )
+  dataset = images.build(
+    name,
+    parts["train"],
+    parts["test"],
+    num_classes=largest + 1 if num_classes is None else num_classes,
+    options=options,
+    validation=parts.get("validation"),
+  )
+  return dataset._replace(options={"name": name, **options._asdict()})
+
+
+def _examples(name: str, split: str, pair: Pair) -> images.Examples:
+  """Returns a split's examples as arrays of our own; raises a DataError where they cannot be images and labels."""
+  if not (isinstance(pair, Sequence) and len(pair) == 2):
+    raise DataError(f"{name}: {split} must be a pair (images, labels), not {_describe(pair)}")
+  pixels, labels = (np.asarray(array) for array in pair)
+  where = f"{name}, {split}"
+  if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+    raise DataError(f"{where}: the images are {pixels.dtype}; expected uint8 from 0 to 255, or floating-point numbers")
+  if pixels.ndim not in (3, 4):
+    raise DataError(f"{where}: the images have the shape {pixels.shape}; expected [N, H, W, C] or [N, H, W]")
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise DataError(f"{where}: the labels are {labels.dtype}; expected whole numbers from 0 to classes - 1")
+  if labels.ndim != 1:
+    hint = ""
+    if labels.ndim == 2:
+      hint = "; take labels[:, 0]" if labels.shape[1] == 1 else "; for one-hot labels take labels.argmax(axis=1)"
+    raise DataError(f"{where}: the labels have the shape {labels.shape}; expected [N], a class each{hint}")
+  pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+  wide = labels.astype(np.int64)
+  if wide.size and not (np.iinfo(np.int32).min <= wide.min() and wide.max() <= np.iinfo(np.int32).max):
+    raise DataError(f"{where}: a label is {wide.max()}; expected classes from 0")
+  return images.Examples(
+    np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float32, order="C"), wide.astype(np.int32)
+  )
+
+
+def _describe(value: Any) -> str:
+  return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__

@@ -1,0 +1,283 @@
+"""What trained generations say of new inputs: probabilities of images, and of text its words' and samples of it."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from ban_jax import devices as devices_lib
+from ban_jax import report, trees
+from ban_jax.data import images as images_lib
+from ban_jax.data.text import EOS, UNKNOWN
+from ban_jax.errors import CheckpointError, ConfigError, DataError, choices
+from ban_jax.models import make_model
+from ban_jax.types import Carry, Devices, Generation, InputSpec, Model, Network
+
+# Sentences are padded to a multiple of this many tokens, so that few lengths are compiled.
+PAD_TO = 32
+
+
+class Predictor(NamedTuple):
+  """One network or an ensemble on its devices, ready for inputs."""
+
+  models: tuple[Model, ...]
+  variables: Any  # one tree a network, broadcast
+  scaling: Any  # of images the (mean, std) that each network normalises by, broadcast; of text ()
+  log_weights: Float32[np.ndarray, " M"]
+  spec: InputSpec
+  dtype: str  # of the images that the networks were trained on
+  devices: Devices
+
+  def carries(self, rows: int) -> Carry:
+    """Returns the carries at the beginning of `rows` texts."""
+    return devices_lib.split_rows(tuple(model.init_carry(rows) for model in self.models), self.devices)
+
+  def step(self, carries: Carry, inputs: np.ndarray) -> tuple[Carry, Float[np.ndarray, "B *T n"]]:
+    """Returns the carries after the inputs [B, ...], which the devices share equally, and the log-probabilities."""
+    run = make_predict_step(self.models, self.devices)
+    rows = devices_lib.split_rows(inputs, self.devices)
+    carries, found = run(self.variables, self.scaling, carries, rows, self.log_weights)
+    return carries, devices_lib.join_rows(found, self.devices)
+
+
+@functools.lru_cache
+def make_predict_step(models: tuple[Model, ...], devices: Devices) -> Callable[..., tuple[Carry, Array]]:
+  """Returns the pmapped step `(variables, scaling, carries, inputs, log_weights) -> (carries, log-probabilities)`."""
+
+  def predict_step(variables, scaling, carries, inputs, log_weights):
+    outputs = []
+    for place, (model, tree, carry) in enumerate(zip(models, variables, carries, strict=True)):
+      own = images_lib.normalise(inputs, *scaling[place]) if scaling else inputs
+      outputs.append(model.apply(tree, carry, own, train=False))
+    stacked = jnp.stack([jax.nn.log_softmax(logits) for logits, _, _ in outputs])  # [M, B, *T, n]
+    weights = log_weights.reshape(-1, *(1,) * (stacked.ndim - 1))
+    return tuple(carry for _, carry, _ in outputs), jax.nn.logsumexp(stacked + weights, axis=0)
+
+  return devices_lib.pmap(predict_step, devices=devices, in_axes=(None, None, 0, 0, None))
+
+
+def predict(
+  generations: Generation | Sequence[Generation],
+  inputs: Any,
+  *,
+  weights: Sequence[float] | None = None,
+  batch_size: int = 256,
+  devices: Sequence[jax.Device] | None = None,
+  progress: bool = True,
+) -> Float32[np.ndarray, "N *T n"]:
+  """Returns the probabilities of one network, or of an ensemble (Eq. 4), for new inputs.
+
+  For networks of images, `inputs` are images [N, H, W, C], or [N, H, W] of one channel, of the type that the networks
+  were trained on: uint8 from 0 to 255, or floats in the range of the training images. They are normalised as in
+  training, for each network by its own training images, and the result is [N, n]. For language models they are whole
+  numbers [N, T], tokens of the vocabulary, each row a text of its own; the result [N, T, n] is of the token after each.
+
+  `weights`, at least 0, are those of the ensemble's members; None weights them equally. `batch_size` bounds the memory
+  and does not change the result beyond rounding. `devices` defaults to this process's. Raises, before any work, a
+  CheckpointError for generations that do not say which network they are, a ConfigError for weights or a batch size out
+  of range and networks that read different inputs, and a DataError for inputs that the networks cannot read.
+  """
+  predictor = prepare(generations, weights, devices)
+  inputs = _checked(predictor, inputs)
+  if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+    raise ConfigError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+  found = []
+  title = f"predicting {len(inputs)} inputs"
+  with contextlib.closing(report.Progress(title, len(inputs), 0, progress and len(inputs) > 20 * batch_size)) as bar:
+    for first in range(0, len(inputs), batch_size):
+      part = inputs[first : first + batch_size]
+      rows = _pad(part, -(-min(batch_size, len(inputs)) // len(predictor.devices)) * len(predictor.devices))
+      found.append(np.exp(predictor.step(predictor.carries(len(rows)), rows)[1][: len(part)]))
+      bar.advance(len(part))
+  shape = (0, *inputs.shape[1 : 2 if predictor.spec.kind == "tokens" else 1], predictor.spec.num_classes)
+  return np.concatenate(found) if found else np.zeros(shape, np.float32)
+
+
+def log_probabilities(
+  generations: Generation | Sequence[Generation],
+  sentences: Sequence[str],
+  *,
+  weights: Sequence[float] | None = None,
+  batch_size: int = 32,
+  devices: Sequence[jax.Device] | None = None,
+) -> list[Float32[np.ndarray, " words+1"]]:
+  """Returns the natural logarithm of the probability of each word of each sentence, and of its end, `<eos>`.
+
+  A sentence is words of the vocabulary separated by spaces, as the training text has them. Each is read on its own,
+  after an `<eos>`; its perplexity is exp of minus the mean. A word that is not in the vocabulary counts as `<unk>`, or
+  raises a DataError where the vocabulary has none. Other arguments and errors are those of `predict`.
+  """
+  predictor = _language_model(generations, weights, devices, "log_probabilities")
+  if isinstance(sentences, str):
+    raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
+  tokens = [
+    np.array([*_ids(predictor.spec, EOS), *_ids(predictor.spec, text), *_ids(predictor.spec, EOS)])
+    for text in sentences
+  ]
+  found = []
+  for first in range(0, len(tokens), batch_size):
+    part = tokens[first : first + batch_size]
+    longest = -(-max(map(len, part)) // PAD_TO) * PAD_TO
+    rows = np.zeros((len(part), longest), np.int32)  # what follows a sentence does not change what is said of it
+    for row, own in zip(rows, part, strict=True):
+      row[: len(own)] = own
+    rows = _pad(rows, -(-batch_size // len(predictor.devices)) * len(predictor.devices))
+    logs = predictor.step(predictor.carries(len(rows)), rows)[1]
+    found += [row[np.arange(len(own) - 1), own[1:]] for row, own in zip(logs, part, strict=False)]
+  return found
+
+
+def sample(
+  generations: Generation | Sequence[Generation],
+  length: int,
+  *,
+  prompt: str = "",
+  seed: int = 0,
+  temperature: float = 1.0,
+  weights: Sequence[float] | None = None,
+) -> str:
+  """Returns `length` words sampled from a language model, or from an ensemble, after a `prompt` of words.
+
+  Words are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. The same seed gives
+  the same text on the same machine. Errors are those of `log_probabilities`.
+  """
+  if not isinstance(length, int) or length < 0:
+    raise ConfigError(f"length={length!r}: expected a whole number of at least 0")
+  if not temperature > 0:
+    raise ConfigError(f"temperature={temperature!r}: expected a number above 0")
+  predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
+  rng, carries, words = np.random.default_rng(seed), predictor.carries(1), []
+  for token in (*_ids(predictor.spec, EOS), *_ids(predictor.spec, prompt)):
+    carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+  for _ in range(length):
+    scaled = logs[0, 0].astype(np.float64) / temperature
+    odds = np.exp(scaled - scaled.max())
+    token = rng.choice(len(odds), p=odds / odds.sum())
+    words.append(predictor.spec.words[token])
+    carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+  return " ".join(words)
+
+
+def prepare(
+  generations: Generation | Sequence[Generation],
+  weights: Sequence[float] | None,
+  devices: Sequence[jax.Device] | None,
+) -> Predictor:
+  """Returns what predicts; raises the errors of `predict` that are not about inputs."""
+  members = trees.members_of(generations)
+  if not members:
+    raise ConfigError("predict needs at least one generation")
+  networks = [_network_of(member, number) for number, member in enumerate(members, 1)]
+  spec, dtype = networks[0].spec, networks[0].scaling.get("dtype", "")
+  for network in networks[1:]:
+    other = network.spec, network.scaling.get("dtype", "")
+    if other != (spec, dtype):
+      raise ConfigError(f"the networks read different inputs: {_inputs(spec, dtype)}, and {_inputs(*other)}")
+  models = tuple(
+    network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype) for network in networks
+  )
+  devices = tuple(jax.local_devices() if devices is None else devices)
+  scaling = ()
+  if spec.kind == "images":
+    scaling = tuple(
+      tuple(np.array(network.scaling[key], np.float32) for key in ("mean", "std")) for network in networks
+    )
+  variables = tuple(trees.to_plain(member.params) for member in members)
+  return Predictor(
+    models,
+    devices_lib.broadcast(variables, devices),
+    devices_lib.broadcast(scaling, devices),
+    devices_lib.broadcast(_log_weights(weights, len(members)), devices),
+    spec,
+    dtype,
+    devices,
+  )
+
+
+def _network_of(member: Any, number: int) -> Network:
+  """Returns a generation's network, with all that `predict` needs of it."""
+  if not isinstance(member, Generation):
+    raise CheckpointError("predict takes Generations, which say which network they are and how to normalise, not trees")
+  network = member.network
+  if network is None or network.spec.kind == "images" and not network.scaling:
+    raise CheckpointError(
+      f"generation {number} of those given does not say how its inputs were normalised: it was written by an earlier "
+      "version, or trained on a data set made by hand. Call train_generation or run again with its workdir to have it "
+      "with its network"
+    )
+  if network.group["name"] == "own" and network.own is None:
+    raise CheckpointError(
+      f"generation {number} of those given has a network of your own, {network.group['own']!r}: give it to "
+      "load(path, model=...)"
+    )
+  return network
+
+
+def _inputs(spec: InputSpec, dtype: str) -> str:
+  return f"{dtype} {spec.kind} {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
+
+
+def _log_weights(weights: Sequence[float] | None, count: int) -> Float32[np.ndarray, " M"]:
+  weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+  if weights.shape != (count,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+    raise ConfigError(f"weights={weights.tolist()}: expected {count} numbers of at least 0, not all of them 0")
+  with np.errstate(divide="ignore"):
+    return np.log(weights / weights.sum()).astype(np.float32)
+
+
+def _pad(rows: np.ndarray, count: int) -> np.ndarray:
+  """Returns the rows, followed by copies of the last up to `count`."""
+  return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)]) if len(rows) < count else rows
+
+
+def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
+  """Returns the inputs as an array that the networks read; raises a DataError where they cannot be."""
+  inputs, spec = np.asarray(inputs), predictor.spec
+  if spec.kind == "tokens":
+    if inputs.ndim != 2 or not np.issubdtype(inputs.dtype, np.integer):
+      raise DataError(f"the inputs are {inputs.dtype} {list(inputs.shape)}; expected tokens, whole numbers [N, T]")
+    if inputs.size and not 0 <= inputs.min() <= inputs.max() < spec.num_classes:
+      raise DataError(
+        f"a token is {inputs.max() if inputs.min() >= 0 else inputs.min()}; expected 0 to {spec.num_classes - 1}"
+      )
+    return inputs.astype(np.int32)
+  if inputs.ndim == 3 and spec.shape[-1] == 1:
+    inputs = inputs[..., None]
+  if inputs.ndim != 4 or inputs.shape[1:] != spec.shape:
+    one = "; for one image pass images[None]" if inputs.shape in (spec.shape, spec.shape[:2]) else ""
+    raise DataError(
+      f"the inputs have the shape {list(inputs.shape)}; expected images [N, {', '.join(map(str, spec.shape))}]{one}"
+    )
+  if predictor.dtype == "uint8" and inputs.dtype != np.uint8:
+    raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on uint8 images from 0 to 255")
+  if predictor.dtype == "float32" and not np.issubdtype(inputs.dtype, np.floating):
+    raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on floating-point images")
+  if predictor.dtype == "float32" and not np.isfinite(inputs).all():
+    raise DataError("the inputs have pixels that are not finite")
+  return inputs.astype(predictor.dtype)
+
+
+def _language_model(generations, weights, devices, what: str) -> Predictor:
+  predictor = prepare(generations, weights, devices)
+  if predictor.spec.kind != "tokens":
+    raise ConfigError(f"{what} takes language models; these networks read images")
+  return predictor
+
+
+def _ids(spec: InputSpec, text: str) -> list[int]:
+  """Returns the tokens of a text's words."""
+  known = _numbers(spec.words)
+  missing = [word for word in text.split() if word not in known]
+  if missing and UNKNOWN not in known:
+    raise DataError(f"the words {choices(set(missing))} are not in the vocabulary, which has no {UNKNOWN}")
+  return [known.get(word, known.get(UNKNOWN)) for word in text.split()]
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(words: tuple[str, ...]) -> dict[str, int]:
+  return {word: number for number, word in enumerate(words)}

@@ -1,0 +1,283 @@
+"""Presets of data sets, networks and scales.
+
+`compose("cifar10,wrn_16_1,cpu")` applies the presets of a data set, a network and a scale to the base, in this order.
+Further words may follow: the name of a loss, or `teacher=NETWORK` for another network as generation 0, which is trained
+with the students' settings.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from ban_jax.errors import ConfigError, choices
+from ban_jax.losses import LOSSES
+from ban_jax.presets import base
+
+Preset = Callable[[ConfigDict], None]
+
+
+def _cifar(name: str) -> Preset:
+  def apply(config: ConfigDict) -> None:
+    config.data.name = name
+
+  return apply
+
+
+def _digits(config: ConfigDict) -> None:
+  # Few training images, or the test error would be near zero; no flips, because mirrored digits are no digits.
+  config.data.update(name="digits", train_examples=200, pad=1, flip=False)
+  config.train.update(batch_size=50)
+
+
+def _text(name: str) -> Preset:
+  def apply(config: ConfigDict) -> None:
+    config.data.update(name=name, window=35, pad=0, flip=False)
+    # In the paper only BAN+L worked for language models, and Table 6 has one student.
+    config.loss.name = "ban_label"
+    config.generations = 1
+    config.optim.update(schedule="plateau", momentum=0.0, nesterov=False, weight_decay=0.0)
+    config.train.epochs = 40
+    # Reported numbers read the text as one stream; training-time evaluation may be approximate.
+    config.evaluate.update(batch_size=1, training_batch_size=10)
+
+  return apply
+
+
+def _own(config: ConfigDict) -> None:
+  # The data bring their own settings: ban_jax.from_arrays.
+  config.data.update(name="own", pad=0, flip=False)
+
+
+DATASETS = {
+  "cifar10": _cifar("cifar10"),
+  "cifar100": _cifar("cifar100"),
+  "digits": _digits,
+  "own": _own,
+  "ptb": _text("ptb"),
+  "pydoc": _text("pydoc"),
+}
+
+
+def _wide_resnet(depth: int, width: int) -> ConfigDict:
+  return ConfigDict({"name": "wide_resnet", "depth": depth, "width": width, "dropout": 0.3})
+
+
+def _densenet(
+  depth: int, growth: int | tuple[int, ...], stem: int | None = None, compression: float = 0.5, remat: bool = True
+) -> ConfigDict:
+  units, stem = (depth - 4) // 6, stem or 2 * growth
+  return ConfigDict(
+    {"name": "densenet", "units": units, "growth": growth, "stem": stem, "compression": compression, "remat": remat}
+  )
+
+
+# Stem and stage widths of the teachers that students are matched to: DenseNet-90-60 and the small DenseNet-16-8.
+_WIDTHS_90_60 = {"stem": 120, "stages": (480, 660, 750)}
+_WIDTHS_16_8 = {"stem": 16, "stages": (16, 16, 16)}
+
+
+def _matched_pre_resnet(units: int, ratio: float, widths: dict) -> ConfigDict:
+  return ConfigDict({"name": "matched_pre_resnet", "units": units, "ratio": ratio, **widths})
+
+
+def _matched_wide_resnet(units: int, ratio: float, widths: dict) -> ConfigDict:
+  return ConfigDict({"name": "matched_wide_resnet", "units": units, "ratio": ratio, "dropout": 0.0, **widths})
+
+
+def _lstm(units: int, layers: int, dropout: float, init_scale: float) -> ConfigDict:
+  return ConfigDict(
+    {"name": "lstm", "units": units, "layers": layers, "dropout": dropout, "init_scale": init_scale, "cudnn": False}
+  )
+
+
+# Kim et al. 2016, large.
+_CNN_LSTM = {
+  "name": "char_cnn_lstm",
+  "char_embedding": 15,
+  "max_width": 7,
+  "filters_per_width": 50,
+  "filters_at_most": 200,
+  "highway_layers": 2,
+  "units": 650,
+  "layers": 2,
+  "dropout": 0.5,
+  "init_scale": 0.05,
+  "cudnn": False,
+  "max_word_length": 65,
+}
+
+# Keys follow the paper's names. The smaller networks are for CPUs: the WRNs have no dropout, because they underfit
+# anyway, and the DenseNets no rematerialisation.
+MODELS = {
+  "wrn_28_1": _wide_resnet(28, 1),
+  "wrn_28_2": _wide_resnet(28, 2),
+  "wrn_28_5": _wide_resnet(28, 5),
+  "wrn_28_10": _wide_resnet(28, 10),
+  "wrn_16_1": ConfigDict({**_wide_resnet(16, 1), "dropout": 0.0}),
+  "wrn_10_1": ConfigDict({**_wide_resnet(10, 1), "dropout": 0.0}),
+  "densenet_112_33": _densenet(112, 33),
+  "densenet_90_60": _densenet(90, 60),
+  "densenet_80_80": _densenet(80, 80),
+  "densenet_80_120": _densenet(80, 120),
+  # Table 4, depth: DenseNet-90-60 with 7, 28, 42 and 56 units per stage; the growth is such that the widths at the end
+  # of each stage stay the same.
+  "densenet_90_60_depth_0_5": _densenet(46, 120, stem=120),
+  "densenet_90_60_depth_2": _densenet(172, 30, stem=120),
+  "densenet_90_60_depth_3": _densenet(256, 20, stem=120),
+  "densenet_90_60_depth_4": _densenet(340, 15, stem=120),
+  # Table 4, compression: taken as 0.5, 0.75 and 1.5 times one half, the fraction of channels that a transition removes.
+  # These students keep the teacher's stage widths too (to within 4 channels), which determines the growth per stage.
+  # The paper's counts are 5.1M, 10.1M, 80.5M; this interpretation gives 6.1M, 9.6M, 75.6M. Others that we tried: the
+  # same growth in all stages 8.8M, 11.3M, 55.7M; more units instead of growth 7.7M, 10.9M, 56.2M; stem and growth
+  # scaled 4.1M, 9.2M, 36.4M; the growth unchanged and the fraction kept scaled instead 12.4M, 14.1M, 21.9M.
+  "densenet_90_60_compression_0_5": _densenet(90, (37, 29, 24), stem=120, compression=0.75),
+  "densenet_90_60_compression_0_75": _densenet(90, (46, 41, 39), stem=120, compression=0.625),
+  "densenet_90_60_compression_1_5": _densenet(90, (129, 154, 167), stem=120, compression=0.25),
+  "densenet_40_12": _densenet(40, 12, remat=False),
+  "densenet_22_12": _densenet(22, 12, remat=False),
+  "densenet_16_8": _densenet(16, 8, remat=False),
+  # A small Table 4: students of DenseNet-16-8 with 1, 4, 6 and 8 units per stage, and with other compressions.
+  "densenet_10_16": _densenet(10, 16, stem=16, remat=False),
+  "densenet_28_4": _densenet(28, 4, stem=16, remat=False),
+  "densenet_40_3": _densenet(40, 3, stem=16, remat=False),
+  "densenet_52_2": _densenet(52, 2, stem=16, remat=False),
+  "densenet_16_8_compression_0_5": _densenet(16, 3, stem=16, compression=0.75, remat=False),
+  "densenet_16_8_compression_0_75": _densenet(16, 5, stem=16, compression=0.625, remat=False),
+  "densenet_16_8_compression_1_5": _densenet(16, 24, stem=16, compression=0.25, remat=False),
+  "densenet_10_16_compression_0_75": _densenet(10, 10, stem=16, compression=0.625, remat=False),
+  # Table 5, named by units and ratio, then the same for DenseNet-16-8.
+  "pre_resnet_14_0_5": _matched_pre_resnet(14, 0.5, _WIDTHS_90_60),
+  "pre_resnet_14_1": _matched_pre_resnet(14, 1.0, _WIDTHS_90_60),
+  "wide_match_1_1": _matched_wide_resnet(1, 1.0, _WIDTHS_90_60),
+  "wide_match_2_1": _matched_wide_resnet(2, 1.0, _WIDTHS_90_60),
+  "wide_match_4_0_5": _matched_wide_resnet(4, 0.5, _WIDTHS_90_60),
+  "wide_match_4_1": _matched_wide_resnet(4, 1.0, _WIDTHS_90_60),
+  "small_pre_resnet_1_1": _matched_pre_resnet(1, 1.0, _WIDTHS_16_8),
+  "small_pre_resnet_2_0_5": _matched_pre_resnet(2, 0.5, _WIDTHS_16_8),
+  "small_pre_resnet_2_1": _matched_pre_resnet(2, 1.0, _WIDTHS_16_8),
+  "small_wide_match_1_1": _matched_wide_resnet(1, 1.0, _WIDTHS_16_8),
+  "small_wide_match_2_1": _matched_wide_resnet(2, 1.0, _WIDTHS_16_8),
+  "small_wide_match_4_0_5": _matched_wide_resnet(4, 0.5, _WIDTHS_16_8),
+  "small_wide_match_4_1": _matched_wide_resnet(4, 1.0, _WIDTHS_16_8),
+  # Table 6. The paper's text says one layer, but 52M parameters fit two layers (51.0M; one layer has 33.0M).
+  "lstm": _lstm(1500, 2, dropout=0.65, init_scale=0.04),
+  "lstm_1": _lstm(1500, 1, dropout=0.65, init_scale=0.04),
+  "lstm_200": _lstm(200, 2, dropout=0.2, init_scale=0.1),
+  "lstm_32": _lstm(32, 2, dropout=0.2, init_scale=0.1),
+  "cnn_lstm": ConfigDict(_CNN_LSTM),
+  "cnn_lstm_32": ConfigDict({**_CNN_LSTM, "filters_per_width": 4, "filters_at_most": 16, "units": 32}),
+}
+
+# Training settings of a network at every scale, by model name; image networks use the base's. The code that the paper
+# took its language settings from sums the loss over the 35 tokens of a window, ours averages it: the same update needs
+# 35 times the learning rate and 1/35 of the clip norm.
+TRAINING = {
+  # The paper's 1 and 10 would become 35 and 10 / 35; 20 and 0.25 are from PyTorch's word_language_model, which averages
+  # too.
+  "lstm": {
+    "optim.learning_rate": 20.0,
+    "optim.clip_norm": 0.25,
+    "optim.factor": 0.25,
+    "optim.threshold": 0.0,
+    "train.batch_size": 32,
+  },
+  "char_cnn_lstm": {
+    "optim.learning_rate": 2.0 * 35,
+    "optim.clip_norm": 5.0 / 35,
+    "optim.factor": 0.5,
+    "optim.threshold": 0.5,
+    "train.batch_size": 20,
+  },
+}
+
+
+def _is_text(config: ConfigDict) -> bool:
+  return config.data.window > 0
+
+
+def _paper(config: ConfigDict) -> None:
+  """The paper's durations: for images 200 epochs and three students, for text 40 epochs and one student."""
+
+
+def _quick(config: ConfigDict) -> None:
+  """One accelerator, under an hour."""
+  config.train.epochs = 15 if _is_text(config) else 30
+
+
+def _cpu(config: ConfigDict) -> None:
+  """Two CPU cores: an hour for a teacher and a student on CIFAR, half a minute for a teacher and three on digits.
+
+  With lstm_200, a teacher and a student take an hour or two on ptb and minutes on pydoc.
+  """
+  digits = config.data.name == "digits"
+  config.train.epochs = 60 if digits else 10
+  config.train.checkpoint_every = 100
+  config.train.evaluate_every = 20 if digits else 1
+  config.generations = 3 if digits else 1
+  if not _is_text(config):
+    # With so few epochs, the step schedule would spend most of them at learning rates too low to make progress.
+    config.optim.schedule = "cosine"
+
+
+def _smoke(config: ConfigDict) -> None:
+  """Seconds, for tests: only shows that everything runs."""
+  config.train.update(epochs=2, batch_size=20, checkpoint_every=3)
+  config.generations = 1
+  if _is_text(config):
+    config.data.update(train_examples=2000, window=10)
+    config.evaluate.update(batch_size=100, training_batch_size=100)
+  else:
+    config.data.train_examples = 100
+    config.evaluate.batch_size = 300
+
+
+SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
+
+
+def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDict:
+  """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
+
+  `datasets` are the data sets that the calling configuration file accepts. Raises a ConfigError that lists the choices
+  for an unknown word.
+  """
+  dataset, network, scale, *more = [word.strip() for word in words.split(",")] + [""] * (3 - len(words.split(",")))
+  form = f'a configuration is named "dataset,network,scale", not {words!r}'
+  for word, known, what in ((dataset, datasets, "data set"), (network, MODELS, "network"), (scale, SCALES, "scale")):
+    if word not in known:
+      raise ConfigError(f"unknown {what} {word!r}; choose one of: {choices(known)} ({form})")
+  config = base.get_config()
+  DATASETS[dataset](config)
+  config.model = _copy(network)
+  config.update_from_flattened_dict(TRAINING.get(config.model.name, {}))
+  config.scale = scale
+  SCALES[scale](config)
+  for word in more:
+    _apply_more(config, word)
+  return config.lock()
+
+
+def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
+  """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
+
+  It is what the configuration files of a checkout return. With data or a network of one's own, the data set's word
+  stands for its settings of optimizer and augmentation alone, or "own" for the base's. base.py documents every key; a
+  value is changed by `cfg.train.epochs = 30`. Raises a ConfigError that lists the choices for an unknown word.
+  """
+  return compose(words)
+
+
+def _copy(network: str) -> ConfigDict:
+  return ConfigDict(MODELS[network].to_dict())
+
+
+def _apply_more(config: ConfigDict, word: str) -> None:
+  name, _, value = word.partition("=")
+  if word in LOSSES:
+    config.loss.name = word
+  elif name == "teacher" and value in MODELS:
+    config.teacher.model = _copy(value)
+  else:
+    raise ConfigError(
+      f"unknown word {word!r}; the scale may be followed by a loss ({choices(LOSSES)}) or by teacher=NETWORK, where "
+      f"NETWORK is one of: {choices(MODELS)}"
+    )
