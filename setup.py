@@ -36,6 +36,7 @@ setuptools.setup(
     "absl-py",
     "array_record",  # the file format of a prepared data directory
     "etils[epath,epy]",
+    "flatbuffers",  # jax.export writes with it
     "flax>=0.12",
     "importlib_resources",  # TFDS needs it and does not say so
     "jax>=0.10",
@@ -48,6 +49,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11",
     "pillow",  # TFDS decodes images with it where TensorFlow is absent
     "requests",  # asks for the archive before a long download is begun
+    "safetensors",
     "scikit-learn",  # the embedded data set: handwritten digits
     "tensorboardX",
     "tensorflow-datasets>=4.9.9",

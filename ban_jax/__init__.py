@@ -1,5 +1,6 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
+from ban_jax.averaging import average
 from ban_jax.data.own import from_arrays
 from ban_jax.errors import (
   BanError,
@@ -13,6 +14,7 @@ from ban_jax.errors import (
   TrainingError,
 )
 from ban_jax.evaluate import compare, evaluate, reliability
+from ban_jax.exporting import export, export_parameters
 from ban_jax.loading import load, load_run
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
@@ -36,8 +38,11 @@ __all__ = [
   "StorageError",
   "TrainingError",
   "__version__",
+  "average",
   "compare",
   "evaluate",
+  "export",
+  "export_parameters",
   "from_arrays",
   "from_flax",
   "from_function",

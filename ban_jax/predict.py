@@ -45,20 +45,24 @@ class Predictor(NamedTuple):
     return carries, devices_lib.join_rows(found, self.devices)
 
 
+def log_mean(
+  models: Sequence[Model], variables: Any, scaling: Any, carries: Carry, inputs: Array, log_weights: Array
+) -> tuple[Carry, Float[Array, "B *T n"]]:
+  """Returns the carries after the inputs, and the log of the networks' weighted mean probabilities; a JAX function."""
+  outputs = []
+  for place, (model, tree, carry) in enumerate(zip(models, variables, carries, strict=True)):
+    own = images_lib.normalise(inputs, *scaling[place]) if scaling else inputs
+    outputs.append(model.apply(tree, carry, own, train=False))
+  stacked = jnp.stack([jax.nn.log_softmax(logits) for logits, _, _ in outputs])  # [M, B, *T, n]
+  weights = log_weights.reshape(-1, *(1,) * (stacked.ndim - 1))
+  return tuple(carry for _, carry, _ in outputs), jax.nn.logsumexp(stacked + weights, axis=0)
+
+
 @functools.lru_cache
 def make_predict_step(models: tuple[Model, ...], devices: Devices) -> Callable[..., tuple[Carry, Array]]:
-  """Returns the pmapped step `(variables, scaling, carries, inputs, log_weights) -> (carries, log-probabilities)`."""
-
-  def predict_step(variables, scaling, carries, inputs, log_weights):
-    outputs = []
-    for place, (model, tree, carry) in enumerate(zip(models, variables, carries, strict=True)):
-      own = images_lib.normalise(inputs, *scaling[place]) if scaling else inputs
-      outputs.append(model.apply(tree, carry, own, train=False))
-    stacked = jnp.stack([jax.nn.log_softmax(logits) for logits, _, _ in outputs])  # [M, B, *T, n]
-    weights = log_weights.reshape(-1, *(1,) * (stacked.ndim - 1))
-    return tuple(carry for _, carry, _ in outputs), jax.nn.logsumexp(stacked + weights, axis=0)
-
-  return devices_lib.pmap(predict_step, devices=devices, in_axes=(None, None, 0, 0, None))
+  """Returns the pmapped `log_mean` of these networks, `(variables, scaling, carries, inputs, log_weights)`."""
+  step = functools.partial(log_mean, models)
+  return devices_lib.pmap(step, devices=devices, in_axes=(None, None, 0, 0, None))
 
 
 def predict(
@@ -188,11 +192,13 @@ def prepare(
       tuple(np.array(network.scaling[key], np.float32) for key in ("mean", "std")) for network in networks
     )
   variables = tuple(trees.to_plain(member.params) for member in members)
+  with np.errstate(divide="ignore"):  # a weight of 0 is a logarithm of minus infinity
+    log_weights = np.log(trees.mean_weights(weights, len(members))).astype(np.float32)
   return Predictor(
     models,
     devices_lib.broadcast(variables, devices),
     devices_lib.broadcast(scaling, devices),
-    devices_lib.broadcast(_log_weights(weights, len(members)), devices),
+    devices_lib.broadcast(log_weights, devices),
     spec,
     dtype,
     devices,
@@ -220,14 +226,6 @@ def _network_of(member: Any, number: int) -> Network:
 
 def _inputs(spec: InputSpec, dtype: str) -> str:
   return f"{dtype} {spec.kind} {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
-
-
-def _log_weights(weights: Sequence[float] | None, count: int) -> Float32[np.ndarray, " M"]:
-  weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
-  if weights.shape != (count,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-    raise ConfigError(f"weights={weights.tolist()}: expected {count} numbers of at least 0, not all of them 0")
-  with np.errstate(divide="ignore"):
-    return np.log(weights / weights.sum()).astype(np.float32)
 
 
 def _pad(rows: np.ndarray, count: int) -> np.ndarray:

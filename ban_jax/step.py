@@ -177,3 +177,22 @@ def make_eval_step(
     return tuple(carry for _, carry, _ in outputs), devices_lib.psum(sums)
 
   return devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0))
+
+
+@functools.lru_cache
+def make_statistics_step(model: Model, fetch: Callable[..., Batch], devices: Devices) -> Callable[..., PyTree]:
+  """Returns the pmapped step `(params, batch_stats, arrays, index, key_data, step) -> batch_stats` that trains nothing.
+
+  `params`, `arrays` and `key_data` are broadcast, `batch_stats` and `index` have a leading device axis, and the batch
+  statistics that come back are alike on every device.
+  """
+
+  def statistics_step(params, batch_stats, arrays, index, key_data, step):
+    batch, positions, dropout_key, _ = batch_of(fetch, arrays, index, key_data, step)
+    variables = {"params": params, "batch_stats": batch_stats}
+    _, _, new = model.apply(
+      variables, model.init_carry(len(index)), batch.inputs, train=True, key=dropout_key, positions=positions
+    )
+    return devices_lib.pmean(new)
+
+  return devices_lib.pmap(statistics_step, devices=devices, in_axes=(None, 0, None, 0, None, None))

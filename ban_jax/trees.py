@@ -8,7 +8,7 @@ from typing import Any
 import flax
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float64, PyTree
 
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation, Model, Variables
@@ -123,3 +123,14 @@ def first_difference(expected: PyTree, given: PyTree) -> tuple[str, str, str] | 
 def is_finite(variables: Variables) -> bool:
   """Returns whether every number of a variables tree is finite."""
   return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_plain(variables)))
+
+
+def mean_weights(weights: Sequence[float] | None, count: int) -> Float64[np.ndarray, " M"]:
+  """Returns the shares of `count` networks in a weighted mean; None weights them equally.
+
+  Raises a ConfigError for anything but one number of at least 0 for each, not all of them 0.
+  """
+  given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+  if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
+    raise ConfigError(f"weights={weights!r}: expected {count} numbers of at least 0, not all of them 0")
+  return given / given.sum()

@@ -7,6 +7,7 @@
     workdir/gen_K/damaged/      checkpoints that are not what was saved, kept until the generation is finished
     workdir/gen_K/params/       the finished variables
     workdir/gen_K/metrics.json, history.jsonl, events.out.tfevents.*
+    workdir/gen_K/network.json  which network it is, and how its inputs are normalised
     workdir/gen_K/manifest.json the generation's lineage; written last, so its presence means: finished
 
 Orbax restores a flipped byte without an error. Every tree is therefore compared with the digest it was saved with
@@ -19,6 +20,7 @@ from ban_jax.storage.finished import (
   finish,
   load,
   load_together,
+  network_record,
   provenance,
   read_records,
   remove_leftovers,
@@ -32,6 +34,7 @@ __all__ = [
   "first_line",
   "load",
   "load_together",
+  "network_record",
   "open_steps",
   "open_workdir",
   "provenance",

@@ -34,7 +34,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
     write_text(directory / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
     if generation.network is not None:
-      network = _network_record(generation.network)
+      network = network_record(generation.network)
       write_json(directory / "network.json", network)
       digests["network_digest"] = trees.json_digest(network)
     write_json(directory / "manifest.json", {**manifest, **digests})
@@ -42,7 +42,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
   processes.wait_for_all(f"manifest of generation {generation.index}")
 
 
-def _network_record(network: Network) -> dict[str, Any]:
+def network_record(network: Network) -> dict[str, Any]:
   """Returns what is kept of a generation's network, as JSON holds it; a caller's own functions are not."""
   values = {name: value for name, value in network._asdict().items() if name != "own"}
   return json.loads(json.dumps(values | {"spec": network.spec._asdict()}))

@@ -1,0 +1,78 @@
+"""Averaged weights: one network from several of the same kind, its batch statistics estimated anew."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ban_jax import devices as devices_lib
+from ban_jax import job, trees
+from ban_jax.errors import ConfigError
+from ban_jax.step import make_statistics_step
+from ban_jax.trees import Member
+from ban_jax.types import Dataset, Generation, Model
+
+# Mini-batches that the batch statistics are estimated from, at least: their running mean, of momentum 0.9, has
+# forgotten all but 0.9^100 of what it began with.
+BATCHES = 100
+
+
+def average(
+  generations: Sequence[Member],
+  cfg: ConfigDict,
+  *,
+  weights: Sequence[float] | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
+) -> Generation:
+  """Returns the network with the mean parameters of several networks of the same kind (Izmailov et al. 2018).
+
+  Its batch statistics are estimated anew on the training split, in the configuration's mini-batches, augmented as in
+  training. `weights`, at least 0, are those of the mean; None weights all equally. The result has the largest of the
+  generations' numbers, and no metrics: `evaluate` has them. Other arguments and errors are those of `evaluate`, and a
+  ConfigError is raised for networks of different kinds.
+  """
+  setup = job.resolve(cfg, devices, job.Own(dataset, model, teacher_model))
+  members, models = job.members(generations, setup, "member")
+  if not members:
+    raise ConfigError("average needs at least one network")
+  for other in models[1:]:
+    if other != models[0]:
+      raise ConfigError(f"average takes networks of one kind, not {models[0].name!r} and {other.name!r}")
+  shares = trees.mean_weights(weights, len(members))
+  plain = [trees.to_plain(tree) for tree in members]
+  mean = jax.tree.map(lambda *leaves: _mean(leaves, shares), *plain)
+  if jax.tree.leaves(mean["batch_stats"]):
+    mean["batch_stats"] = _statistics(setup, models[0], mean)
+  index = max(map(trees.lineage, members))
+  return Generation(index, trees.to_host(mean, index), {}, (), setup.network(index))
+
+
+def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
+  return sum(share * leaf.astype(np.float64) for share, leaf in zip(shares, leaves, strict=True)).astype(
+    leaves[0].dtype
+  )
+
+
+def _statistics(setup: job.Setup, model: Model, variables: dict) -> dict:
+  """Returns the batch statistics of a network on the training split, after at least BATCHES mini-batches."""
+  cfg, devices = setup.cfg, setup.devices
+  step = make_statistics_step(model, setup.dataset.fetch, devices)
+  statistics = devices_lib.replicate(variables["batch_stats"], devices)
+  params = devices_lib.broadcast(variables["params"], devices)
+  arrays = devices_lib.broadcast(setup.dataset.splits["train"], devices)
+  key = jax.random.key(cfg.seed, impl="threefry2x32")
+  key_data = devices_lib.broadcast(jax.random.key_data(key), devices)
+  done, epoch = 0, 0
+  while done < BATCHES:
+    for index in setup.dataset.train_order(jax.random.fold_in(key, epoch), cfg.train.batch_size):
+      own = devices_lib.split_rows(index, devices)
+      statistics = step(params, statistics, arrays, own, key_data, jnp.int32(done))
+      jax.block_until_ready(statistics)  # unbounded dispatch to several CPU devices deadlocks
+      done += 1
+    epoch += 1
+  return devices_lib.unreplicate(statistics)

@@ -1,0 +1,84 @@
+"""Generations for use elsewhere: a function of images to probabilities as StableHLO, and parameters as safetensors."""
+
+import json
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import export as jax_export
+
+from ban_jax import predict, storage, trees
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.types import Generation
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def export(
+  generations: Generation | Sequence[Generation],
+  path: epath.PathLike,
+  *,
+  weights: Sequence[float] | None = None,
+  batch_size: int | None = None,
+  platforms: Sequence[str] = PLATFORMS,
+) -> None:
+  """Writes a function of images to probabilities, of one network or an ensemble (Eq. 4), that JAX alone can call.
+
+  The file holds StableHLO with the parameters and the normalisation inside. It takes images [B, H, W, C] of the type
+  and size that the networks were trained on, B being any number or always `batch_size`, and returns float32 [B, n]:
+
+      function = jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes()))
+      probabilities = function.call(images)
+
+  Raises, before any work, the errors of `predict`, and a ConfigError for language models, for unknown platforms, and
+  for a network of the caller's own that needs a fixed number of images.
+  """
+  if unknown := set(platforms) - set(PLATFORMS):
+    raise ConfigError(f"platforms: {', '.join(sorted(unknown))}: expected some of {', '.join(PLATFORMS)}")
+  if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+    raise ConfigError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or None")
+  target = storage.resolve_workdir(path)
+  predictor = predict.prepare(generations, weights, jax.local_devices()[:1])
+  if predictor.spec.kind != "images":
+    raise ConfigError("export takes networks of images; these are language models")
+  variables, scaling, log_weights = jax.device_get((predictor.variables, predictor.scaling, predictor.log_weights))
+
+  def probabilities(images: jax.Array) -> jax.Array:
+    carries = tuple(model.init_carry(1) for model in predictor.models)
+    return jnp.exp(predict.log_mean(predictor.models, variables, scaling, carries, images, log_weights)[1])
+
+  (rows,) = jax_export.symbolic_shape("rows") if batch_size is None else (batch_size,)
+  inputs = jax.ShapeDtypeStruct((rows, *predictor.spec.shape), np.dtype(predictor.dtype))
+  try:
+    exported = jax_export.export(jax.jit(probabilities), platforms=tuple(platforms))(inputs)
+  except Exception as error:  # whatever a caller's own module makes of a number of images that is not known
+    if batch_size is not None:
+      raise
+    raise ConfigError(
+      f"the network cannot be exported for any number of images ({storage.first_line(error)}); write x.shape[0] in "
+      "place of len(x), or give export a batch_size"
+    ) from error
+  with storage.storage_errors(target.parent):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(target, bytes(exported.serialize()))
+
+
+def export_parameters(generation: Generation, path: epath.PathLike) -> None:
+  """Writes a generation's parameters and batch statistics as safetensors, named by their path: "params/stem/kernel".
+
+  The metadata hold "generation" and, as JSON, "network": its options, its inputs and their normalisation.
+  """
+  from safetensors.numpy import save
+
+  if not isinstance(generation, Generation):
+    raise CheckpointError(f"export_parameters takes one Generation, not {type(generation).__name__}")
+  metadata = {"generation": str(generation.index)}
+  if generation.network is not None:
+    metadata["network"] = json.dumps(storage.network_record(generation.network))
+  arrays = {name: np.array(leaf, order="C") for name, leaf in trees.leaves(trees.to_plain(generation.params)).items()}
+  target = storage.resolve_workdir(path)
+  with storage.storage_errors(target.parent):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(target, save(arrays, metadata))
