@@ -15,14 +15,33 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
+from ban_jax.errors import ConfigError
 from ban_jax.types import Devices
 
 AXIS = "devices"
 
 
 def resolve(devices: Sequence[jax.Device] | None) -> Devices:
-  """Returns the devices to run on, in mapped order: those named, or all devices of all processes."""
-  return tuple(jax.devices() if devices is None else devices)
+  """Returns the devices to run on, in mapped order: those named, or all devices of all processes.
+
+  Raises a ConfigError for anything else than a sequence of devices, and where JAX finds no device of the platform that
+  was asked for.
+  """
+  try:
+    every = jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter of a platform whose plugin is absent
+    reason = (str(error) or "no such platform").splitlines()[0]
+    raise ConfigError(
+      f"JAX finds no device of the platform {jax.config.jax_platforms or 'that it was installed for'} ({reason}); unset "
+      "JAX_PLATFORMS to run on what there is, or install JAX for it: pip install 'ban_jax[cuda]' or 'ban_jax[tpu]'"
+    ) from error
+  if devices is None:
+    return tuple(every)
+  if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
+    raise ConfigError(f"devices={devices!r}: expected a sequence of devices, as jax.devices()[:2]")
+  if len(set(devices)) < len(devices):
+    raise ConfigError(f"devices={devices!r}: a device is named twice")
+  return tuple(devices)
 
 
 def local(devices: Devices) -> Devices:

@@ -143,7 +143,11 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   if jax.config.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
   if not isinstance(cfg, ConfigDict):
-    raise ConfigError(f"cfg must be a ConfigDict, as ban_jax.get_config returns it, not {type(cfg).__name__}")
+    raise ConfigError(
+      f"cfg must be a ConfigDict, as ban_jax.get_config returns it, not {type(cfg).__name__}; the first arguments are "
+      "(params_prev, cfg) of train_generation, (cfg, workdir) of run and (generations, cfg) of evaluate"
+    )
+  found = devices_lib.resolve(devices)
   for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
     value = getattr(own, name)
     if value is not None and not isinstance(value, kind):
@@ -152,7 +156,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   config.check(cfg)
   dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset)
-  return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), devices_lib.resolve(devices), own)
+  return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), found, own)
 
 
 def make_models(cfg: ConfigDict, spec: InputSpec, own: Own = NOTHING) -> tuple[Model, Model]:

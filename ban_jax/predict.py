@@ -185,7 +185,7 @@ def prepare(
   models = tuple(
     network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype) for network in networks
   )
-  devices = tuple(jax.local_devices() if devices is None else devices)
+  devices = devices_lib.local(devices_lib.resolve(devices))
   scaling = ()
   if spec.kind == "images":
     scaling = tuple(

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexit
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
+
+# Held by the thread that trains.
+_training = threading.Lock()
 
 
 def train_generation(
@@ -123,6 +127,26 @@ def run_generations(
 
 def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
   """Returns the generations that the workdirs hold, and trains the others side by side."""
+  with _only_thread():
+    return _finished_or_trained(jobs, workdirs, progress)
+
+
+@contextlib.contextmanager
+def _only_thread() -> Iterator[None]:
+  """Raises a ConfigError where another thread trains: steps of two threads would wait for each other's devices."""
+  if not _training.acquire(blocking=False):
+    raise ConfigError(
+      "another thread of this process is training; train one run after the other, or each in a process of its own"
+    )
+  try:
+    yield
+  finally:
+    _training.release()
+
+
+def _finished_or_trained(
+  jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool
+) -> list[Generation]:
   directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
   found = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
   missing = [place for place, generation in enumerate(found) if generation is None]

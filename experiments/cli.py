@@ -79,8 +79,8 @@ def start_jax() -> tuple[jax.Device, ...]:
   jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(devices_lib.cores()))
   if COORDINATOR.value is not None or DISTRIBUTED.value:
     _join_processes()
+  devices = devices_lib.resolve(None)
   several = jax.process_count() > 1
-  devices = jax.devices()
   own = jax.local_devices()
   if DEVICES.value > len(own) or several and DEVICES.value not in (0, len(own)):
     each = "; one of several processes takes all that it has" if several else ""
@@ -185,6 +185,8 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(_) -> None:
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+      stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for ±
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
     try:

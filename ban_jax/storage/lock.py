@@ -4,7 +4,6 @@ The lock is flock's, which the system gives back whenever its holder ends. Objec
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
@@ -14,7 +13,12 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ban_jax.errors import InUseError
+from ban_jax.errors import ConfigError, InUseError
+
+try:
+  import fcntl
+except ImportError:  # not a POSIX system
+  fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,11 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flock(workdir: epath.Path) -> Iterator[None]:
+  if fcntl is None:
+    raise ConfigError(
+      f"workdir {workdir}: this system has no file locks (Python's fcntl); use Linux, macOS or WSL, or train without a "
+      "workdir"
+    )
   with open(workdir / ".lock", "a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ VISIBLE_SECONDS = 5.0
 
 def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
   """Returns a run directory's full path, "~" resolved; raises a ConfigError for one that cannot be used."""
+  if not isinstance(workdir, str | os.PathLike):
+    raise ConfigError(f"workdir={workdir!r}: expected a path, not {type(workdir).__name__}")
   if not str(workdir):
     raise ConfigError("the workdir is empty; name the directory that the run is to be kept in")
   _check_scheme(str(workdir))
