@@ -32,7 +32,7 @@ def resolve(devices: Sequence[jax.Device] | None) -> Devices:
   except (RuntimeError, AssertionError) as error:  # the latter of a platform whose plugin is absent
     reason = (str(error) or "no such platform").splitlines()[0]
     raise ConfigError(
-      f"JAX finds no device of the platform {jax.config.jax_platforms or 'that it was installed for'} ({reason}); unset "
+      f"JAX finds no device of the platform {jax.config.jax_platforms or 'it was installed for'} ({reason}); unset "
       "JAX_PLATFORMS to run on what there is, or install JAX for it: pip install 'ban_jax[cuda]' or 'ban_jax[tpu]'"
     ) from error
   if devices is None:

@@ -1,5 +1,6 @@
 """Networks of one's own: a Flax module as a Model, and any function of variables and inputs as a fixed teacher."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,6 +16,16 @@ from ban_jax.errors import ConfigError
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network
 
 COLLECTIONS = ("params", "batch_stats")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnOptions:
+  """Options of a configuration's `own` network: none, since the caller gives it."""
+
+
+def own(spec: InputSpec, options: OwnOptions, *, dtype: Any, axis_name: str | None) -> Model:
+  """Raises the ConfigError that names where a network of one's own is given."""
+  raise ConfigError("model.name='own': pass the network as model= or teacher_model=: what ban_jax.from_flax returns")
 
 
 def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None = None) -> Model:
@@ -133,7 +144,7 @@ def from_function(
   spec = spec.spec if isinstance(spec, Dataset) else spec
   if not callable(apply) or not isinstance(spec, InputSpec):
     raise ConfigError("from_function takes a function, its variables and a Dataset or its spec")
-  variables = jax.tree.map(np.asarray, variables)
+  variables = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), variables)  # float64 becomes float32
 
   def init(key: jax.Array) -> dict[str, Any]:
     return {"params": {"variables": jax.tree.map(jnp.asarray, variables)}}

@@ -109,6 +109,7 @@ _CNN_LSTM = {
 # Keys follow the paper's names. The smaller networks are for CPUs: the WRNs have no dropout, because they underfit
 # anyway, and the DenseNets no rematerialisation.
 MODELS = {
+  "own": ConfigDict({"name": "own"}),  # the caller's: ban_jax.from_flax
   "wrn_28_1": _wide_resnet(28, 1),
   "wrn_28_2": _wide_resnet(28, 2),
   "wrn_28_5": _wide_resnet(28, 5),
@@ -259,9 +260,9 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
 
-  It is what the configuration files of a checkout return. With data or a network of one's own, the data set's word
-  stands for its settings of optimizer and augmentation alone, or "own" for the base's. base.py documents every key; a
-  value is changed by `cfg.train.epochs = 30`. Raises a ConfigError that lists the choices for an unknown word.
+  It is what the configuration files of a checkout return. "own" stands for data, or a network, that the caller gives as
+  `dataset=` and `model=`. base.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
+  ConfigError that lists the choices for an unknown word.
   """
   return compose(words)
 

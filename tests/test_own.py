@@ -1,0 +1,584 @@
+"""Users' own images and networks: from arrays to predictions and exported functions, through the public API alone."""
+
+import copy
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, config
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ban_jax
+from ban_jax import trees
+from ban_jax.data import digits, images
+from ban_jax.data import load as load_data
+
+QUIET = {"progress": False}
+READ = """
+import sys
+import jax.export, numpy as np
+function = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+np.save(sys.argv[3], function.call(np.load(sys.argv[2])))
+assert not any(name.split(".")[0] in ("ban_jax", "flax") for name in sys.modules)
+"""
+
+
+class CNN(nn.Module):
+  """A small network with batch statistics and dropout."""
+
+  features: int = 4
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(self.features, (3, 3), 2)(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x))
+    x = nn.Dropout(0.1, deterministic=not train)(x)
+    return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Linear(nn.Module):
+  """A network without the argument `train`, without batch statistics."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def own(**changes):
+  """Returns a configuration of two short generations for own data and networks."""
+  return config("digits,wrn_10_1,smoke", generations=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  """Digits as floats from 0 to 16: 200 to train, 100 to test."""
+  from sklearn.datasets import load_digits
+
+  pixels, labels = load_digits(return_X_y=True)
+  return pixels[:300].reshape(-1, 8, 8), labels[:300]
+
+
+@pytest.fixture(scope="module")
+def dataset(arrays):
+  pixels, labels = arrays
+  return ban_jax.from_arrays((pixels[:200], labels[:200]), (pixels[200:], labels[200:]), pad=1, name="mine")
+
+
+@pytest.fixture(scope="module")
+def cnn(dataset):
+  return ban_jax.from_flax(CNN(), dataset)
+
+
+@pytest.fixture(scope="module")
+def run(dataset, cnn, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("own")
+  return workdir, ban_jax.run(own(), workdir, dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
+
+
+def readme_script() -> str:
+  section = (ROOT / "README.md").read_text().split("## Your own data and network\n")[1]
+  return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+
+
+@pytest.mark.slow
+def test_the_readme_s_script_trains_predicts_and_exports_outside_the_checkout(tmp_path):
+  script = readme_script()
+  assert len([line for line in script.splitlines() if line]) <= 30
+  assert "import configs" not in script
+  script += (
+    "\nimport numpy as np; np.save('p.npy', probabilities); np.save('x.npy', images[900:, ..., None].astype('f4'))"
+  )
+  done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  errors = json.loads(done.stdout.splitlines()[-1])
+  assert len(errors) == 3
+  assert max(errors) < 20
+  files = [str(tmp_path / name) for name in ("runs/mine/ensemble.stablehlo", "x.npy", "q.npy")]
+  read = subprocess.run([sys.executable, "-c", READ, *files], cwd="/", capture_output=True, text=True, check=False)
+  assert read.returncode == 0, read.stderr
+  np.testing.assert_allclose(np.load(tmp_path / "q.npy"), np.load(tmp_path / "p.npy"), atol=1e-6)
+
+
+def test_the_digits_as_arrays_give_the_bytes_of_the_digits():
+  cfg = config(train__epochs=1, data__train_examples=0)
+  registered = load_data(cfg.data)
+  splits = [(registered.splits[name]["images"], registered.splits[name]["labels"]) for name in ("train", "test")]
+  given_ = ban_jax.from_arrays(*splits, pad=1)
+  expected = ban_jax.train_generation(None, cfg, **QUIET)
+  assert trees.digest(ban_jax.train_generation(None, cfg, dataset=given_, **QUIET).params) == trees.digest(
+    expected.params
+  )
+
+
+def test_the_arrays_are_copied_and_stay_writable(arrays):
+  pixels, labels = (array.copy() for array in arrays)
+  made = ban_jax.from_arrays((pixels, labels), (pixels, labels), 0.2)
+  pixels[:], labels[:] = 0, 0
+  assert pixels.flags.writeable
+  assert made.splits["test"]["images"].max() == 16
+  assert set(made.splits) == {"train", "test", "validation"}
+  assert not made.splits["train"]["images"].flags.writeable
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(1e-3, 1e3), st.floats(-100, 100))
+def test_the_range_of_floats_does_not_matter(scale, shift):
+  pixels = np.random.default_rng(0).normal(size=(12, 4, 4, 3))
+  labels = np.arange(12) % 3
+  plain, moved = (ban_jax.from_arrays((x, labels), (x, labels)) for x in (pixels, pixels * scale + shift))
+  inputs = [
+    np.asarray(images.normalise(*(made.splits["test"][name] for name in ("images", "mean", "std"))))
+    for made in (plain, moved)
+  ]
+  np.testing.assert_allclose(inputs[0], inputs[1], atol=2e-3 * (1 + abs(shift) / scale))
+
+
+PIXELS = np.zeros((4, 8, 8), np.uint8)
+LABELS = np.array([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"train": PIXELS}, "arrays: train must be a pair (images, labels), not ndarray of 4"),
+    ({"train": (PIXELS, LABELS[:3])}, "arrays, train: 4 images and 3 labels; expected as many of each"),
+    ({"train": (PIXELS, LABELS - 1)}, "arrays, train: a label is -1; expected classes from 0 to 2"),
+    ({"num_classes": 2}, "arrays, train: a label is 2; expected classes from 0 to 1"),
+    (
+      {"train": (PIXELS, LABELS + 1), "num_classes": 3},
+      "arrays, train: a label is 3; expected classes from 0 to 2; the labels seem to begin at 1: subtract 1",
+    ),
+    (
+      {"train": (PIXELS, LABELS + 1)},
+      "arrays, train: no example of class 0; expected some of each of the 4; the labels seem to begin at 1: subtract 1",
+    ),
+    ({"num_classes": 5}, "arrays, train: no example of class 3, 4; expected some of each of the 5"),
+    (
+      {"train": (PIXELS, LABELS[:, None])},
+      "arrays, train: the labels have the shape (4, 1); expected [N], a class each; take labels[:, 0]",
+    ),
+    (
+      {"train": (PIXELS, np.eye(3, dtype=int)[LABELS])},
+      "arrays, train: the labels have the shape (4, 3); expected [N], a class each; for one-hot labels take "
+      "labels.argmax(axis=1)",
+    ),
+    (
+      {"train": (PIXELS, LABELS.astype(float))},
+      "arrays, train: the labels are float64; expected whole numbers from 0 to classes - 1",
+    ),
+    (
+      {"train": (PIXELS.astype(int), LABELS)},
+      "arrays, train: the images are int64; expected uint8 from 0 to 255, or floating-point numbers",
+    ),
+    (
+      {"train": (PIXELS[0], LABELS)},
+      "arrays, train: the images have the shape (8, 8); expected [N, H, W, C] or [N, H, W]",
+    ),
+    ({"test": (PIXELS[:, :6], LABELS)}, "arrays, test: the images are 6x8x1; expected 8x8x1, as in train"),
+    ({"test": (PIXELS.astype("f4"), LABELS)}, "arrays, test: the images are float32, those of train uint8"),
+    (
+      {"train": (np.full((4, 8, 8), np.nan), LABELS), "test": (PIXELS.astype(float), LABELS)},
+      "arrays, train: image 0 has pixels that are not finite; expected numbers",
+    ),
+    ({"test": (PIXELS[:0], LABELS[:0])}, "arrays, test: the images have the shape (0, 8, 8, 1); expected at least one"),
+    ({"validation": 1.5}, "validation=1.5: expected a share in [0, 1), or a pair of images and labels"),
+    ({"pad": 8}, "data.pad=8: expected at most 7"),
+    ({"pad": 1.5}, "pad=1.5: expected a whole number of at least 0"),
+    ({"label_noise": 1.0}, "label_noise=1.0: expected a share in [0, 1)"),
+    ({"noise_kind": "x"}, "unknown noise_kind 'x'; choose one of: pairwise, symmetric"),
+    ({"num_classes": 1}, "num_classes=1: expected a whole number of at least 2"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused_in_one_sentence(changes, message):
+  arguments = {"train": (PIXELS, LABELS), "test": (PIXELS, LABELS), **changes}
+  with pytest.raises(ban_jax.BanError) as error:
+    ban_jax.from_arrays(**arguments)
+  assert str(error.value).startswith(message)
+
+
+def test_wrong_labels_are_made_of_arrays_too(arrays):
+  pixels, labels = arrays
+  made = ban_jax.from_arrays((pixels, labels), (pixels, labels), label_noise=0.3)
+  assert (made.splits["train"]["labels"] != labels).mean() == pytest.approx(0.3, abs=0.01)
+  assert made.record["wrong_labels"] == pytest.approx(0.3, abs=0.01)
+
+
+class Needs(nn.Module):
+  @nn.compact
+  def __call__(self, x, mask):
+    return nn.Dense(10)(x * mask)
+
+
+class Spatial(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(x)
+
+
+class Counter(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    self.variable("cache", "n", lambda: 0)
+    return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+  ("module", "message"),
+  [
+    (CNN, "from_flax takes an instance of flax.linen.Module, not CNN itself, not an instance"),
+    (lambda x: x, "from_flax takes an instance of flax.linen.Module, not function"),
+    (Needs(), "model 'Needs' needs the arguments mask; expected module(x) or module(x, train=)"),
+    (Spatial(), "model 'Spatial' returns [2, 8, 8, 10] for two images; expected logits [2, 10]"),
+    (Counter(), "model 'Counter' has the collections cache, params; expected params and batch_stats alone"),
+    (nn.Dense(10, kernel_init=None), "model 'Dense' cannot be called with images of 8x8x1: "),
+  ],
+)
+def test_modules_that_do_not_fit_are_refused(dataset, module, message):
+  with pytest.raises(ban_jax.ConfigError) as error:
+    ban_jax.from_flax(module, dataset)
+  assert re.sub("collections .*;", "collections cache, params;", str(error.value)).startswith(message)
+
+
+def test_a_module_and_its_equal_are_one_network(dataset, cnn):
+  assert ban_jax.from_flax(CNN(), dataset) is cnn
+  assert ban_jax.from_flax(CNN(features=5), dataset) != cnn
+
+
+def test_a_run_is_resumed_loaded_and_predicts_what_it_did(run, dataset, cnn, arrays):
+  workdir, generations = run
+  again = ban_jax.run(own(), workdir, dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
+  assert [trees.digest(one.params) for one in again] == [trees.digest(one.params) for one in generations]
+  loaded = ban_jax.load_run(workdir, model=cnn)
+  tests = arrays[0][200:]
+  np.testing.assert_array_equal(ban_jax.predict(loaded, tests), ban_jax.predict(generations, tests))
+  unnamed = ban_jax.load(workdir / "gen_0")
+  with pytest.raises(ban_jax.CheckpointError, match="has a network of your own, 'CNN': give it to load"):
+    ban_jax.predict(unnamed, tests)
+  with pytest.raises(ban_jax.ConfigError, match="model is 'Linear', but the generation was trained with 'CNN'"):
+    ban_jax.load(workdir / "gen_0", model=ban_jax.from_flax(Linear(), dataset))
+  other = ban_jax.from_arrays((arrays[0][:200], arrays[1][:200]), (arrays[0], arrays[1]), name="mine")
+  with pytest.raises(ban_jax.CheckpointError, match="dataset.pad: 1 there, 0 here"):
+    ban_jax.run(own(), workdir, dataset=other, model=cnn, **QUIET)
+  with pytest.raises(ban_jax.CheckpointError, match="model.features: 4 there, 5 here"):
+    ban_jax.run(own(), workdir, dataset=dataset, model=ban_jax.from_flax(CNN(features=5), dataset), **QUIET)
+
+
+def test_predictions_are_the_evaluation_s(run, dataset, cnn, arrays):
+  _, generations = run
+  tests, labels = arrays[0][200:], arrays[1][200:]
+  for members in (generations[0], generations):
+    metrics = ban_jax.evaluate(members, own(), dataset=dataset, model=cnn, devices=jax.devices()[:1])
+    for batch_size, count in ((7, 1), (100, 4), (1000, 2)):
+      found = ban_jax.predict(members, tests, batch_size=batch_size, devices=jax.devices()[:count])
+      assert found.shape == (100, 10)
+      assert 100 * (found.argmax(axis=1) != labels).mean() == pytest.approx(metrics["error"])
+      assert -np.log(found[np.arange(100), labels]).mean() == pytest.approx(metrics["nll"], rel=1e-5)
+  alone = ban_jax.predict(generations, tests, weights=[0, 2])
+  np.testing.assert_allclose(alone, ban_jax.predict(generations[1], tests), atol=1e-6)
+  assert ban_jax.predict(generations, tests[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+  ("inputs", "message"),
+  [
+    (np.zeros((2, 8, 8), np.uint8), "the inputs are uint8; the networks were trained on floating-point images"),
+    (
+      np.zeros((8, 8)),
+      "the inputs have the shape [8, 8]; expected images [N, 8, 8, 1]; for one image pass images[None]",
+    ),
+    (np.zeros((2, 9, 9)), "the inputs have the shape [2, 9, 9, 1]; expected images [N, 8, 8, 1]"),
+    (np.full((2, 8, 8), np.inf), "the inputs have pixels that are not finite"),
+  ],
+)
+def test_inputs_that_the_network_cannot_read_are_refused(run, inputs, message):
+  with pytest.raises(ban_jax.DataError, match=re.escape(message)):
+    ban_jax.predict(run[1], inputs)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"weights": [1.0]}, "weights=[1.0]: expected 2 numbers of at least 0, not all of them 0"),
+    ({"weights": [0, 0]}, "weights=[0, 0]: expected 2 numbers of at least 0, not all of them 0"),
+    ({"batch_size": 0}, "batch_size=0: expected a whole number of at least 1"),
+    ({"devices": 2}, "devices=2: expected a sequence of devices, as jax.devices()[:2]"),
+    ({"generations": []}, "predict needs at least one generation"),
+    ({"generations": "gen_0"}, "expected a variables tree, a Generation or a sequence of them, not str"),
+  ],
+)
+def test_wrong_arguments_of_predict_are_refused(run, arguments, message):
+  with pytest.raises(ban_jax.ConfigError, match=re.escape(message)):
+    ban_jax.predict(**{"generations": run[1], "inputs": np.zeros((1, 8, 8)), **arguments})
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_two_kinds_needs_nothing_but_its_directories(tmp_path, dataset, arrays):
+  kinds = ("digits,wrn_10_1,smoke", "digits,densenet_16_8,smoke")
+  paths = []
+  teacher = None
+  for number, words in enumerate(kinds):
+    cfg = config(words, train__epochs=1, data__train_examples=0)
+    teacher = ban_jax.train_generation(
+      teacher, cfg, workdir=tmp_path / str(number), **QUIET
+    )  # one kind teaches another
+    paths.append(tmp_path / str(number) / f"gen_{number}")
+  loaded = [ban_jax.load(path) for path in paths]
+  assert [one.network.group["name"] for one in loaded] == ["wide_resnet", "densenet"]
+  tests = load_data(cfg.data).splits["test"]
+  found = ban_jax.predict(loaded, tests["images"])
+  metrics = ban_jax.evaluate(loaded, cfg)
+  assert 100 * (found.argmax(axis=1) != tests["labels"]).mean() == pytest.approx(metrics["error"])
+  assert -np.log(found[np.arange(len(found)), tests["labels"]]).mean() == pytest.approx(metrics["nll"], rel=1e-5)
+
+
+def test_generations_are_pickled_and_copied_and_stay_read_only(run):
+  generation = run[1][1]
+  read = pickle.loads(pickle.dumps(generation))
+  assert trees.digest(read.params) == trees.digest(generation.params)
+  assert read.network == generation.network._replace(own=None)
+  assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(read.params))
+  assert copy.deepcopy(generation) is copy.copy(generation) is generation
+  assert len(repr(generation).splitlines()) == 1
+
+
+def test_a_directory_of_an_earlier_version_is_read_and_named_where_it_does_not_suffice(run, tmp_path, dataset, cnn):
+  workdir, generations = run
+  shutil.copytree(workdir, tmp_path / "old")
+  for path in (tmp_path / "old").glob("gen_*"):
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["network_digest"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "network.json").unlink()
+  old = ban_jax.load(tmp_path / "old" / "gen_1")
+  assert old.network is None
+  assert trees.digest(old.params) == trees.digest(generations[1].params)
+  with pytest.raises(ban_jax.CheckpointError, match="does not say how its inputs were normalised"):
+    ban_jax.predict(old, np.zeros((1, 8, 8)))
+  # The configuration's network is taken, and the resumed run knows its own.
+  assert ban_jax.evaluate(old, own(), dataset=dataset, model=cnn)["count"] == 100
+  resumed = ban_jax.run(own(), tmp_path / "old", dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
+  assert resumed[1].network == generations[1].network
+
+
+def test_a_changed_network_record_is_damage(run, tmp_path):
+  shutil.copytree(run[0] / "gen_0", tmp_path / "gen_0")
+  record = tmp_path / "gen_0" / "network.json"
+  record.write_text(record.read_text().replace("4.", "5."))
+  with pytest.raises(ban_jax.CheckpointError, match="network.json was changed"):
+    ban_jax.load(tmp_path / "gen_0")
+
+
+def test_batch_statistics_on_several_devices_are_all_devices(dataset):
+  """With the mapped axis they are one device's; without it, the mean over devices, never the first device's alone."""
+  cfg = own(train__epochs=1, train__batch_size=200, optim__learning_rate=1e-9)
+  means = {}
+  for axis_name in (None, "devices"):
+    model = ban_jax.from_flax(CNN(axis_name=axis_name), dataset)
+    for count in (1, 4):
+      generation = ban_jax.train_generation(
+        None, cfg, dataset=dataset, model=model, devices=jax.devices()[:count], **QUIET
+      )
+      # After one step of momentum 0.99 from a mean of 0 and a variance of 1.
+      running = generation.params["batch_stats"]["BatchNorm_0"]
+      means[axis_name, count] = {"mean": running["mean"] / 0.01, "var": (running["var"] - 0.99) / 0.01}
+  for axis_name in (None, "devices"):
+    np.testing.assert_allclose(means[axis_name, 4]["mean"], means[axis_name, 1]["mean"], rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(means["devices", 4]["var"], means["devices", 1]["var"], atol=3e-5)
+  assert not np.allclose(means[None, 4]["var"], means[None, 1]["var"], atol=1e-4)  # of each device's own examples
+
+
+def test_a_function_of_another_library_teaches(dataset, arrays):
+  weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+  teacher = ban_jax.from_function(
+    lambda v, x: x.reshape(x.shape[0], -1) @ v["w"], {"w": weights}, dataset, name="torch"
+  )
+  cfg = own(train__epochs=1, train__batch_size=100)
+  linear = ban_jax.from_flax(Linear(), dataset)
+  student = ban_jax.train_generation(teacher, cfg, dataset=dataset, model=linear, **QUIET)
+  assert student.index == 1
+  agreement = ban_jax.compare([teacher, student], cfg, dataset=dataset, model=linear)["agreement"][0, 1]
+  assert agreement > ban_jax.compare([teacher, teacher._replace(params=trees.to_host({"params": {"variables": {
+    "w": -weights}}, "batch_stats": {}}, 0))], cfg, dataset=dataset, model=linear)["agreement"][0, 1]  # fmt: skip
+  with pytest.raises(ban_jax.ConfigError, match=r"model 'bad' returns \[2, 64\] for two images; expected logits"):
+    ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1), {}, dataset, name="bad")
+
+
+def test_a_sequence_is_carried_on_with_another_configuration(run, dataset, cnn, tmp_path):
+  cfg = own(train__batch_size=40, train__epochs=1, loss__name="dkpp")
+  more = ban_jax.run(cfg, tmp_path, params_prev=run[1][-1], dataset=dataset, model=cnn, **QUIET)
+  assert [one.index for one in more] == [2]
+  assert json.loads((tmp_path / "gen_2" / "manifest.json").read_text())["teachers"] == [trees.digest(run[1][-1].params)]
+
+
+def test_training_begins_from_given_weights_and_records_them(run, dataset, cnn, tmp_path):
+  _, generations = run
+  cfg = own(train__epochs=1, train__batch_size=200, optim__learning_rate=1e-9)
+  longer = ban_jax.train_generation(
+    generations[0], cfg, dataset=dataset, model=cnn, initial=generations[1], workdir=tmp_path, **QUIET
+  )
+  for mine, theirs in zip(*(jax.tree.leaves(one.params["params"]) for one in (longer, generations[1])), strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=1e-6)
+  manifest = json.loads((tmp_path / "gen_1" / "manifest.json").read_text())
+  assert manifest["initial"] == trees.digest(generations[1].params)
+  with pytest.raises(ban_jax.CheckpointError, match="initial: .* there, None here"):
+    ban_jax.train_generation(generations[0], cfg, dataset=dataset, model=cnn, workdir=tmp_path, **QUIET)
+  with pytest.raises(ban_jax.CheckpointError, match="initial does not fit model CNN"):
+    ban_jax.train_generation(None, cfg, dataset=dataset, model=cnn, initial={"params": {}}, **QUIET)
+
+
+def test_averaged_weights_get_their_own_batch_statistics(run, dataset, cnn):
+  _, generations = run
+  mean = ban_jax.average(generations, own(), weights=[1, 3], dataset=dataset, model=cnn)
+  one, other = (generation.params["params"]["Dense_0"]["kernel"] for generation in generations)
+  np.testing.assert_allclose(mean.params["params"]["Dense_0"]["kernel"], (one + 3 * other) / 4, atol=1e-7)
+  own_ = ban_jax.average(generations[0], own(), dataset=dataset, model=cnn)
+  assert mean.index == 1
+  # Its own statistics, estimated anew, are those of the training set: near the running ones of training.
+  np.testing.assert_allclose(
+    own_.params["batch_stats"]["BatchNorm_0"]["mean"],
+    generations[0].params["batch_stats"]["BatchNorm_0"]["mean"],
+    atol=1,
+  )
+  assert ban_jax.evaluate(mean, own(), dataset=dataset, model=cnn)["count"] == 100
+  teacher = ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v, np.zeros((64, 10)), dataset, name="f")
+  with pytest.raises(ban_jax.ConfigError, match="average takes networks of one kind"):
+    ban_jax.average([teacher, generations[0]], own(), dataset=dataset, model=cnn)
+
+
+def test_parameters_are_written_as_safetensors(run, tmp_path):
+  from safetensors import safe_open
+
+  generation = run[1][0]
+  ban_jax.export_parameters(generation, tmp_path / "p.safetensors")
+  with safe_open(tmp_path / "p.safetensors", "np") as file:
+    assert json.loads(file.metadata()["network"])["group"] == {
+      "name": "own",
+      "own": "CNN",
+      "features": 4,
+      "axis_name": None,
+    }
+    for name, leaf in trees.leaves(trees.to_plain(generation.params)).items():
+      np.testing.assert_array_equal(file.get_tensor(name), leaf)
+
+
+class Fixed(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_a_network_that_needs_a_fixed_number_of_images_is_exported_for_it(dataset, tmp_path):
+  model = ban_jax.from_flax(Fixed(), dataset)
+  generation = ban_jax.train_generation(None, own(train__epochs=1), dataset=dataset, model=model, **QUIET)
+  with pytest.raises(
+    ban_jax.ConfigError, match="cannot be exported for any number of images .*give export a batch_size"
+  ):
+    ban_jax.export(generation, tmp_path / "f")
+  ban_jax.export(generation, tmp_path / "f", batch_size=3, platforms=["cpu"])
+  inputs = np.random.default_rng(0).uniform(0, 16, (3, 8, 8, 1)).astype(np.float32)
+  found = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).call(inputs)
+  np.testing.assert_allclose(found, ban_jax.predict(generation, inputs), atol=1e-6)
+  with pytest.raises(ban_jax.ConfigError, match="platforms: xpu: expected some of cpu, cuda, rocm, tpu"):
+    ban_jax.export(generation, tmp_path / "f", platforms=["xpu"])
+
+
+def test_a_second_thread_that_trains_is_refused_at_once(dataset, cnn):
+  entered, leave, errors = threading.Event(), threading.Event(), []
+
+  def wait(*_):
+    entered.set()
+    leave.wait(30)
+    return {}
+
+  slow = dataset._replace(train_order=lambda *arguments: (wait(), dataset.train_order(*arguments))[1])
+
+  def second():
+    entered.wait(30)
+    try:
+      ban_jax.train_generation(None, own(train__epochs=1), dataset=dataset, model=cnn, **QUIET)
+    except ban_jax.ConfigError as error:
+      errors.append(str(error))
+    leave.set()
+
+  thread = threading.Thread(target=second)
+  # `prepare` asks for the order once before training; the second thread begins when training asks.
+  calls = []
+  slow = dataset._replace(
+    train_order=lambda *arguments: (calls.append(1), len(calls) > 1 and wait(), dataset.train_order(*arguments))[2]
+  )
+  thread.start()
+  ban_jax.train_generation(None, own(train__epochs=1), dataset=slow, model=cnn, **QUIET)
+  thread.join()
+  assert len(errors) == 1
+  assert errors[0].startswith("another thread of this process is training")
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda cfg: ban_jax.train_generation(cfg, None),
+      "cfg must be a ConfigDict, as ban_jax.get_config returns it, not None",
+    ),
+    (
+      lambda cfg: ban_jax.train_generation(None, cfg.to_dict()),
+      "cfg must be a ConfigDict, as ban_jax.get_config returns it",
+    ),
+    (lambda cfg: ban_jax.run("runs", cfg), "cfg must be a ConfigDict, as ban_jax.get_config returns it, not str"),
+    (lambda cfg: ban_jax.run(cfg, 3), "workdir=3: expected a path, not int"),
+    (lambda cfg: ban_jax.train_generation(None, cfg, generation=1.0), "generation=1.0: expected a whole number"),
+    (lambda cfg: ban_jax.train_generation(None, cfg, devices=2), "devices=2: expected a sequence of devices"),
+    (lambda cfg: ban_jax.train_generation(None, cfg, devices=[]), r"devices=\[\]: expected a sequence of devices"),
+    (
+      lambda cfg: ban_jax.train_generation(None, cfg, dataset=(1, 2)),
+      "dataset must be a Dataset, as ban_jax.from_arrays",
+    ),
+    (
+      lambda cfg: ban_jax.train_generation(None, cfg, model=CNN()),
+      "model must be a Model, as ban_jax.from_flax returns",
+    ),
+    (lambda cfg: ban_jax.load(None), "workdir=None: expected a path, not NoneType"),
+    (
+      lambda cfg: ban_jax.train_generation(None, ban_jax.get_config("own,own,cpu")),
+      "data.name='own': pass the data as",
+    ),
+    (
+      lambda cfg: ban_jax.train_generation(None, ban_jax.get_config("digits,own,cpu")),
+      "model.name='own': pass the network as model=",
+    ),
+  ],
+)
+def test_arguments_of_a_wrong_type_get_one_sentence(call, message):
+  with pytest.raises(ban_jax.ConfigError, match=message) as error:
+    call(config())
+  assert "damage" not in str(error.value)
+  assert "remove" not in str(error.value)
+
+
+def test_an_absent_platform_is_named():
+  code = "import ban_jax; ban_jax.train_generation(None, ban_jax.get_config('digits,wrn_10_1,smoke'))"
+  environment = {"JAX_PLATFORMS": "cuda", "PATH": "", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+  assert "ConfigError: JAX finds no device of the platform cuda" in done.stderr
+
+
+def test_a_system_without_file_locks_is_named(monkeypatch, tmp_path):
+  monkeypatch.setattr("ban_jax.storage.lock.fcntl", None)
+  with pytest.raises(ban_jax.ConfigError, match="this system has no file locks"):
+    ban_jax.run(config(), tmp_path, **QUIET)
+
+
+def test_the_registered_digits_pass_the_same_checks(monkeypatch):
+  monkeypatch.setattr(images, "check_examples", lambda *_: (_ for _ in ()).throw(ban_jax.DataError("checked")))
+  with pytest.raises(ban_jax.DataError, match="checked"):
+    digits.load(images.Options(validation=0, train_examples=0, pad=1, flip=False))
