@@ -21,6 +21,9 @@ import ml_collections
 import numpy as np
 import pytest
 from conftest import config as conftest_config
+from hypothesis import assume, given, settings
+from hypothesis import example as with_example
+from hypothesis import strategies as st
 
 import ban_jax
 from ban_jax import config, data
@@ -508,6 +511,122 @@ def test_balanced_order_takes_classes_in_turn():
   for round_ in range(3):
     assert sorted(labels[order[4 * round_ : 4 * round_ + 4]]) == [0, 1, 2, 3]
   assert (np.diff(order[labels[order] == 0]) < 0).any(), "a class is taken in the order of the file"
+
+
+# Digests of digits, whose classes are equally large: how other sets are divided must not change these.
+EVEN = {
+  (0.0, 0): "ef176c7983ec9219d81555c84971a6b7a380f5d5b528581c0d5c99ae4c198c6b",
+  (0.1, 0): "116556fa487afcef8cd0e3e9aa1f8f2195cbc27aab4e5d39fdebe10b9cfac05b",
+  (0.0, 60): "36cd56ca288dedfaa145a5c023679527a5def280277a5ebaf6feae43d1deefa7",
+  (0.25, 101): "d73df564cdad9525c220676926613275f7b2363980bf863eb5556407255d5bbd",
+}
+
+
+@pytest.mark.parametrize(("validation", "train_examples"), EVEN)
+def test_even_classes_are_divided_as_ever(validation, train_examples):
+  dataset = data.load(group(validation=validation, train_examples=train_examples))
+  assert dataset.digest == EVEN[validation, train_examples]
+
+
+def options_of(**changes):
+  values = group(**changes)
+  return images.Options(*[values[key] for key in images.Options._fields])
+
+
+def labels_of(counts):
+  """Returns the labels of a pool in some order, class c being there `counts[c]` times."""
+  return np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(100, 110), min_size=1, max_size=5), st.floats(0.01, 0.9), st.integers(0, 10))
+def test_nearly_even_classes_are_divided_as_even_ones(counts, validation, train_examples):
+  labels = labels_of(counts)
+  parts = images.divide("mine", labels, options_of(validation=validation, train_examples=train_examples))
+  order, held_out = images.balanced_order(labels), round(len(labels) * validation)
+  end = held_out + train_examples if train_examples else len(labels)
+  np.testing.assert_array_equal(parts[0], order[:held_out])
+  np.testing.assert_array_equal(parts[1], order[held_out:end])
+
+
+LONG_TAILED = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 500)), min_size=2, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LONG_TAILED, st.floats(0, 0.99), st.floats(0, 1))
+@with_example([1000, 1], 0.1, 0.0)  # in a round each, the second class would be in the validation alone
+@with_example([1000, 200, 40, 8, 2], 0.1, 0.01)
+def test_long_tailed_classes_are_divided_in_proportion(counts, validation, chosen):
+  counts, labels = np.array(counts), labels_of(counts)
+  assume(10 * counts.max() > 11 * counts.min())
+  held_out = np.round(validation * counts).clip(max=counts - 1).sum()
+  assume(held_out or not validation)
+  train_examples = round(len(counts) + chosen * (len(labels) - held_out - len(counts)))
+  for changes in ({}, {"train_examples": train_examples}):
+    options = options_of(validation=validation, **changes)
+    validating, training = images.divide("mine", labels, options)
+    again = images.divide("mine", labels, options)
+    assert [part.tolist() for part in again] == [validating.tolist(), training.tolist()]
+    together = np.concatenate([validating, training])
+    assert len(np.unique(together)) == len(together) == (held_out + train_examples if changes else len(labels))
+    of_validation, of_training = (np.bincount(labels[part], minlength=len(counts)) for part in (validating, training))
+    assert (abs(of_validation - validation * counts) < 1).all()
+    assert (of_training > 0).all()
+    rest = counts - of_validation
+    share = rest * of_training.sum() / rest.sum()
+    if (share >= 1).all():
+      assert (abs(of_training - share) < 1).all()
+    else:  # others make room for the one example of a rare class
+      assert (of_training[share < 1] == 1).all()
+      assert (of_training[share >= 1] < share[share >= 1] + 1).all()
+
+
+def test_long_tailed_training_examples_lack_at_most_one_a_class_of_fewer():
+  labels = labels_of([300, 100, 30, 10, 3, 1])
+  choices = [set(images.divide("mine", labels, options_of(train_examples=k))[1].tolist()) for k in range(6, 445)]
+  for small, large in zip(choices, choices[1:], strict=False):
+    lost = [labels[i] for i in small - large]
+    assert len(lost) == len(set(lost))
+  assert choices[-1] == set(range(444))
+
+
+def test_a_long_tailed_set_is_built_as_it_is_divided():
+  counts = [60, 20, 4, 1]
+  labels = labels_of(counts)
+  pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+  pool = images.Examples(pixels, labels)
+  dataset = images.build("mine", pool, pool, num_classes=4, options=options_of(validation=0.25, train_examples=40))
+  by_split = {split: np.bincount(dataset.splits[split]["labels"], minlength=4) for split in ("train", "validation")}
+  assert by_split["validation"].tolist() == [15, 5, 1, 0]
+  assert by_split["train"].tolist() == [28, 9, 2, 1]  # of 45, 15, 3 and 1 that are left
+  assert dataset.sizes == {"train": 40, "test": 85, "validation": 21}
+  for split in ("train", "validation"):
+    rows = dataset.splits[split]["images"].ravel()
+    assert (np.diff(rows.astype(int)) > 0).all(), "the pool's order"
+    np.testing.assert_array_equal(labels[rows], dataset.splits[split]["labels"])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"train_examples": 3}, "data.train_examples=3: expected at least 4, one of each class of mine, or 0 for all"),
+    ({"train_examples": 86}, "data.train_examples=86: expected at most 85, what mine has to train on"),
+    (
+      {"train_examples": 80, "validation": 0.25},
+      "data.train_examples=80: expected at most 64, what mine has to train on after 21 examples are held out for"
+      " validation",
+    ),
+    (
+      {"validation": 0.001},
+      "data.validation=0.001: expected a share that leaves examples on both sides; it takes 0 of mine's 85 training"
+      " examples",
+    ),
+  ],
+)  # fmt: skip
+def test_options_that_do_not_fit_long_tailed_data_are_reported(change, message):
+  with pytest.raises(ConfigError) as error:
+    images.divide("mine", labels_of([60, 20, 4, 1]), options_of(**change))
+  assert str(error.value) == message
 
 
 def test_digest_tells_data_apart():

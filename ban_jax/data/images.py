@@ -25,7 +25,7 @@ class Options(NamedTuple):
   """The keys of a configuration's `data` group that an image data set takes."""
 
   validation: float  # share of the training pool that is held out, in [0, 1); 0: no validation split
-  train_examples: int  # class-balanced choice of the others to train on; 0: all
+  train_examples: int  # choice of the others to train on, as `divide` says; 0: all
   pad: int  # pixels of reflection padding before the random crop; 0: no crop
   flip: bool  # random horizontal flips
   label_noise: float = 0.0  # share of the training labels that are replaced by another class, in [0, 1)
@@ -53,11 +53,15 @@ def balanced_order(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
   the counts within any stretch differ by at most two, and within a prefix by at most one.
   """
   rng = np.random.default_rng(SPLIT_SEED)
-  shuffled = rng.permutation(len(labels))
-  by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # classes one after another, shuffled inside
-  counts = np.bincount(labels)
-  rounds = np.concatenate([np.arange(count) for count in counts]) if len(labels) else by_class
+  by_class, rounds = _shuffled_by_class(labels, rng)
   return by_class[np.lexsort((rng.random(len(labels)), rounds))]
+
+
+def _shuffled_by_class(labels: Int[np.ndarray, " N"], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the examples' numbers, class after class and shuffled within each, and the place of each in its class."""
+  shuffled = rng.permutation(len(labels))
+  by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+  return by_class, np.concatenate([np.arange(count) for count in np.bincount(labels)] or [by_class])
 
 
 def check_examples(name: str, parts: Mapping[str, Examples], num_classes: int) -> None:
@@ -102,10 +106,10 @@ def build(
   """Returns the Dataset of a training pool, a test set and, where the data have one of their own, a validation split.
 
   Otherwise the validation split is cut off the pool first, so that it stays the same whatever `options.train_examples`
-  is; then the training examples are chosen from the rest, a smaller choice being part of every larger one. Splits keep
-  the pool's order. Every split's arrays are `images` uint8 or float32 [N, H, W, C], `labels` int32 [N], and the
-  training examples' `mean` and `std` float32 [C], of images / 255 where they are uint8. Raises DataError for examples
-  that do not fit each other, and ConfigError if the pool is too small for the options, or the images for the padding.
+  is; then the training examples are chosen from the rest, as `divide` says. Splits keep the pool's order. Every split's
+  arrays are `images` uint8 or float32 [N, H, W, C], `labels` int32 [N], and the training examples' `mean` and `std`
+  float32 [C], of images / 255 where they are uint8. Raises DataError for examples that do not fit each other, and
+  ConfigError if the pool is too small for the options, or the images for the padding.
 
   With label noise there are four more splits, for the metrics of a finished generation on what it was trained on:
   "train_seen" and "train_true", the training examples with the labels it saw and with the true ones, and "wrong_seen"
@@ -114,12 +118,12 @@ def build(
   parts = {"train": pool, "test": test} | ({} if validation is None else {"validation": validation})
   check_examples(name, parts, num_classes)
   shape = pool.images.shape[1:]
-  held_out, chosen = _divide(name, len(pool.labels), shape, options)
-  if chosen < len(pool.labels):
-    order = balanced_order(pool.labels)
-    parts["train"] = take(pool, order[held_out : held_out + chosen])
-    if held_out:
-      parts["validation"] = take(pool, order[:held_out])
+  _check_padding(name, shape, options)
+  if options.validation or options.train_examples:
+    held_out, chosen = divide(name, pool.labels, options)
+    parts["train"] = take(pool, chosen)
+    if len(held_out):
+      parts["validation"] = take(pool, held_out)
   record = {}
   if options.label_noise:
     true = parts["train"]
@@ -148,8 +152,12 @@ def build(
 
 
 def describe(name: str, *, pool: int, shape: tuple[int, int, int], num_classes: int, options: Options) -> Known:
-  """Returns what is known of `build`'s Dataset for a pool of `pool` images of `shape` (H, W, C); raises as it does."""
-  _, chosen = _divide(name, pool, shape, options)
+  """Returns what is known of `build`'s Dataset for a pool of `pool` images of `shape` (H, W, C); raises as it does.
+
+  The classes must be about equally large: how many examples are held out of others depends on the size of each.
+  """
+  _check_padding(name, shape, options)
+  chosen = _train_size(name, pool, round(options.validation * pool), options)
   channels = shape[-1:]
   arrays = {
     "images": jax.ShapeDtypeStruct((chosen, *shape), np.uint8),
@@ -160,18 +168,66 @@ def describe(name: str, *, pool: int, shape: tuple[int, int, int], num_classes: 
   return Known(InputSpec("images", shape, num_classes), make_fetch(options.pad, options.flip), arrays, chosen)
 
 
-def _divide(name: str, pool: int, shape: tuple[int, ...], options: Options) -> tuple[int, int]:
-  """Returns how many of the pool's examples are held out for validation and how many are trained on.
+def divide(
+  name: str, labels: Int[np.ndarray, " N"], options: Options
+) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, " T"]]:
+  """Returns which examples of a pool are held out for validation, and which of the others are trained on.
 
-  Raises ConfigError if the pool is too small for the options, or images of `shape` (H, W, C) for the padding.
+  Where the largest class is at most a tenth larger than the smallest, both are stretches of `balanced_order`, and a
+  smaller choice of training examples is part of every larger one. Else each class gives its share to either: within
+  one example, the validation never the last one of a class, the training at least one of each. There, a larger choice
+  lacks at most one example a class of a smaller one. Raises ConfigError if the pool is too small for the options.
   """
+  _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+  if 10 * counts.max() <= 11 * counts.min():
+    held_out = round(options.validation * len(labels))
+    chosen = _train_size(name, len(labels), held_out, options)
+    order = balanced_order(labels)
+    return order[:held_out], order[held_out : held_out + chosen]
+  held_out = np.minimum(np.rint(options.validation * counts).astype(int), counts - 1)  # of each class
+  chosen = _train_size(name, len(labels), int(held_out.sum()), options)
+  if chosen < len(counts):
+    raise ConfigError(
+      f"data.train_examples={chosen}: expected at least {len(counts)}, one of each class of {name}, or 0 for all"
+    )
+  ends = held_out + _quotas(counts - held_out, chosen)
+  by_class, places = _shuffled_by_class(labels, np.random.default_rng(SPLIT_SEED))
+  first, end = held_out[classes[by_class]], ends[classes[by_class]]
+  return by_class[places < first], by_class[(first <= places) & (places < end)]
+
+
+def _quotas(counts: Int[np.ndarray, " n"], total: int) -> Int[np.ndarray, " n"]:
+  """Returns how many examples of each class make `total`, in proportion to `counts` by the largest remainders.
+
+  Classes whose share is less than one example have one, and the others divide what is left.
+  """
+  rare = np.zeros(len(counts), bool)
+  while True:
+    left = np.where(rare, 0, counts)
+    quotas, remainders = np.divmod((total - rare.sum()) * left, left.sum())
+    if (quotas >= 1)[~rare].all():
+      break
+    rare |= quotas == 0
+  missing = total - rare.sum() - quotas.sum()
+  quotas[np.argsort(-remainders, kind="stable")[:missing]] += 1
+  return quotas + rare
+
+
+def _check_padding(name: str, shape: tuple[int, ...], options: Options) -> None:
+  """Raises ConfigError if images of `shape` (H, W, C) are too small for the padding."""
   height, width, _ = shape
   if options.pad >= min(height, width):
     raise ConfigError(
       f"data.pad={options.pad}: expected at most {min(height, width) - 1}, because reflection needs more pixels than it"
       f" pads, and {name} has {height}x{width} images"
     )
-  held_out = round(options.validation * pool)
+
+
+def _train_size(name: str, pool: int, held_out: int, options: Options) -> int:
+  """Returns how many of a pool's examples are trained on, `held_out` of them being held out for validation.
+
+  Raises ConfigError if the pool is too small for the options.
+  """
   available = pool - held_out
   if options.validation and not (held_out and available):
     raise ConfigError(
@@ -183,7 +239,7 @@ def _divide(name: str, pool: int, shape: tuple[int, ...], options: Options) -> t
       f"data.train_examples={options.train_examples}: expected at most {available}, what {name} has to train on"
       + (f" after {held_out} examples are held out for validation" if held_out else "")
     )
-  return held_out, options.train_examples or available
+  return options.train_examples or available
 
 
 @functools.cache
