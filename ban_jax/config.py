@@ -49,6 +49,10 @@ def _is_rising(shares: Any) -> bool:
   return inside and list(shares) == sorted(set(shares))
 
 
+def _are_class_weights(value: Any) -> bool:
+  return value == "balanced" or isinstance(value, list | tuple) and all(map(POSITIVE.holds, value))
+
+
 FINITE = real(lambda v: True, "a finite number")
 POSITIVE = real(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
@@ -76,6 +80,9 @@ RULES = {
   "loss.temperature": POSITIVE,
   "loss.label_weight": FINITE,
   "loss.teacher_weight": FINITE,
+  "loss.class_weights": Rule(
+    _are_class_weights, '(), "balanced", or a tuple of a finite number above 0 for each class'
+  ),
   "loss.smoothing": real(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
   "optim.learning_rate": POSITIVE,
   "optim.schedule": NAME,
@@ -115,8 +122,12 @@ FREE = (
   *("train.replay", "train.replay_gib"),
 )
 # Keys that were added after the first runs, each with its neutral value: the one under which a run is as it was before
-# the key existed. While a key has it, the identity leaves the key out, so every earlier run and table is still found.
-NEUTRAL: dict[str, Any] = {"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0}
+# the key existed, as JSON holds it. While a key has it, the identity leaves the key out, so every earlier run and table
+# is still found.
+NEUTRAL: dict[str, Any] = {
+  **{"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0},
+  "loss.class_weights": [],
+}
 
 
 def check(cfg: ConfigDict) -> None:
@@ -182,6 +193,13 @@ def check_dataset(cfg: ConfigDict, dataset: Dataset) -> None:
       "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share with "
       f"data.validation, or choose another of: {others}"
     )
+  weights, classes = cfg.loss.class_weights, dataset.spec.num_classes
+  if weights and dataset.spec.kind == "tokens":
+    raise ConfigError(f"loss.class_weights={weights!r}: expected (), because {dataset.name} is text")
+  if weights and weights != "balanced" and len(weights) != classes:
+    raise ConfigError(
+      f"loss.class_weights has {len(weights)} numbers: expected {classes}, one for each class of {dataset.name}"
+    )
   if dataset.spec.kind != "tokens":
     return  # a batch of images larger than a split is cut to it; one of text would change what streams there are
   most = max(len(dataset.eval_order(split, 1)) for split in dataset.splits)
@@ -219,12 +237,13 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   """Returns those of a `record`'s values that the bytes of its `generation` depend on, its teacher and data aside.
 
   A group keeps the options that the chosen data set, loss and schedule take. Generation 0 has the teacher's network,
-  under "model", and the loss of the labels. Raises a ConfigError for a name that is not registered any more.
+  under "model", and the loss of the labels, with the students' class weights. Raises a ConfigError for a name that is
+  not registered any more.
   """
   values = {**NEUTRAL, **values, **({} if generation else {"loss.name": "label"})}
   loss = look_up(losses.LOSSES, values["loss.name"], "loss")
   schedule = look_up(optim.SCHEDULES, values["optim.schedule"], "optim.schedule")
-  taken = {"data.name", "loss.name"} | _options(values["data.name"], [loss], [schedule])
+  taken = {"data.name", "loss.name", "loss.class_weights"} | _options(values["data.name"], [loss], [schedule])
   of_schedules = _options(values["data.name"], [], optim.SCHEDULES.values())
   network = "teacher.model." if not generation and "teacher.model.name" in values else "model."
   own = {}

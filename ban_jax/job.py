@@ -264,6 +264,9 @@ def prepare(
   if parents:
     _check_inherits(student, parents)
   loss = losses.make_loss(cfg.loss if parents else {"name": "label"})
+  if cfg.loss.class_weights:
+    labels = dataset.splits["train"]["labels"]
+    loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
   single = setup.devices[0].platform == "cpu" and dataset.spec.kind == "images"

@@ -6,11 +6,12 @@ batch-wide weights of CWTM are right on any number of devices.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -156,6 +157,30 @@ LOSSES = {
   "label_smoothing": Loss(label_smoothing, needs_teacher=False),
   "entropy_matched_smoothing": Loss(entropy_matched_smoothing),
 }
+
+
+def class_weights(given: str | Sequence[float], labels: Int[np.ndarray, " N"], num_classes: int) -> tuple[float, ...]:
+  """Returns the weight of each class that `loss.class_weights` asks for, () for none.
+
+  "balanced" weighs every class alike, whatever the number n_c of its examples among the N training `labels`: by
+  N / (num_classes * n_c). A class without any has weight 0.
+  """
+  if given != "balanced":
+    return tuple(map(float, given))
+  counts = np.bincount(labels, minlength=num_classes)
+  return tuple(float(len(labels) / (num_classes * count)) if count else 0.0 for count in counts)
+
+
+@functools.lru_cache
+def weighted(loss: Loss, weights: tuple[float, ...]) -> Loss:
+  """Returns a loss that weighs each example by its label's class, besides; equal arguments give the same object."""
+
+  @functools.wraps(loss.apply)
+  def apply(logits, labels, *arguments, **options) -> ValuesAndWeights:
+    values, own = loss.apply(logits, labels, *arguments, **options)
+    return values, own * jnp.asarray(weights, own.dtype)[labels]
+
+  return loss._replace(apply=apply)
 
 
 def make_loss(group: Mapping[str, Any]) -> Loss:

@@ -101,13 +101,21 @@ def test_what_no_byte_depends_on_is_not_part_of_the_identity(changes):
   [
     *({"seed": 1}, {"data__pad": 0}, {"model__dropout": 0.1}, {"optim__factor": 0.5}, {"optim__weight_decay": 0.0}),
     *({"train__epochs": 1}, {"train__batch_size": 10}, {"compute_dtype": "bfloat16"}, {"data__train_examples": 60}),
-    {"train__sync_batch_stats": False},
+    *({"train__sync_batch_stats": False}, {"loss__class_weights": "balanced"}, {"loss__class_weights": (1.0,) * 10}),
   ],
   ids=str,
 )
 def test_what_bytes_depend_on_is_part_of_the_identity(changes):
   for generation in (0, 1):
     assert identity_of(config(**changes), generation) != identity_of(config(), generation)
+
+
+def test_class_weights_are_recorded_where_there_are_any():
+  assert "loss.class_weights" not in config_lib.identity(config_lib.record(config()), 1)
+  for given, recorded in (("balanced", "balanced"), ((0.5, *[1] * 9), [0.5, *[1] * 9])):
+    values = config_lib.record(config(loss__class_weights=given))
+    for generation in (0, 1):
+      assert config_lib.identity(values, generation)["loss.class_weights"] == recorded
 
 
 def test_options_belong_to_what_takes_them():

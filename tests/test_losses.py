@@ -238,6 +238,33 @@ def test_an_unknown_loss_lists_the_choices():
     losses.make_loss({"name": "kd"})
 
 
+def test_balanced_class_weights_are_those_of_the_formula():
+  labels = np.array([0, 0, 0, 2, 0, 2])
+  # N / (classes * n_c) with N = 6 and 4, 0, 2, 0 examples.
+  assert losses.class_weights("balanced", labels, 4) == (0.375, 0.0, 0.75, 0.0)
+  assert losses.class_weights("balanced", np.repeat(np.arange(3), 7), 3) == (1.0, 1.0, 1.0)
+  assert losses.class_weights((1, 0.5, 2), labels, 3) == (1.0, 0.5, 2.0)
+  assert losses.class_weights((), labels, 3) == ()
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_class_weights_multiply_the_weights_of_every_loss(name):
+  z, t = np.asarray(jax.random.normal(KEY, (2, ROWS, CLASSES)))
+  y, by_class = np.array([3, 0, 3, 1]), (0.5, 2.0, 7.0, 3.0, 1.0)
+  values, own = values_of(loss(name), z, y, t)
+  weighted = losses.weighted(loss(name), by_class)
+  new_values, new = values_of(weighted, z, y, t)
+  np.testing.assert_array_equal(new_values, values)
+  np.testing.assert_allclose(new, own * np.array([3.0, 0.5, 3.0, 2.0]), rtol=1e-6)
+  assert (weighted.name, weighted.needs_teacher) == (name, loss(name).needs_teacher)
+  assert weighted.options == loss(name).options
+
+
+def test_equal_class_weights_give_the_same_object():
+  assert losses.weighted(loss("ban"), (1.0, 2.0)) is losses.weighted(loss("ban", label_weight=0.25), (1.0, 2.0))
+  assert losses.weighted(loss("ban"), (1.0, 2.0)) is not losses.weighted(loss("ban"), (2.0, 1.0))
+
+
 def test_equal_options_give_the_same_object():
   assert loss("ban") is loss("ban", label_weight=0.25)  # ban does not use it
   assert loss("ban_label") is not loss("ban_label", label_weight=0.25)

@@ -52,14 +52,13 @@ def sgd():
   return optim.make_optimizer(config().optim.to_dict() | plain, 1)
 
 
-def make_step(loss, members, devices, frozen=(), split=False):
+def make_step(loss, members, devices, frozen=(), split=False, class_weights=()):
+  group = {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
   return step.make_train_step(
     student=MODEL,
     teaching=teacher.live((MODEL,) * members) if members else teacher.none(),
     frozen=frozen,
-    loss=losses.make_loss(
-      {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
-    ),
+    loss=losses.weighted(losses.make_loss(group), class_weights) if class_weights else losses.make_loss(group),
     optimizer=sgd(),
     fetch=fetch,
     devices=devices,
@@ -74,9 +73,9 @@ def initial(frozen=()):
   return variables, jax.device_get(step.initial_state(MODEL.init(jax.random.key(1)), sgd(), copied))
 
 
-def one_step(loss, teachers, index, devices, frozen=(), split=False):
+def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weights=()):
   """Returns (variables before, state after, sums, placed teachers) of one step of plain SGD with rate 1."""
-  train_step = make_step(loss, len(teachers), devices, frozen, split)
+  train_step = make_step(loss, len(teachers), devices, frozen, split, class_weights)
   variables, state = initial(frozen)
   placed = devices_lib.broadcast(tuple(teachers), devices)
   new_state, _, rows = train_step.run(
@@ -125,6 +124,23 @@ def test_one_step_is_the_formula_on_any_number_of_devices(loss, count):
   np.testing.assert_allclose(sums["weight"], row_weights.sum(), rtol=1e-6)
   assert sums["count"] == 16
   assert sums["errors"] == (q.argmax(-1) != y).sum()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("loss", ["label", "ban", "cwtm"])
+def test_class_weights_give_the_weighted_mean_on_any_number_of_devices(loss, count):
+  index, by_class = np.arange(16), (0.5, 1.0, 4.0)
+  before, after, sums, _ = one_step(loss, [TEACHER], index, tuple(jax.devices()[:count]), class_weights=by_class)
+  x, y = arrays()["inputs"][index], arrays()["labels"][index]
+  assert set(y) == {0, 1, 2}
+  q, p = (softmax(x @ variables["params"]["kernel"]) for variables in (before, TEACHER))
+  row_weights = np.array(by_class)[y] * (p.max(-1) if loss == "cwtm" else 1)
+  gradient = q - (p if loss == "ban" else np.eye(3)[y])
+  np.testing.assert_allclose(
+    after.params["kernel"], expected_update(before, index, gradient, row_weights), rtol=2e-5, atol=1e-6
+  )
+  np.testing.assert_allclose(sums["weight"], row_weights.sum(), rtol=1e-6)
+  assert sums["count"] == 16
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -3,7 +3,7 @@
 The settings for language models are in __init__.py.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -66,6 +66,10 @@ def get_config() -> ConfigDict:
   config.loss.teacher_weight = 0.5
   # For label_smoothing only: the probability that is spread evenly over all classes.
   config.loss.smoothing = 0.1
+  # Weights of the classes, a number above 0 for each: every loss, generation 0's too, becomes the mean of its examples
+  # weighted by their labels' classes. "balanced" gives all classes the same total weight among the training examples.
+  # () for none, and for text. A reference of type object may hold a word or a tuple.
+  config.loss.class_weights = FieldReference((), field_type=object)
 
   # SGD.
   config.optim = ConfigDict()
