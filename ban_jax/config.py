@@ -76,6 +76,11 @@ RULES = {
   "data.label_noise": SHARE,
   "data.noise_kind": NAME,
   "data.noise_seed": whole(0),
+  "data.dataset": Rule(lambda v: isinstance(v, str), "a name of TensorFlow Datasets"),
+  "data.size": whole(0, note=", 0 for the images' own size"),
+  "data.train_split": Rule(lambda v: isinstance(v, str) and v != "", "a split"),
+  "data.test_split": Rule(lambda v: isinstance(v, str) and v != "", "a split"),
+  "data.validation_split": Rule(lambda v: isinstance(v, str), 'a split, or "" for none'),
   "loss.name": NAME,
   "loss.temperature": POSITIVE,
   "loss.label_weight": FINITE,
@@ -105,6 +110,7 @@ RULES = {
   "evaluate.batch_size": whole(1),
   "evaluate.training_batch_size": whole(0),
 }
+_NOT_BY_NAME = "is not read from TFDS by a name, as data.name='tfds' is"
 # What a key must be for a data set that has no use for it, and why it has none.
 UNUSED = {
   "validation": (0.0, "brings its own validation split"),
@@ -112,6 +118,11 @@ UNUSED = {
   "flip": (False, "is text, and no image is flipped"),
   "window": (0, "holds images, and no text is cut into windows"),
   "label_noise": (0.0, "is text, and has no labels to replace"),
+  "dataset": ("", _NOT_BY_NAME),
+  "size": (0, _NOT_BY_NAME),
+  "train_split": ("train", _NOT_BY_NAME),
+  "test_split": ("test", _NOT_BY_NAME),
+  "validation_split": ("", _NOT_BY_NAME),
 }
 
 # Keys that make no other generation: labels, places, and what is only logged, saved or evaluated. Steps a dispatch and
@@ -181,6 +192,13 @@ def check_data(group: Mapping[str, Any]) -> None:
     if name not in taken and group[name] != neutral:
       raise ConfigError(f"data.{name}={group[name]!r}: expected {neutral!r}, because {group['name']} {why}")
   look_up(noise.KINDS, group["noise_kind"], "data.noise_kind")
+  if "dataset" in taken and not group["dataset"]:
+    raise ConfigError(f"data.dataset='': expected a name of TFDS, such as mnist, because data.name={group['name']!r}")
+  if group["validation_split"] and group["validation"]:
+    raise ConfigError(
+      f"data.validation={group['validation']!r}: expected 0.0, because data.validation_split="
+      f"{group['validation_split']!r} is the validation split"
+    )
   if "window" in taken and not group["window"]:
     raise ConfigError(f"data.window=0: expected at least 1, the tokens of a window of {group['name']}")
 

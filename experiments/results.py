@@ -116,9 +116,10 @@ def network(model: ConfigDict) -> str:
 def describe(cfg: ConfigDict, loss: str | None = None) -> str:
   """Returns what was trained on what, how and for how long: the line above a table."""
   teacher = f" taught by {network(cfg.teacher.model)}" if cfg.teacher.model else ""
+  name = cfg.data.dataset or cfg.data.name
   examples = "tokens" if cfg.data.window else "examples"
   return (
-    f"{cfg.data.name}, {cfg.data.train_examples or 'all'} training {examples}, {network(cfg.model)}{teacher}, "
+    f"{name}, {cfg.data.train_examples or 'all'} training {examples}, {network(cfg.model)}{teacher}, "
     f"loss {loss or cfg.loss.name}, {cfg.train.epochs} epochs, scale {cfg.scale}, seed {cfg.seed}; "
     "test split, last epoch"
   )

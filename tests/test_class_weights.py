@@ -8,9 +8,8 @@ from conftest import config
 from ml_collections import config_flags
 
 import ban_jax
-from ban_jax import data, job, losses, trees
+from ban_jax import data, job, losses, presets, trees
 from ban_jax.errors import ConfigError
-from configs import presets
 
 QUIET = {"progress": False}
 DIGITS, TEXT = "digits,wrn_10_1,smoke", "pydoc,lstm_32,smoke"

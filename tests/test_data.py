@@ -55,6 +55,7 @@ def group(**changes):
   values = {
     "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0,
     "label_noise": 0.0, "noise_kind": "symmetric", "noise_seed": 0,
+    "dataset": "", "size": 0, "train_split": "train", "test_split": "test", "validation_split": "",
   } | changes  # fmt: skip
   return ml_collections.ConfigDict(values).lock()
 
@@ -296,7 +297,7 @@ def test_damaged_prepared_directory_is_reported(damage, tmp_path):
   else:
     for file in prepared.iterdir():
       file.unlink()
-  with pytest.raises(DataError, match=r"cifar10: the prepared data set in .*3\.0\.2 cannot be read .*Delete that"):
+  with pytest.raises(DataError, match=r"cifar10: the prepared data set in .*3\.0\.2 cannot be read .*Move that"):
     data.load(group(name="cifar10", dir=str(tmp_path)))
 
 
@@ -712,6 +713,8 @@ def test_keys_are_those_that_the_loader_takes():
   images_keys = ("validation", "train_examples", "pad", "flip", "label_noise", "noise_kind", "noise_seed")
   assert data.keys_of("cifar10") == data.keys_of("cifar100") == ("dir", *images_keys)
   assert data.keys_of("digits") == images_keys
+  tfds_keys = ("dataset", "size", "train_split", "test_split", "validation_split")
+  assert data.keys_of("tfds") == ("dir", *tfds_keys, *images_keys)
   assert data.keys_of("ptb") == ("dir", "train_examples", "window")
   assert data.keys_of("pydoc") == ("train_examples", "window")
 
@@ -722,7 +725,7 @@ def test_keys_are_those_that_the_loader_takes():
 def test_unknown_data_set_is_reported(ask):
   with pytest.raises(ConfigError) as error:
     ask("mnist")
-  assert str(error.value) == "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc"
+  assert str(error.value) == "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc, tfds"
 
 
 def test_keys_that_a_loader_does_not_take_are_ignored():
@@ -741,7 +744,8 @@ def test_embedded_data_sets_are_one_of_each_kind():
     if name == "own":  # the caller's
       continue
     assert ("window" in data.keys_of(name)) == (source.kind == "tokens")
-    assert source.embedded == ("dir" not in data.keys_of(name)) == (source.describe is None)
+    assert source.embedded == ("dir" not in data.keys_of(name))
+    assert (source.describe is None) == (source.embedded or name == "tfds")
 
 
 def assert_describes(known, dataset):
@@ -842,7 +846,7 @@ def text_group(**changes):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    (group(name="mnist"), "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc"),
+    (group(name="mnist"), "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc, tfds"),
     (group(name=3), "data.name=3: expected a name"),
     (group(dir=None), 'data.dir is None: expected a local directory, or "" for the default'),
     (group(dir="gs://bucket/x"), "data.dir='gs://bucket/x': expected a local directory, or \"\" for the default"),
@@ -873,6 +877,22 @@ def text_group(**changes):
     (group(label_noise=1.0), "data.label_noise=1.0: expected a share in [0, 1)"),
     (group(noise_seed=-1), "data.noise_seed=-1: expected a whole number of at least 0"),
     (group(noise_kind="random"), "unknown data.noise_kind 'random'; choose one of: pairwise, symmetric"),
+    (
+      group(dataset="mnist"),
+      "data.dataset='mnist': expected '', because digits is not read from TFDS by a name, as data.name='tfds' is",
+    ),
+    (
+      text_group(size=8),
+      "data.size=8: expected 0, because pydoc is not read from TFDS by a name, as data.name='tfds' is",
+    ),
+    (group(name="tfds"), "data.dataset='': expected a name of TFDS, such as mnist, because data.name='tfds'"),
+    (group(name="tfds", dataset=3), "data.dataset=3: expected a name of TensorFlow Datasets"),
+    (group(name="tfds", test_split=""), "data.test_split='': expected a split"),
+    (group(name="tfds", size=-1), "data.size=-1: expected a whole number of at least 0, 0 for the images' own size"),
+    (
+      group(name="tfds", dataset="mnist", validation=0.1, validation_split="validation"),
+      "data.validation=0.1: expected 0.0, because data.validation_split='validation' is the validation split",
+    ),
     (text_group(validation=0.1), "data.validation=0.1: expected 0.0, because pydoc brings its own validation split"),
   ],
 )
@@ -892,7 +912,8 @@ def test_wrong_values_are_reported_before_any_work(tmp_path, no_connections):
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_right_values_are_accepted_for_any_directory(name):
   of_kind = text_group if data.DATASETS[name].kind == "tokens" else group
-  config.check_data(of_kind(name=name, dir="/nowhere", train_examples=10))
+  by_name = {"dataset": "mnist"} if name == "tfds" else {}
+  config.check_data(of_kind(name=name, dir="/nowhere", train_examples=10, **by_name))
 
 
 # --- wrong labels ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ban_jax.data import cifar, digits, own, ptb, pydoc
+from ban_jax.data import cifar, digits, own, ptb, pydoc, tfds
 from ban_jax.data.arrays import Known
 from ban_jax.errors import look_up
 from ban_jax.types import Dataset, Kind
@@ -20,7 +20,7 @@ class Source(NamedTuple):
   """Where a data set comes from.
 
   `load(directory, options)` returns the Dataset; a loader that reads no files has no argument `directory`. The
-  annotation of `options` is the NamedTuple of the keys that it takes: images.Options or text.Options.
+  annotation of `options` is the NamedTuple of the keys that it takes: images.Options, text.Options or tfds.Options.
   """
 
   load: Callable[..., Dataset]
@@ -36,6 +36,7 @@ DATASETS = {
   "own": Source(own.load, "images"),
   "ptb": Source(ptb.load, "tokens", ptb.describe),
   "pydoc": Source(pydoc.load, "tokens", embedded=True),
+  "tfds": Source(tfds.load, "images"),
 }
 
 
@@ -57,7 +58,7 @@ def _load(name: str, **arguments: Any) -> Dataset:
 def describe(group: Mapping[str, Any]) -> Known:
   """Returns what the programs and the length of an epoch depend on, for a `data` group as `load` takes it.
 
-  Data sets that are not embedded need not be there: nothing of them is read. Raises as `load` does.
+  Of data sets with a `describe` nothing is read, so they need not be there; others are loaded. Raises as `load` does.
   """
   source, arguments = look_up(DATASETS, group["name"], "data set"), _arguments(group)
   if source.describe:

@@ -5,8 +5,6 @@ the original binary archive, with the stock builder's names, version, features a
 it too. The stock builder itself cannot prepare it without TensorFlow.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -23,8 +21,9 @@ import requests
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
-from tensorflow_datasets.core.download import checksums, downloader
+from tensorflow_datasets.core.download import checksums
 
+from ban_jax.data import tfds_files
 from ban_jax.data.arrays import make_read_only
 from ban_jax.data.images import Examples
 from ban_jax.errors import DataError
@@ -32,9 +31,7 @@ from ban_jax.errors import DataError
 logger = logging.getLogger(__name__)
 
 VERSION = "3.0.2"
-# Without a network TFDS would retry silently for three and a half minutes.
-CONNECT_SECONDS = 5
-RETRIES = 2
+CONNECT_SECONDS = 5  # after which a server that does not answer counts as not reached
 
 
 class Labels(NamedTuple):
@@ -90,16 +87,9 @@ def read(name: str, directory: str) -> dict[str, Examples]:
   `directory` "" is TFDS's default, $TFDS_DATA_DIR or ~/tensorflow_datasets. Raises DataError, with a remedy, if the
   data set can neither be read nor prepared.
   """
-  root = pathlib.Path(directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  advice = "Set data.dir to another directory"
-  try:
-    root = root.expanduser().absolute()
-  except RuntimeError as error:
-    raise DataError(f"{name}: {root}: {_brief(error)}. {advice}") from error
-  try:
+  root = tfds_files.find_root(name, directory)
+  with tfds_files.looking_into(name, root):
     return _read(name, root)
-  except OSError as error:  # raised by the existence checks; reading and preparing have messages of their own
-    raise DataError(f"{name}: {root} cannot be looked into: {_brief(error)}. {advice}") from error
 
 
 @functools.lru_cache(maxsize=2)  # several subsets of a data set decode it once
@@ -114,24 +104,21 @@ def _read(name: str, root: pathlib.Path) -> dict[str, Examples]:
   except NotImplementedError as error:
     raise DataError(
       f"{name}: {prepared} is prepared as {file_format}, which cannot be read without TensorFlow;"
-      f" expected array_record. Set data.dir to another directory, or delete this one and it is prepared again from"
-      f" {ARCHIVES[name].file}"
+      f" expected array_record. Set data.dir to another directory, and it is prepared there from {ARCHIVES[name].file}"
     ) from error
   except Exception as error:  # what a broken file raises depends on which file it is
     raise DataError(
-      f"{name}: the prepared data set in {prepared} cannot be read ({_brief(error)}). Delete that directory and it is"
-      f" prepared again from {ARCHIVES[name].file}"
+      f"{name}: the prepared data set in {prepared} cannot be read ({tfds_files.brief(error)}). Move that directory"
+      f" away, and it is prepared again from {ARCHIVES[name].file}"
     ) from error
 
 
 def _read_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
   source = builder.as_data_source(split=split)
   images, labels, ids = np.empty((len(source), 32, 32, 3), np.uint8), np.empty(len(source), np.int32), []
-  for start in range(0, len(source), 1000):  # one by one takes twice as long, all at once needs memory for all
-    stop = min(start + 1000, len(source))
-    for i, example in enumerate(source.__getitems__(range(start, stop)), start):
-      images[i], labels[i] = example["image"], example["label"]
-      ids.append(example["id"])
+  for i, example in enumerate(tfds_files.examples(source)):
+    images[i], labels[i] = example["image"], example["label"]
+    ids.append(example["id"])
   # The files' order is shuffled, and depends on TFDS's version and the number of shards. The ids restore the archive's,
   # so that a seed means the same mini-batches, and a digest the same data, wherever they were prepared.
   order = sorted(range(len(ids)), key=ids.__getitem__)
@@ -152,7 +139,7 @@ def prepare(name: str, root: pathlib.Path) -> None:
   prepared = _prepared_directory(name, root)
   staging = prepared.parent / "incomplete.ban_jax"
   try:
-    with _lock(root, name):
+    with tfds_files.lock(root, name):
       if _is_prepared(name, root):
         return
       shutil.rmtree(staging, ignore_errors=True)
@@ -173,7 +160,7 @@ def prepare(name: str, root: pathlib.Path) -> None:
   except DataError:
     raise
   except Exception as error:  # a full disk is an OSError here and something else in the record writer
-    raise DataError(f"{name}: cannot prepare the data set in {root}: {_brief(error)}") from error
+    raise DataError(f"{name}: cannot prepare the data set in {root}: {tfds_files.brief(error)}") from error
 
 
 def find_archive(name: str, root: pathlib.Path) -> pathlib.Path | None:
@@ -198,7 +185,7 @@ def unpack(name: str, archive: pathlib.Path) -> Contents:
         if member.isfile() and file in wanted:
           found[file] = tar.extractfile(member).read()
   except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-    raise DataError(f"{name}: {archive} is truncated or broken ({_brief(error)}). {advice}") from error
+    raise DataError(f"{name}: {archive} is truncated or broken ({tfds_files.brief(error)}). {advice}") from error
   if missing := sorted(wanted - set(found)):
     raise DataError(f"{name}: {archive} does not hold {', '.join(missing)}. {advice}")
 
@@ -292,19 +279,6 @@ def _archive_places(name: str, root: pathlib.Path) -> tuple[pathlib.Path, pathli
   return root / "downloads" / "manual" / ARCHIVES[name].file, root / ARCHIVES[name].file
 
 
-@contextlib.contextmanager
-def _lock(root: pathlib.Path, name: str) -> Iterator[None]:
-  """Holds the lock for preparing `name` under `root`; the system releases it when the process ends, however it ends."""
-  (root / name).mkdir(parents=True, exist_ok=True)
-  with open(root / f".{name}.lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      logger.info("%s: another process is preparing it in %s; waiting", name, root)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
 def _not_reached(name: str, root: pathlib.Path, reason: str) -> DataError:
   official, (place, other) = ARCHIVES[name], _archive_places(name, root)
   return DataError(
@@ -320,7 +294,7 @@ def _check_reachable(name: str, root: pathlib.Path) -> None:
     with requests.get(ARCHIVES[name].url, stream=True, timeout=CONNECT_SECONDS) as response:
       response.raise_for_status()
   except requests.RequestException as error:
-    raise _not_reached(name, root, _brief(error)) from error
+    raise _not_reached(name, root, tfds_files.brief(error)) from error
 
 
 def _download(name: str, root: pathlib.Path, staging: pathlib.Path) -> pathlib.Path:
@@ -330,17 +304,15 @@ def _download(name: str, root: pathlib.Path, staging: pathlib.Path) -> pathlib.P
   """
   official, place = ARCHIVES[name], _archive_places(name, root)[0]
   logger.info("%s: downloading %s (%d MB) to %s", name, official.url, official.size // 10**6, place)
-  retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, RETRIES
   try:
     info = checksums.UrlInfo(size=official.size, checksum=official.sha256, filename=official.file)
     manager = tfds.download.DownloadManager(
       download_dir=staging / "downloads", url_infos={official.url: info}, force_checksums_validation=True
     )
-    downloaded = pathlib.Path(manager.download(official.url))
+    with tfds_files.few_retries():
+      downloaded = pathlib.Path(manager.download(official.url))
   except Exception as error:  # those of requests, and TFDS's own if the checksum differs
-    raise _not_reached(name, root, _brief(error)) from error
-  finally:
-    downloader.MAX_RETRIES = retries
+    raise _not_reached(name, root, tfds_files.brief(error)) from error
   place.parent.mkdir(parents=True, exist_ok=True)
   os.rename(downloaded, place)
   return place
@@ -349,9 +321,3 @@ def _download(name: str, root: pathlib.Path, staging: pathlib.Path) -> pathlib.P
 def _sha256(path: pathlib.Path) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _brief(error: BaseException) -> str:
-  """Returns an error as one short line; TFDS's messages can list every data set it knows."""
-  text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

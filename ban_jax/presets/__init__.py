@@ -16,7 +16,7 @@ from ban_jax.presets import base
 Preset = Callable[[ConfigDict], None]
 
 
-def _cifar(name: str) -> Preset:
+def _images(name: str) -> Preset:
   def apply(config: ConfigDict) -> None:
     config.data.name = name
 
@@ -49,12 +49,13 @@ def _own(config: ConfigDict) -> None:
 
 
 DATASETS = {
-  "cifar10": _cifar("cifar10"),
-  "cifar100": _cifar("cifar100"),
+  "cifar10": _images("cifar10"),
+  "cifar100": _images("cifar100"),
   "digits": _digits,
   "own": _own,
   "ptb": _text("ptb"),
   "pydoc": _text("pydoc"),
+  "tfds": _images("tfds"),
 }
 
 
@@ -114,6 +115,7 @@ MODELS = {
   "wrn_28_2": _wide_resnet(28, 2),
   "wrn_28_5": _wide_resnet(28, 5),
   "wrn_28_10": _wide_resnet(28, 10),
+  "wrn_16_4": ConfigDict({**_wide_resnet(16, 4), "dropout": 0.0}),
   "wrn_16_1": ConfigDict({**_wide_resnet(16, 1), "dropout": 0.0}),
   "wrn_10_1": ConfigDict({**_wide_resnet(10, 1), "dropout": 0.0}),
   "densenet_112_33": _densenet(112, 33),
@@ -238,16 +240,18 @@ SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
 def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDict:
   """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
 
-  `datasets` are the data sets that the calling configuration file accepts. Raises a ConfigError that lists the choices
-  for an unknown word.
+  The word tfds=NAME is the data set NAME of TensorFlow Datasets. `datasets` are the data sets that the calling
+  configuration file accepts. Raises a ConfigError that lists the choices for an unknown word.
   """
   dataset, network, scale, *more = [word.strip() for word in words.split(",")] + [""] * (3 - len(words.split(",")))
+  name, _, of_tfds = dataset.partition("=")
   form = f'a configuration is named "dataset,network,scale", not {words!r}'
-  for word, known, what in ((dataset, datasets, "data set"), (network, MODELS, "network"), (scale, SCALES, "scale")):
+  for word, known, what in ((name, datasets, "data set"), (network, MODELS, "network"), (scale, SCALES, "scale")):
     if word not in known:
       raise ConfigError(f"unknown {what} {word!r}; choose one of: {choices(known)} ({form})")
   config = base.get_config()
-  DATASETS[dataset](config)
+  DATASETS[name](config)
+  config.data.dataset = of_tfds
   config.model = _copy(network)
   config.update_from_flattened_dict(TRAINING.get(config.model.name, {}))
   config.scale = scale

@@ -41,6 +41,15 @@ def get_config() -> ConfigDict:
   config.data.label_noise = 0.0
   config.data.noise_kind = "symmetric"
   config.data.noise_seed = 0
+  # For data.name="tfds": an image classification set of TensorFlow Datasets, as mnist, eurosat/rgb or mnist:3.0.1.
+  config.data.dataset = ""
+  # For "tfds": all images are resized to size x size pixels; 0 for images that have one size.
+  config.data.size = 0
+  # For "tfds": the splits to train on and to test, each a split of the set or a part of one, as train[:80%]; and the
+  # set's own validation split, "" for none, or for one by `validation`.
+  config.data.train_split = "train"
+  config.data.test_split = "test"
+  config.data.validation_split = ""
 
   # The students' network: a key of ban_jax.models.MODELS and that network's options, which its file describes. These
   # are Wide-ResNet's.
