@@ -181,7 +181,6 @@ MENDED = [
   (IMAGES, {"teacher.model": {"name": "resnet"}}, "unknown teacher.model 'resnet'"),
   (IMAGES, {"scale": "\ud800"}, r"scale='\\ud800': expected a printable word"),
   (IMAGES, {"seed": 2**32}, "seed=4294967296: expected a whole number from 0 to 4294967295"),
-  (IMAGES, {"evaluate.batch_size": 10**9}, "evaluate.batch_size=1000000000: expected at most 1397"),
   (TEXT, {"evaluate.training_batch_size": 10**9}, "evaluate.training_batch_size=1000000000: expected at most"),
   (MATCHED, {"teacher.model.units": 1}, "do not fit: .*teacher.model"),
   (MATCHED, {"model.ratio": math.nan}, "model.ratio=nan: a ratio is expected"),

@@ -167,7 +167,7 @@ REFERENCES = {
 
 
 def test_every_image_network_has_a_reference():
-  assert {group.name for group in presets.MODELS.values() if "lstm" not in group.name} == set(REFERENCES)
+  assert {group.name for group in presets.MODELS.values() if "lstm" not in group.name} - {"own"} == set(REFERENCES)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
