@@ -19,6 +19,8 @@ from ban_jax.errors import ConfigError
 from ban_jax.types import Devices
 
 AXIS = "devices"
+# The index in place of all examples of a mini-batch that only fills up a dispatch. (-1 is one example's padding.)
+NO_BATCH = -2
 
 
 def resolve(devices: Sequence[jax.Device] | None) -> Devices:
@@ -109,9 +111,14 @@ def split_rows(tree: PyTree, devices: Devices) -> PyTree:
   return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(len(devices), -1, *np.shape(leaf)[1:])[here], tree)
 
 
-def split_batches(batches: Int[np.ndarray, "n B"], devices: Devices) -> Int[np.ndarray, "local n rows"]:
-  """Cuts n mini-batches of B rows into this process's share of each, B / devices rows a device."""
-  return split_rows(batches.T, devices).swapaxes(1, 2)
+def split_batches(batches: Int[np.ndarray, "m B"], devices: Devices, block: int = 1) -> Int[np.ndarray, "local n rows"]:
+  """Cuts mini-batches of B rows into this process's share of each, B / devices rows a device.
+
+  Fewer than `block` mini-batches are filled up to as many by ones that steps leave out.
+  """
+  filled = np.full((max(block, len(batches)), batches.shape[1]), NO_BATCH, np.int32)
+  filled[: len(batches)] = batches
+  return split_rows(filled.T, devices).swapaxes(1, 2)
 
 
 def join_rows(tree: PyTree, devices: Devices) -> PyTree:

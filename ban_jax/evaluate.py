@@ -1,6 +1,5 @@
 """Exact evaluation of a network or an ensemble: padded, masked, summed over every example, then divided."""
 
-import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -142,10 +141,14 @@ def sum_predictions(
   arrays = devices_lib.broadcast(dataset.splits[split], devices)
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
   step = make_eval_step(models, dataset.fetch, devices, sums_of)
-  total = collections.defaultdict(float)
-  for index in dataset.eval_order(split, batch_size):
-    carries, sums = step(variables, carries, arrays, devices_lib.split_rows(index, devices))
-    # Reading the sums at once bounds what is in flight to one step.
-    for name, value in devices_lib.unreplicate(sums).items():
-      total[name] += value.astype(np.float64)
-  return dict(total)
+  order, block = dataset.eval_order(split, batch_size), job.block_size(dataset.spec, devices)
+  total = 0.0
+  for first in range(0, len(order), block):
+    batches = order[first : first + block]
+    carries, sums = step.run(variables, carries, arrays, devices_lib.split_batches(batches, devices, block))
+    # Reading the sums at once bounds what is in flight to one dispatch.
+    for row in devices_lib.unreplicate(sums)[: len(batches)]:
+      total += row.astype(np.float64)
+  shapes, structure = jax.tree.flatten(step.shapes)
+  parts = np.split(total, np.cumsum([leaf.size for leaf in shapes])[:-1])
+  return structure.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, shapes, strict=True)])

@@ -269,7 +269,6 @@ def prepare(
     loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
-  single = setup.devices[0].platform == "cpu" and dataset.spec.kind == "images"
   teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps_per_epoch)
@@ -285,7 +284,7 @@ def prepare(
     schedule=optim.make_schedule(cfg.optim, total),
     optimizer=optim.make_optimizer(cfg.optim, total),
     steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=cfg.train.steps_per_dispatch or (1 if single else BLOCK),
+    steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
     initial=None if initial is None else _initial(initial, student),
@@ -303,6 +302,11 @@ def _initial(given: Member, student: Model) -> Variables:
   if not trees.is_finite(tree):
     raise CheckpointError("initial has parameters that are not finite")
   return tree
+
+
+def block_size(spec: InputSpec, devices: Devices) -> int:
+  """Returns the steps a dispatch where the configuration leaves the number open, and those of evaluation."""
+  return 1 if devices[0].platform == "cpu" and spec.kind == "images" else BLOCK
 
 
 def _check_replay(cfg: ConfigDict, spec: InputSpec, steps: int) -> None:

@@ -15,7 +15,7 @@ from ban_jax import gradient as gradient_lib
 from ban_jax import metrics
 from ban_jax.losses import Logits, Loss
 from ban_jax.teacher import Teaching
-from ban_jax.types import Batch, Carry, Devices, Model, TrainState
+from ban_jax.types import Batch, Carry, Devices, InputSpec, Model, TrainState
 
 # From the logits of M networks, and their batch, to sums over its examples: metrics.ensemble_sums or comparison_sums.
 SumsOf = Callable[[list[Logits], Batch], Mapping[str, Array]]
@@ -26,6 +26,13 @@ class TrainStep(NamedTuple):
 
   run: Callable[..., tuple[TrainState, Any, Float[Array, "devices n sums"]]]
   sums: tuple[str, ...]
+
+
+class EvalStep(NamedTuple):
+  """A compiled evaluation step, and the shapes of the sums that it returns, by name."""
+
+  run: Callable[..., tuple[Carry, Float[Array, "devices n sums"]]]
+  shapes: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def initial_state(
@@ -72,7 +79,6 @@ def make_train_step(
   devices: Devices,
   sync_batch_stats: bool,
   gradient_split: bool,
-  steps_per_dispatch: int = 1,
 ) -> TrainStep:
   """Returns the pmapped step `(state, source, carry, arrays, index, key_data) -> (state, carry, sums)`.
 
@@ -82,7 +88,7 @@ def make_train_step(
     source    the teacher's source, placed as teaching.source_axis says; never donated, no gradient
     carry     (student's, teacher's), rows first, split over the devices; donated
     arrays    the data set's training arrays, broadcast
-    index     int32 [devices, n, B / devices], n = steps_per_dispatch mini-batches; a mini-batch of -1 is left out
+    index     int32 [devices, n, B / devices], n mini-batches, as devices.split_batches makes them
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
   and returns the new state and carry, and the sums over each global mini-batch, float32 [devices, n, sums], alike on
@@ -91,7 +97,8 @@ def make_train_step(
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
 
-  def one_step(state: TrainState, source, carry, arrays, index, key_data):
+  def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], index):
+    state, carry = loop
     batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, index, key_data, state.step)
     student_carry, teacher_carry = carry
     teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
@@ -124,32 +131,37 @@ def make_train_step(
     sums["finite"] = all_finite(new)
     # One array is read at a time. Counts stay exact: a mini-batch has fewer than 2^24 examples or tokens.
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
-    return new, (student_carry, teacher_carry), row
+    return (new, (student_carry, teacher_carry)), row
 
-  train_step = _several(one_step, steps_per_dispatch, len(names))
+  def train_step(state, source, carry, arrays, index, key_data):
+    step = functools.partial(one_step, source, arrays, key_data)
+    (state, carry), rows = _several(step, (state, carry), index, len(names))
+    return state, carry, rows
+
   axes = (0, teaching.source_axis, 0, None, 0, None)
   run = devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2))
   return TrainStep(run, names)
 
 
-def _several(one_step: Callable[..., Any], steps: int, sums: int) -> Callable[..., Any]:
-  """Returns the function that takes up to `steps` steps, one mini-batch and one row of `sums` numbers each."""
+def _several(
+  one_step: Callable[[Any, Int[Array, " B"]], tuple[Any, Float[Array, " sums"]]],
+  loop: Any,
+  index: Int[Array, "n B"],
+  sums: int,
+) -> tuple[Any, Float[Array, "n sums"]]:
+  """Takes a step for each of n mini-batches: `one_step` makes what the next one begins with, and a row of `sums`."""
+  if len(index) == 1:  # no loop: XLA's CPU back end runs a convolution inside one 30 times slower
+    loop, row = one_step(loop, index[0])
+    return loop, row[None]
 
-  def train_step(state, source, carry, arrays, index, key_data):
-    if steps == 1:  # no loop: XLA's CPU back end runs a convolution inside one 30 times slower
-      state, carry, row = one_step(state, source, carry, arrays, index[0], key_data)
-      return state, carry, row[None]
+  def body(number, state):
+    loop, rows = state
+    loop, row = one_step(loop, index[number])
+    return loop, rows.at[number].set(row)
 
-    def body(number, loop):
-      state, carry, rows = loop
-      state, carry, row = one_step(state, source, carry, arrays, index[number], key_data)
-      return state, carry, rows.at[number].set(row)
-
-    # The length is known at run time only, so that one program, with the same bytes, serves every chunk.
-    count = (index[:, 0] >= 0).sum()
-    return jax.lax.fori_loop(0, count, body, (state, carry, jnp.zeros((steps, sums))))
-
-  return train_step
+  # The length is known at run time only, so that one program, with the same bytes, serves every chunk.
+  count = (index[:, 0] != devices_lib.NO_BATCH).sum()
+  return jax.lax.fori_loop(0, count, body, (loop, jnp.zeros((len(index), sums))))
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -160,23 +172,39 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 @functools.lru_cache
 def make_eval_step(
   members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices, sums_of: SumsOf = metrics.ensemble_sums
-) -> Callable[..., tuple[Carry, dict[str, Array]]]:
+) -> EvalStep:
   """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of M networks, the `members`.
 
-  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` have a leading device axis. `sums`
-  are what `sums_of` makes of the members' logits on a device's share of the mini-batch, summed over the devices.
+  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` (int32 [devices, n, B / devices], as
+  devices.split_batches makes it) have a leading device axis. `sums` are float32 [devices, n, sums], alike on every
+  device: what `sums_of` makes of the members' logits on each mini-batch, one after the other in the order of a tree's
+  leaves.
   """
+  shapes = jax.eval_shape(sums_of, *_examples(members[0].spec, len(members)))
 
-  def eval_step(variables, carries, arrays, index):
+  def one_step(variables, arrays, carries, index):
     batch = fetch(arrays, index, key=None, positions=None, train=False)
     outputs = [
       member.apply(tree, carry, batch.inputs, train=False)
       for member, tree, carry in zip(members, variables, carries, strict=True)
     ]
-    sums = sums_of([logits for logits, _, _ in outputs], batch)
-    return tuple(carry for _, carry, _ in outputs), devices_lib.psum(sums)
+    sums = devices_lib.psum(sums_of([logits for logits, _, _ in outputs], batch))
+    # Counts stay exact, as in training.
+    row = jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(sums)])
+    return tuple(carry for _, carry, _ in outputs), row
 
-  return devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0))
+  def eval_step(variables, carries, arrays, index):
+    step = functools.partial(one_step, variables, arrays)
+    return _several(step, carries, index, sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+
+  return EvalStep(devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0)), shapes)
+
+
+def _examples(spec: InputSpec, networks: int) -> tuple[list[jax.ShapeDtypeStruct], Batch]:
+  """Returns the shapes of the logits of some networks for a mini-batch of one example, and of its labels."""
+  rows = (1, *spec.shape) if spec.kind == "tokens" else (1,)
+  labels, mask = (jax.ShapeDtypeStruct(rows, dtype) for dtype in (np.int32, np.bool_))
+  return [jax.ShapeDtypeStruct((*rows, spec.num_classes), np.float32)] * networks, Batch(None, labels, mask)
 
 
 @functools.lru_cache

@@ -302,7 +302,6 @@ def step_of(job: Job) -> TrainStep:
     devices=job.devices,
     sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
     gradient_split=job.cfg.train.gradient_split,
-    steps_per_dispatch=job.steps_per_dispatch,
   )
 
 
@@ -336,10 +335,8 @@ def _dispatch(lane: Lane, live: Live) -> Live:
     source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
   every = job.cfg.train.checkpoint_every
   count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
-  block = np.full((job.steps_per_dispatch, order.shape[1]), -1, np.int32)
-  block[:count] = order[first : first + count]
   carry = lane.zero_carry if first == 0 else live.carry
-  index = devices_lib.split_batches(block, job.devices)
+  index = devices_lib.split_batches(order[first : first + count], job.devices, job.steps_per_dispatch)
   state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))

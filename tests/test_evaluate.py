@@ -12,10 +12,11 @@ import sklearn.metrics
 from conftest import config
 
 import ban_jax
-from ban_jax import data, metrics, models, presets
+from ban_jax import data, job, metrics, models, presets
 from ban_jax.data import text
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.evaluate import Subject, measure, measure_pairs
+from ban_jax.evaluate import Subject, measure, measure_pairs, sum_predictions
+from ban_jax.step import make_eval_step
 from ban_jax.types import Batch
 
 CFG = config()
@@ -326,6 +327,29 @@ def test_an_ensemble_of_language_models_is_the_mean_of_their_probabilities_along
   geometric = np.exp(np.mean(np.log(members), axis=0))
   geometric /= geometric.sum(-1, keepdims=True)
   assert abs(-np.log(geometric[np.arange(103), labels]).mean() - nll) > 0.01, "another mean would not be noticed"
+
+
+@pytest.mark.parametrize(("batch_size", "count", "windows"), [(1, 1, 11), (4, 4, 3)])
+def test_several_windows_a_dispatch_are_those_of_one_at_a_time(batch_size, count, windows, monkeypatch):
+  # On four devices, the last one's third window is padding, which the others must not leave out with it.
+  dataset, networks, trees = text_and_networks()
+  subject, dispatched = Subject(networks, trees, dataset, tuple(jax.devices()[:count])), []
+
+  def counting(*arguments):
+    step = make_eval_step(*arguments)
+    return step._replace(run=lambda *inputs: dispatched.append(inputs[3].shape[1]) or step.run(*inputs))
+
+  monkeypatch.setitem(sum_predictions.__globals__, "make_eval_step", counting)
+  found = {}
+  for block in (1, 2, 32):
+    monkeypatch.setattr(job, "BLOCK", block)
+    found[block] = sum_predictions(subject, "test", batch_size)
+    assert dispatched == [block] * -(-windows // block)
+    dispatched.clear()
+  assert found[1]["count"] == 103
+  for block in (2, 32):
+    for name, value in found[1].items():
+      np.testing.assert_allclose(found[block][name], value, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

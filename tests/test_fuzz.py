@@ -129,12 +129,12 @@ def trace(job):
   jax.eval_shape(train.step_of(job).run, on_each(state), source, on_each(carry), arrays, on_each(index), key)
 
   variables = {"params": state.params, "batch_stats": state.batch_stats}
-  step = make_eval_step((job.student,), job.dataset.fetch, devices)
+  step = make_eval_step((job.student,), job.dataset.fetch, devices).run
   for split, arrays in job.dataset.splits.items():
     for rows in {config.evaluate.batch_size, config.evaluate.training_batch_size or config.evaluate.batch_size}:
       rows = -(-rows // len(devices))
       assert len(job.dataset.eval_order(split, rows * len(devices)))
-      index = jax.ShapeDtypeStruct((rows,), np.int32)
+      index = jax.ShapeDtypeStruct((job_lib.block_size(job.dataset.spec, devices), rows), np.int32)
       jax.eval_shape(step, (variables,), on_each(carries(rows, (job.student,))), arrays, on_each(index))
 
 

@@ -158,10 +158,8 @@ def training(job: Job, *, fixed: bool = False) -> Run:
     nonlocal state, carry
     pending = collections.deque()
     for first in range(0, steps, size):
-      block = np.full((size, order.shape[1]), -1, np.int32)
-      for place in range(min(size, steps - first)):
-        block[place] = next(batches)
-      index = devices_lib.split_batches(block, devices)
+      chosen = np.stack(list(itertools.islice(batches, min(size, steps - first))))
+      index = devices_lib.split_batches(chosen, devices, size)
       state, carry, sums = compiled.run(state, source, carry, arrays, index, key_data)
       pending.append(sums)
       if len(pending) > max(1, train.IN_FLIGHT // size):  # unbounded dispatch to several CPU devices deadlocks
@@ -173,7 +171,7 @@ def training(job: Job, *, fixed: bool = False) -> Run:
 
 def evaluation(job: Job) -> Run:
   """Returns a function that runs evaluation steps of the student on training batches, as ban_jax.evaluate does."""
-  devices, rows = job.devices, job.cfg.train.batch_size
+  devices, rows, size = job.devices, job.cfg.train.batch_size, job_lib.block_size(job.dataset.spec, job.devices)
   compiled = step.make_eval_step((job.student,), job.dataset.fetch, devices)
   variables = devices_lib.broadcast((untrained(job.student),), devices)
   arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
@@ -182,8 +180,9 @@ def evaluation(job: Job) -> Run:
 
   def run(steps: int) -> None:
     nonlocal carries
-    for index in itertools.islice(batches, steps):
-      carries, sums = compiled(variables, carries, arrays, devices_lib.split_rows(index, devices))
+    for first in range(0, steps, size):
+      chosen = np.stack(list(itertools.islice(batches, min(size, steps - first))))
+      carries, sums = compiled.run(variables, carries, arrays, devices_lib.split_batches(chosen, devices, size))
       devices_lib.unreplicate(sums)
 
   return run

@@ -81,9 +81,9 @@ def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   rows = cfg.train.batch_size // len(devices)
   variables = jax.eval_shape(model.init, jax.random.key(0))
   carry = jax.eval_shape(lambda: model.init_carry(rows))
-  index = jax.ShapeDtypeStruct((rows,), np.int32)
+  index = jax.ShapeDtypeStruct((1, rows), np.int32)
   arguments = ((variables,), _on_each(devices, (carry,)), known.arrays, _on_each(devices, index))
-  return Program(make_eval_step((model,), known.fetch, devices), arguments)
+  return Program(make_eval_step((model,), known.fetch, devices).run, arguments)
 
 
 def work(cfg: ConfigDict, devices: Sequence[jax.Device], *, taught: bool = True) -> Work:
