@@ -20,6 +20,7 @@ from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.predict import log_probabilities, predict, sample
 from ban_jax.presets import get_config
+from ban_jax.profiling import trace_steps
 from ban_jax.train import run, train_generation
 from ban_jax.types import Dataset, Generation, Model
 from ban_jax.version import __version__
@@ -55,5 +56,6 @@ __all__ = [
   "reliability",
   "run",
   "sample",
+  "trace_steps",
   "train_generation",
 ]

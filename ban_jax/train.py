@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
-from ban_jax import metrics, optim, preemption, processes, replay, report, storage, trees
+from ban_jax import metrics, optim, preemption, processes, profiling, replay, report, storage, trees
 from ban_jax.errors import ConfigError, Preempted, TrainingError
 from ban_jax.evaluate import Subject, measure
 from ban_jax.job import Job, Own, Setup
@@ -229,11 +229,13 @@ def train(
       title = f"generation {job.generation}" + (f", seed {job.cfg.seed}" if len(jobs) > 1 else "")
       opened.append(stack.enter_context(_open(job, directory, title, progress)))
     lanes, lives = map(list, zip(*opened, strict=True))
+    dispatched = stack.enter_context(profiling.tracing())
     while len(finished) < len(lanes):
       running = [place for place in range(len(lanes)) if place not in finished]
       for place in running:
         with storage.storage_errors(directories[place]):
           lives[place] = _advance(lanes[place], lives[place])
+          dispatched(lives[place].state)
       stop = stop_requested()
       for place in running:
         with storage.storage_errors(directories[place]):

@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import memory, processes
+from ban_jax import memory, processes, profiling
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
@@ -39,6 +39,9 @@ ONEDNN = flags.DEFINE_bool(
   False,
   "Use oneDNN's convolutions on CPU: from JAX 0.12 on, steps of narrow networks are 15% faster, but programs cannot be "
   "kept in the compilation cache. XLA_FLAGS that name oneDNN win.",
+)
+PROFILE = flags.DEFINE_string(
+  "profile", None, "Directory for a profiler's trace of a few steps, after those that compile and warm up."
 )
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress on standard error.")
 
@@ -81,6 +84,10 @@ def start_jax() -> tuple[jax.Device, ...]:
     _join_processes()
   devices = devices_lib.resolve(None)
   several = jax.process_count() > 1
+  if PROFILE.value is not None:
+    if not PROFILE.value:
+      raise ConfigError("--profile is empty; name the directory for the trace")
+    profiling.trace_steps(PROFILE.value)
   own = jax.local_devices()
   if DEVICES.value > len(own) or several and DEVICES.value not in (0, len(own)):
     each = "; one of several processes takes all that it has" if several else ""

@@ -34,14 +34,15 @@ def test_freed_memory_is_kept():
   assert faults["not"] > 5 * faults["keep"] + 1000
 
 
-def test_the_allocator_changes_no_byte(tmp_path):
+def test_neither_the_allocator_nor_a_profile_changes_a_byte(tmp_path):
   digests = []
-  for flag in ("--keep_memory", "--nokeep_memory"):
-    workdir = tmp_path / flag.strip("-")
+  for name, own in (("keep", ["--keep_memory", f"--profile={tmp_path}/trace"]), ("not", ["--nokeep_memory"])):
+    workdir = tmp_path / name
     words = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
-    flags = [words, flag, "--config.generations=0", "--noprogress", f"--workdir={workdir}"]
+    flags = [words, *own, "--config.generations=0", "--noprogress", f"--workdir={workdir}"]
     done = forks.run([sys.executable, str(ROOT / "experiments" / "train.py"), *flags])
     assert done.returncode == 0, done.stderr
     manifest = (workdir / "gen_0" / "manifest.json").read_text()
     digests.append([line for line in manifest.splitlines() if '"digest"' in line])
   assert digests[0] == digests[1]
+  assert list((tmp_path / "trace").rglob("*.xplane.pb"))
