@@ -435,6 +435,7 @@ def _finish(lane: Lane, live: Live) -> Generation:
   params = trees.to_host(variables_of(live.state), job.generation)
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
+    lane.checkpoints.wait_until_finished()  # all checkpoints are removed: a save that still runs would miss its own
     storage.finish(lane.directory, generation, job.lineage | storage.provenance())
   return generation
 

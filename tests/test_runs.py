@@ -63,6 +63,24 @@ def scalars(path):
   return found
 
 
+def test_checkpoints_are_removed_after_the_last_of_them_is_complete(tmp_path, monkeypatch):
+  managers, finish = [], storage.finish
+
+  def checked(*arguments):
+    assert managers
+    assert not managers[-1].is_saving_in_progress()
+    finish(*arguments)
+
+  save = storage.save_step
+  monkeypatch.setattr(storage, "save_step", lambda manager, *given: managers.append(manager) or save(manager, *given))
+  monkeypatch.setattr(storage, "finish", checked)
+  # Nothing happens between the last save and the end but a step.
+  monkeypatch.setitem(ban_jax.train_generation.__globals__, "measure", lambda *_: {"error": 0.0})
+  cfg = config(train__epochs=1, train__checkpoint_every=4)
+  assert ban_jax.train_generation(None, cfg, workdir=tmp_path, devices=jax.devices()[:1], **QUIET).index == 0
+  assert not (tmp_path / "gen_0" / "steps").exists()
+
+
 def test_a_run_leaves_the_record_that_the_readme_describes(finished):
   workdir, done = finished
   assert "| teacher |" in done.stdout
