@@ -4,8 +4,8 @@ python -m experiments.launch --processes=2 -- experiments/train.py --config=conf
 
 Appends `--coordinator_address`, `--num_processes`, `--process_id`, `--devices` and `--peer_timeout` to the command of
 each process. Output of process 0 is passed through; that of process K is prefixed with `[K]`. SIGTERM and SIGINT go to
-all. The exit status is that of the first process that failed, 128 + N if signal N killed it. Accelerators need no
-launcher: one process uses all of a machine's.
+all. The exit status is that of the first process that failed for a reason of its own, 128 + N if signal N killed it.
+Accelerators need no launcher: one process uses all of a machine's.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from typing import IO
 # Seconds beyond --peer_timeout that the other processes get to end by themselves.
 MARGIN = 15.0
 # Flags that the launcher sets, so that the command must not.
+# Exit status of a process that has lost another one (errors.PeerError): never the first cause.
+LOST_PEER = os.EX_UNAVAILABLE
 OWN_FLAGS = ("coordinator_address", "num_processes", "process_id", "devices", "peer_timeout", "distributed")
 
 
@@ -138,9 +140,9 @@ def _wait(processes: list[subprocess.Popen], patience: float) -> int:
       place, code = ended.get()
     if code:
       _log(f"process {place} {_how_it_ended(code)}")
-    if code and not status:
+    if code and (not status or status == LOST_PEER and deadline):  # without a deadline, it was killed here
       status = 128 - code if code < 0 else code
-      deadline = time.monotonic() + patience
+      deadline = deadline or time.monotonic() + patience
   return status
 
 
