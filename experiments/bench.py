@@ -10,6 +10,11 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
   steps   ours and PyTorch's: channels last, as it is and under torch.compile, whichever is faster. Ours cuts and
           augments its mini-batches in the step, PyTorch's lie ready (experiments/analysis/torch_networks.py); both have
           what --keep_memory does for the process
+  replay  the kinds of taught steps beside the supervised one: by one teacher and by three, live and recorded
+  beside  a step of each of two students side by side, on a device each, beside that of one student on one device
+  floor   a step beside the least time that it could take: its operations at the rate of a large matrix product, or the
+          bytes that XLA's instructions read and write at the rate of a copy, whichever is more; both rates are measured
+          first. The bytes of a loop, as over an LSTM's window, are those of one turn
   epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
           it, and the same step on one mini-batch again and again
   start   seconds until the first step has run, with the compilation cache filled and empty; in processes of their own
@@ -39,6 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 
@@ -65,8 +71,8 @@ class Options(NamedTuple):
   """The values of the flags; an empty choice or a zero leaves it to the platform."""
 
   rows: tuple[str, ...] = ()
-  kinds: tuple[str, ...] = tuple(KINDS)
-  sections: tuple[str, ...] = ("steps", "epoch", "start", "memory", "host")
+  kinds: tuple[str, ...] = ("supervised", "distilled", "replayed", "evaluation")
+  sections: tuple[str, ...] = ("steps", "replay", "beside", "floor", "epoch", "start", "memory", "host")
   dtypes: tuple[str, ...] = ()
   turns: int = 7
   steps: int = 0
@@ -221,6 +227,89 @@ def _step(options: Options, place: Place, case: Case) -> Measurement:
   return Measurement("steps", case, "ms a step", ours, against, times.get(against, ()), flops)
 
 
+def replay(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time of a taught step, beside that of a supervised one."""
+  for case in cases_of(options._replace(kinds=("replayed",)), place):
+    names = ("supervised", "distilled", "distilled_3", "replayed", "replayed_3")
+    sides = {name: KINDS[name].run(job_of(options, place, case._replace(kind=name))) for name in names}
+    seconds = take_turns(sides, options, steps_of(options, place))
+    plain, *taught = ([1e3 * each for each in seconds[name]] for name in names)
+    for name, times in zip(names[1:], taught, strict=True):
+      yield Measurement("replay", case._replace(kind=name), "ms a step", times, "supervised", plain)
+
+
+def beside(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time, a step and student, of two students on a device each, beside one on one device."""
+  if len(place.devices) < 2:
+    return
+  changes = {"train.epochs": 1, "train.checkpoint_every": options.epoch_steps, "train.evaluate_every": 0}
+  changes |= {"train.steps_per_dispatch": 1}
+  for case in cases_of(options, place, training=True):
+    places = [place._replace(devices=(device,)) for device in place.devices[:2]]
+    jobs = [job_of(options, each, case, batches=options.epoch_steps, changes=changes) for each in places]
+    times = {1: [], 2: []}
+    for turn in range(options.turns + 1):
+      for students in times:
+        seconds = _looking(jobs[:students], options.clock)
+        if turn:  # the first one compiles
+          times[students].append(1e3 * seconds / students / jobs[0].steps_per_epoch)
+    what = "ms a step and student, two side by side"
+    yield Measurement("beside", case, what, times[2], "one on one device", times[1])
+
+
+def _looking(jobs: Sequence[Job], clock: Callable[[], float]) -> float:
+  """Returns the seconds of an epoch of jobs side by side, from the end of the first dispatch on."""
+  stamps = []
+
+  def look() -> bool:
+    stamps.append(clock())
+    return False
+
+  train.train(jobs, [None] * len(jobs), look, False)
+  return (stamps[-1] - stamps[0]) * len(stamps) / max(1, len(stamps) - 1)
+
+
+def floor(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time of a step beside the least that its operations or its bytes take on these devices."""
+  rates: dict[str, tuple[float, float]] = {}
+  for case in cases_of(options, place):
+    if case.dtype not in rates:
+      rates[case.dtype] = peak_rates(options, place, case.dtype)
+    job, kind, devices = job_of(options, place, case), KINDS[case.kind], len(place.devices)
+    program = kind.program(job.cfg, place.devices)
+    compiled = program.step.lower(*program.arguments).compile()
+    work = {"operations": count_flops(program), "bytes": compiled.cost_analysis()["bytes accessed"]}
+    least = {
+      what: 1e3 * amount * devices / rate for (what, amount), rate in zip(work.items(), rates[case.dtype], strict=True)
+    }
+    bound = max(least, key=least.get)
+    seconds = take_turns({"ours": kind.run(job)}, options, steps_of(options, place))["ours"]
+    shown = ", ".join(f"{what} {number(milliseconds)} ms" for what, milliseconds in least.items())
+    times = [1e3 * each for each in seconds]
+    flops = work["operations"] * devices
+    yield Measurement("floor", case, f"ms a step; {shown}", times, bound, [least[bound]] * len(times), flops)
+
+
+def peak_rates(options: Options, place: Place, dtype: str) -> tuple[float, float]:
+  """Returns all devices' operations a second in a large matrix product, and bytes a second in a copy."""
+  count, best = len(place.devices), []
+  size, length = (1024, 2**24) if place.platform == "cpu" else (8192, 2**28)
+  product = (lambda x: x @ x, (size, size), 2 * size**3)
+  copy = (lambda x: x + 1, (length,), 2 * length * jax.numpy.dtype(dtype).itemsize)
+  for function, shape, amount in (product, copy):
+    mapped = devices_lib.pmap(function, devices=place.devices, in_axes=(0,))
+    given = devices_lib.place(np.ones((count, *shape), dtype), place.devices)
+
+    def run(steps: int, mapped=mapped, given=given) -> None:
+      for _ in range(steps):
+        jax.block_until_ready(mapped(given))
+
+    best.append(count * amount / min(take_turns({"it": run}, options, steps_of(options, place))["it"]))
+  if options.progress:
+    print(f"{dtype}: {best[0] / 1e9:,.0f} GFLOP/s, {best[1] / 1e9:,.1f} GB/s", file=sys.stderr, flush=True)
+  return best[0], best[1]
+
+
 def epoch(options: Options, place: Place) -> Iterator[Measurement]:
   """Yields the time of a step in epochs of the training loop, and on one mini-batch between two epochs."""
   epochs, count = options.turns + 2, options.epoch_steps  # the first epoch compiles, and the last one is evaluated
@@ -320,6 +409,9 @@ class Section(NamedTuple):
 
 SECTIONS = {
   "steps": Section(steps),
+  "replay": Section(replay),
+  "beside": Section(beside),
+  "floor": Section(floor),
   "epoch": Section(epoch),
   "start": Section(start, starts_processes=True),
   "memory": Section(memory, starts_processes=True),

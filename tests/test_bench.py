@@ -15,7 +15,8 @@ from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
 from experiments import bench
 from experiments.analysis import cases
-from experiments.analysis.cases import Row
+from experiments.analysis.cases import KINDS, Row
+from experiments.analysis.programs import count_flops
 
 WINDOW = {"data.window": 4, "model.dropout": 0.0}
 TINY = {
@@ -69,6 +70,36 @@ def test_a_recorded_teacher_is_replayed(place):
   (found,) = bench.epoch(OPTIONS._replace(rows=("tiny_wrn", "tiny_lstm"), kinds=("replayed",)), place)
   assert found.case == ("tiny_wrn", "replayed", "float32")  # text is left out
   assert min(found.ours) > 0
+
+
+@pytest.mark.slow
+def test_taught_steps_take_turns_with_supervised_ones(place):
+  found = list(bench.replay(OPTIONS._replace(rows=("tiny_wrn", "tiny_lstm"), turns=1), place))
+  assert [each.case.kind for each in found] == ["distilled", "distilled_3", "replayed", "replayed_3"]  # of images alone
+  assert all(min(*each.ours, *each.other) > 0 for each in found)
+  assert len({tuple(each.other) for each in found}) == 1
+  one, three = (
+    KINDS[name].program(cases.configuration("tiny_wrn"), place.devices) for name in ("distilled", "distilled_3")
+  )
+  forward = count_flops(KINDS["evaluation"].program(cases.configuration("tiny_wrn"), place.devices))
+  assert count_flops(three) - count_flops(one) == 2 * forward
+
+
+def test_students_side_by_side_are_timed_on_a_device_each(place):
+  (found,) = bench.beside(OPTIONS._replace(kinds=("supervised",)), place)
+  assert len(found.ours) == len(found.other) == 2
+  assert min(*found.ours, *found.other) > 0
+  assert not list(bench.beside(OPTIONS, place._replace(devices=place.devices[:1])))
+
+
+def test_a_step_is_set_beside_the_least_that_its_work_takes(place):
+  (found,) = bench.floor(OPTIONS._replace(kinds=("supervised",)), place)
+  assert found.against in ("operations", "bytes")
+  assert found.what.startswith("ms a step; operations ")
+  assert found.other[0] == found.other[1] > 0
+  assert found.flops == 2 * count_flops(
+    KINDS["supervised"].program(cases.configuration("tiny_lstm", batch=2), place.devices)
+  )
 
 
 def test_a_dispatch_of_many_steps_costs_the_host_less_than_as_many_dispatches(place):
@@ -145,8 +176,8 @@ def test_an_unknown_row_is_refused_with_the_choices():
   ("flag", "message"),
   [
     ("--rows=wrn", "unknown row 'wrn'; choose one of: cnn_lstm, densenet_40_12, "),
-    ("--kinds=training", "unknown kind 'training'; choose one of: distilled, evaluation, replayed, supervised"),
-    ("--sections=step", "unknown section 'step'; choose one of: epoch, host, memory, start, steps"),
+    ("--kinds=training", "unknown kind 'training'; choose one of: distilled, distilled_3, evaluation, replayed, "),
+    ("--sections=step", "unknown section 'step'; choose one of: beside, epoch, floor, host, memory, "),
   ],
 )
 def test_an_unknown_choice_ends_with_a_line_and_no_table(flag, message):

@@ -194,20 +194,35 @@ def recordings() -> tempfile.TemporaryDirectory:
   return tempfile.TemporaryDirectory(prefix="ban_jax_bench")
 
 
-def prepare_replayed(setup: Setup, parent: Variables) -> Job:
-  """Returns the job of a student of a recorded teacher; of images, since text would record all words' logits."""
+def prepare_taught(setup: Setup, parent: Variables, *, teachers: int = 1) -> Job:
+  """Returns the job of a student of a teacher, or of an ensemble of as many as `teachers` says."""
+  return job_lib.prepare(setup, [parent] * teachers, 1)
+
+
+def prepare_replayed(setup: Setup, parent: Variables, *, teachers: int = 1) -> Job:
+  """Returns the job of a student of recorded teachers; of images, since text would record all words' logits."""
   cfg = setup.cfg.copy_and_resolve_references()
   cfg.train.replay = recordings().name
-  return job_lib.prepare(setup._replace(cfg=cfg), parent, 1)
+  return prepare_taught(setup._replace(cfg=cfg), parent, teachers=teachers)
 
 
 KINDS = {
   "supervised": Kind(
     lambda setup, parent: job_lib.prepare(setup, None, 0), training, functools.partial(train_program, taught=False)
   ),
-  "distilled": Kind(lambda setup, parent: job_lib.prepare(setup, parent, 1), training, train_program),
+  "distilled": Kind(prepare_taught, training, train_program),
   "replayed": Kind(prepare_replayed, training, functools.partial(train_program, taught=False), images_only=True),
   "evaluation": Kind(lambda setup, parent: job_lib.prepare(setup, None, 0), evaluation, eval_program, trains=False),
+  # By an ensemble of three.
+  "distilled_3": Kind(
+    functools.partial(prepare_taught, teachers=3), training, functools.partial(train_program, teachers=3)
+  ),
+  "replayed_3": Kind(
+    functools.partial(prepare_replayed, teachers=3),
+    training,
+    functools.partial(train_program, taught=False),
+    images_only=True,
+  ),
 }
 
 

@@ -35,17 +35,18 @@ class Work(NamedTuple):
   flops: int
 
 
-def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Program:
+def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True, teachers: int = 1) -> Program:
   """Returns the training step of a student, or without `taught` of generation 0, with its arguments' shapes.
 
-  Loads the data set, except for CIFAR and PTB. Raises a ConfigError or DataError as a run would.
+  Several `teachers` are an ensemble. Loads the data set, except for CIFAR and PTB. Raises a ConfigError or DataError as
+  a run would.
   """
   config.check_batch_size(cfg.train.batch_size, devices)
   known = data.describe(cfg.data)
   teacher, student = make_models(cfg, known.spec)
   loss = losses.make_loss(cfg.loss if taught else {"name": "label"})
-  student, teachers = (student if taught else teacher), ((teacher,) if loss.needs_teacher else ())
-  teaching = live(teachers) if teachers else none()
+  student, members = (student if taught else teacher), ((teacher,) * teachers if loss.needs_teacher else ())
+  teaching = live(members) if members else none()
   frozen = student.inherits if taught else ()
   optimizer = optim.make_optimizer(cfg.optim, 1)
   step = make_train_step(
@@ -64,7 +65,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> 
   def initial(key):
     copied = {name: student.init(key)["params"][name] for name in frozen}
     carry = (student.init_carry(rows), teaching.init_carry(rows))
-    return initial_state(student.init(key), optimizer, copied), carry, tuple(model.init(key) for model in teachers)
+    return initial_state(student.init(key), optimizer, copied), carry, tuple(model.init(key) for model in members)
 
   state, carry, source = jax.eval_shape(initial, jax.random.key(0))
   index = jax.ShapeDtypeStruct((1, rows), np.int32)
