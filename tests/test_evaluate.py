@@ -145,7 +145,6 @@ def test_a_batch_larger_than_the_split_costs_no_padding(batch_size, count, rows)
     ({"evaluate__batch_size": -1}, "evaluate.batch_size=-1: expected a whole number of at least 1"),
     ({"evaluate__batch_size": 0}, "evaluate.batch_size=0: expected a whole number of at least 1"),
     ({"evaluate__batch_size": True}, "evaluate.batch_size=True: expected a whole number of at least 1"),
-    ({"evaluate__batch_size": 1398}, "evaluate.batch_size=1398: expected at most 1397, the size of digits's largest"),
     ({"evaluate__training_batch_size": -1}, "evaluate.training_batch_size=-1: expected a whole number of at least 0"),
     ({"model__depth": None}, "model.depth is None: expected a value"),
     ({"model__depth": 11}, "model.depth=11: a Wide-ResNet has depth 6n + 4"),
