@@ -3,10 +3,12 @@
 import re
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from ban_jax import storage, trees
+from ban_jax import job, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.types import Generation, Model
+from ban_jax.trees import Member
+from ban_jax.types import Dataset, Generation, Model
 
 
 def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
@@ -53,6 +55,30 @@ def load_run(workdir: epath.PathLike, *, model: Model | None = None) -> list[Gen
   if not named:
     raise ConfigError(f"{directory}: no generation was trained with a network of your own named {model.name!r}")
   return [_with_model(one, model, directory) if place in named else one for place, one in enumerate(found)]
+
+
+def with_network(
+  member: Member,
+  cfg: ConfigDict,
+  *,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
+) -> Generation:
+  """Returns a Generation that carries its network, of a variables tree or of a generation of an earlier version.
+
+  The network and the normalisation of inputs are those of the configuration, or of what is given in its place, for the
+  member's place in the lineage. Raises a CheckpointError for a tree that does not fit that network, and the errors of
+  `evaluate`.
+  """
+  setup = job.resolve(cfg, None, job.Own(dataset, model, teacher_model))
+  given = member if isinstance(member, Generation) else None
+  trees_, _ = job.members(member._replace(network=None) if given else member, setup, "the network")
+  if len(trees_) != 1:
+    raise ConfigError(f"with_network takes one Generation or variables tree, not {len(trees_)}")
+  index = trees.lineage(trees_[0])
+  params = given.params if given else trees.to_host(trees.to_plain(trees_[0]), index)
+  return Generation(index, params, given.metrics if given else {}, given.history if given else (), setup.network(index))
 
 
 def _generations(directory: epath.Path) -> list[str]:

@@ -208,13 +208,15 @@ def prepare(
 def _network_of(member: Any, number: int) -> Network:
   """Returns a generation's network, with all that `predict` needs of it."""
   if not isinstance(member, Generation):
-    raise CheckpointError("predict takes Generations, which say which network they are and how to normalise, not trees")
+    raise CheckpointError(
+      "a variables tree does not say which network it is, nor how its inputs are normalised: give the Generation, or "
+      "ban_jax.with_network(tree, cfg)"
+    )
   network = member.network
   if network is None or network.spec.kind == "images" and not network.scaling:
     raise CheckpointError(
       f"generation {number} of those given does not say how its inputs were normalised: it was written by an earlier "
-      "version, or trained on a data set made by hand. Call train_generation or run again with its workdir to have it "
-      "with its network"
+      "version, or trained on a data set made by hand; give ban_jax.with_network(generation, cfg)"
     )
   if network.group["name"] == "own" and network.own is None:
     raise CheckpointError(

@@ -364,6 +364,14 @@ def test_a_directory_of_an_earlier_version_is_read_and_named_where_it_does_not_s
   assert trees.digest(old.params) == trees.digest(generations[1].params)
   with pytest.raises(ban_jax.CheckpointError, match="does not say how its inputs were normalised"):
     ban_jax.predict(old, np.zeros((1, 8, 8)))
+  for member in (old, old.params):
+    known = ban_jax.with_network(member, own(), dataset=dataset, model=cnn)
+    assert (known.index, known.network) == (1, generations[1].network)
+    np.testing.assert_array_equal(
+      ban_jax.predict(known, np.zeros((1, 8, 8))), ban_jax.predict(generations[1], np.zeros((1, 8, 8)))
+    )
+  with pytest.raises(ban_jax.CheckpointError, match="the network does not fit model wide_resnet_10_1"):
+    ban_jax.with_network(old, own())
   # The configuration's network is taken, and the resumed run knows its own.
   assert ban_jax.evaluate(old, own(), dataset=dataset, model=cnn)["count"] == 100
   resumed = ban_jax.run(own(), tmp_path / "old", dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
