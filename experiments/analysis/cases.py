@@ -109,7 +109,8 @@ def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
   if known.spec.kind == "images":
     shape = known.arrays["images"].shape
     pixels = rng.integers(0, 256, shape, np.uint8)
-    pool = images.Examples(pixels, rng.integers(0, classes, len(pixels)).astype(np.int32))
+    labels = rng.permutation(np.arange(len(pixels), dtype=np.int32) % classes)  # some of each class
+    pool = images.Examples(pixels, labels)
     options = images.Options(**{key: group[key] for key in images.Options._fields})
     return images.build(group["name"], pool, images.take(pool, np.arange(1)), num_classes=classes, options=options)
   words = known.spec.words
