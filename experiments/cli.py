@@ -65,7 +65,7 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/ban_jax/xla."""
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ban_jax" / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
 
 
 def start_jax() -> tuple[jax.Device, ...]:
