@@ -50,7 +50,9 @@ def _is_rising(shares: Any) -> bool:
 
 
 def _are_class_weights(value: Any) -> bool:
-  return value == "balanced" or isinstance(value, list | tuple) and all(map(POSITIVE.holds, value))
+  if isinstance(value, list | tuple):
+    return all(map(POSITIVE.holds, value))
+  return isinstance(value, str) and value == "balanced"
 
 
 FINITE = real(lambda v: True, "a finite number")
@@ -190,6 +192,8 @@ def check_data(group: Mapping[str, Any]) -> None:
   taken = data.keys_of(group["name"])
   for name, (neutral, why) in UNUSED.items():
     if name not in taken and group[name] != neutral:
+      if group["name"] == "own":
+        why = "is given as dataset=, and from_arrays takes such settings"
       raise ConfigError(f"data.{name}={group[name]!r}: expected {neutral!r}, because {group['name']} {why}")
   look_up(noise.KINDS, group["noise_kind"], "data.noise_kind")
   if "dataset" in taken and not group["dataset"]:

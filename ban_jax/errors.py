@@ -1,7 +1,8 @@
-"""Errors that a user can act on, and the one look-up that every registry shares."""
+"""Errors that a user can act on, and the checks that every module shares: registries and whole numbers."""
 
+import numbers
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -59,6 +60,14 @@ def choices(names: Iterable[object]) -> str:
 
 def look_up(registry: Mapping[str, T], name: str, what: str) -> T:
   """Returns `registry[name]`, or raises a ConfigError that names `what` was asked for and lists the choices."""
-  if name not in registry:
-    raise ConfigError(f"unknown {what} {name!r}; choose one of: {choices(registry)}")
+  if not isinstance(name, str) or name not in registry:
+    given = repr(name) if name is None or isinstance(name, str) else f"(of type {type(name).__name__})"
+    raise ConfigError(f"unknown {what} {given}; choose one of: {choices(registry)}")
   return registry[name]
+
+
+def check_whole(name: str, value: Any, least: int, note: str = "") -> int:
+  """Returns a whole number of at least `least` as an int, NumPy's too; raises a ConfigError for anything else."""
+  if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+    raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}{note}")
+  return int(value)

@@ -10,7 +10,7 @@ from etils import epath
 from jax import export as jax_export
 
 from ban_jax import predict, storage, trees
-from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.types import Generation
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -35,11 +35,13 @@ def export(
   Raises, before any work, the errors of `predict`, and a ConfigError for language models, for unknown platforms, and
   for a network of the caller's own that needs a fixed number of images.
   """
+  if isinstance(platforms, str) or not isinstance(platforms, Sequence) or not platforms:
+    raise ConfigError(f"platforms={platforms!r}: expected a sequence, some of {', '.join(PLATFORMS)}")
   if unknown := set(platforms) - set(PLATFORMS):
-    raise ConfigError(f"platforms: {', '.join(sorted(unknown))}: expected some of {', '.join(PLATFORMS)}")
-  if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-    raise ConfigError(f"batch_size={batch_size!r}: expected a whole number of at least 1, or None")
-  target = storage.resolve_workdir(path)
+    raise ConfigError(f"platforms: {', '.join(sorted(map(str, unknown)))}: expected some of {', '.join(PLATFORMS)}")
+  if batch_size is not None:
+    batch_size = check_whole("batch_size", batch_size, 1, ", or None")
+  target = _file(path)
   predictor = predict.prepare(generations, weights, jax.local_devices()[:1])
   if predictor.spec.kind != "images":
     raise ConfigError("export takes networks of images; these are language models")
@@ -78,7 +80,17 @@ def export_parameters(generation: Generation, path: epath.PathLike) -> None:
   if generation.network is not None:
     metadata["network"] = json.dumps(storage.network_record(generation.network))
   arrays = {name: np.array(leaf, order="C") for name, leaf in trees.leaves(trees.to_plain(generation.params)).items()}
-  target = storage.resolve_workdir(path)
+  target = _file(path)
   with storage.storage_errors(target.parent):
     target.parent.mkdir(parents=True, exist_ok=True)
     storage.write_bytes(target, save(arrays, metadata))
+
+
+def _file(path: epath.PathLike) -> epath.Path:
+  """Returns a file's full path; raises a ConfigError where none can be written there."""
+  target = storage.resolve_workdir(path, "path")
+  if target.is_dir():
+    raise ConfigError(f"path={str(path)!r} is a directory; name a file")
+  if target.parent.exists() and not target.parent.is_dir():
+    raise ConfigError(f"path={str(path)!r}: {target.parent} is a file, not a directory")
+  return target

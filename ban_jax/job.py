@@ -2,7 +2,6 @@
 
 import json
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from ml_collections import ConfigDict
 from ban_jax import config, data, losses, optim, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
-from ban_jax.data import images
-from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
 from ban_jax.models import make_model
 from ban_jax.teacher import Teacher
@@ -56,8 +54,8 @@ class Setup(NamedTuple):
     student, teacher = _group("model", self.values), _group("teacher.model", self.values)
     model, dataset = self.models[min(generation, 1)], self.dataset
     group = student if generation or not teacher else teacher
-    scaling = images.scaling(dataset) if dataset.spec.kind == "images" else {}
-    return Network(group, self.cfg.compute_dtype, dataset.spec, scaling, model if group["name"] == "own" else None)
+    own = model if group["name"] == "own" else None
+    return Network(group, self.cfg.compute_dtype, dataset.spec, dataset.scaling, own)
 
 
 class Job(NamedTuple):
@@ -257,9 +255,9 @@ def prepare(
       raise CheckpointError(f"teacher {number} has parameters that are not finite; it cannot teach")
   if generation is None:
     generation = 1 + max(map(trees.lineage, parents)) if parents else 0
-  if not isinstance(generation, numbers.Integral) or isinstance(generation, bool) or generation < 0:
-    raise ConfigError(f"generation={generation!r}: expected a whole number of at least 0, or None")
-  generation = int(generation)
+  generation = check_whole("generation", generation, 0, ", or None")
+  if generation >= 2**31:  # lineages hold an int32
+    raise ConfigError(f"generation={generation}: expected a whole number below 2**31")
   student = setup.models[min(generation, 1)]
   if parents:
     _check_inherits(student, parents)

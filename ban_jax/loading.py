@@ -18,7 +18,8 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
   cannot be one and for another network, a CheckpointError where there is no finished generation or a damaged one, and a
   StorageError where the disk cannot be read at the moment.
   """
-  directory = storage.resolve_workdir(path)
+  _check_model(model)
+  directory = storage.resolve_workdir(path, "path")
   found = storage.load(directory)
   if found is None:
     inside = ", ".join(_generations(directory))
@@ -27,10 +28,13 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
   return found[0] if model is None else _with_model(found[0], model, directory)
 
 
+def _check_model(model: Model | None) -> None:
+  if model is not None and not isinstance(model, Model):
+    raise ConfigError(f"model must be a Model, as ban_jax.from_flax returns it, not {type(model).__name__}")
+
+
 def _with_model(generation: Generation, model: Model, directory: epath.Path) -> Generation:
   """Returns a generation that carries the caller's own network; raises where it is not the one that was trained."""
-  if not isinstance(model, Model):
-    raise ConfigError(f"model must be a Model, as ban_jax.from_flax returns it, not {type(model).__name__}")
   network = generation.network
   recorded = "no network on record" if network is None else repr(network.group.get("own", network.group["name"]))
   if network is None or network.group.get("own") != model.name:
@@ -44,10 +48,12 @@ def load_run(workdir: epath.PathLike, *, model: Model | None = None) -> list[Gen
 
   `model` is given to those generations that have a network of that name.
   """
+  _check_model(model)
   directory = storage.resolve_workdir(workdir)
   names = [name for name in _generations(directory) if (directory / name / "manifest.json").exists()]
   if not names:
-    raise CheckpointError(f"{directory} holds no finished generation: there is no gen_K/manifest.json")
+    hint = "; it is a generation: read it by load" if (directory / "manifest.json").exists() else ""
+    raise CheckpointError(f"{directory} holds no finished generation: there is no gen_K/manifest.json{hint}")
   found = [load(directory / name) for name in names]
   if model is None:
     return found

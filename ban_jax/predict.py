@@ -14,9 +14,9 @@ from ban_jax import devices as devices_lib
 from ban_jax import report, trees
 from ban_jax.data import images as images_lib
 from ban_jax.data.text import EOS, UNKNOWN
-from ban_jax.errors import CheckpointError, ConfigError, DataError, choices
+from ban_jax.errors import CheckpointError, ConfigError, DataError, check_whole, choices
 from ban_jax.models import make_model
-from ban_jax.types import Carry, Devices, Generation, InputSpec, Model, Network
+from ban_jax.types import Carry, Dataset, Devices, Generation, InputSpec, Model, Network
 
 # Sentences are padded to a multiple of this many tokens, so that few lengths are compiled.
 PAD_TO = 32
@@ -62,7 +62,8 @@ def log_mean(
 def make_predict_step(models: tuple[Model, ...], devices: Devices) -> Callable[..., tuple[Carry, Array]]:
   """Returns the pmapped `log_mean` of these networks, `(variables, scaling, carries, inputs, log_weights)`."""
   step = functools.partial(log_mean, models)
-  return devices_lib.pmap(step, devices=devices, in_axes=(None, None, 0, 0, None))
+  # An axis for each tree: a flat tuple is taken for the arrays' own axes where there are as many arrays as arguments.
+  return devices_lib.pmap(step, devices=devices, in_axes=((None,) * len(models), None, 0, 0, None))
 
 
 def predict(
@@ -88,8 +89,7 @@ def predict(
   """
   predictor = prepare(generations, weights, devices)
   inputs = _checked(predictor, inputs)
-  if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-    raise ConfigError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+  batch_size = check_whole("batch_size", batch_size, 1)
   found = []
   title = f"predicting {len(inputs)} inputs"
   with contextlib.closing(report.Progress(title, len(inputs), 0, progress and len(inputs) > 20 * batch_size)) as bar:
@@ -117,6 +117,7 @@ def log_probabilities(
   raises a DataError where the vocabulary has none. Other arguments and errors are those of `predict`.
   """
   predictor = _language_model(generations, weights, devices, "log_probabilities")
+  batch_size = check_whole("batch_size", batch_size, 1)
   if isinstance(sentences, str):
     raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
   tokens = [
@@ -150,8 +151,7 @@ def sample(
   Words are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. The same seed gives
   the same text on the same machine. Errors are those of `log_probabilities`.
   """
-  if not isinstance(length, int) or length < 0:
-    raise ConfigError(f"length={length!r}: expected a whole number of at least 0")
+  length = check_whole("length", length, 0)
   if not temperature > 0:
     raise ConfigError(f"temperature={temperature!r}: expected a number above 0")
   predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
@@ -216,7 +216,8 @@ def _network_of(member: Any, number: int) -> Network:
   if network is None or network.spec.kind == "images" and not network.scaling:
     raise CheckpointError(
       f"generation {number} of those given does not say how its inputs were normalised: it was written by an earlier "
-      "version, or trained on a data set made by hand; give ban_jax.with_network(generation, cfg)"
+      "version, trained on a data set made by hand, or made from a spec; give ban_jax.with_network(generation, cfg), or "
+      "the data set to from_function"
     )
   if network.group["name"] == "own" and network.own is None:
     raise CheckpointError(
@@ -237,7 +238,13 @@ def _pad(rows: np.ndarray, count: int) -> np.ndarray:
 
 def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
   """Returns the inputs as an array that the networks read; raises a DataError where they cannot be."""
-  inputs, spec = np.asarray(inputs), predictor.spec
+  spec = predictor.spec
+  try:
+    if isinstance(inputs, Dataset):
+      raise ValueError("a Dataset: its images are dataset.splits['test']['images']")
+    inputs = np.asarray(inputs)
+  except ValueError as error:
+    raise DataError(f"the inputs cannot be one array: {error}") from error
   if spec.kind == "tokens":
     if inputs.ndim != 2 or not np.issubdtype(inputs.dtype, np.integer):
       raise DataError(f"the inputs are {inputs.dtype} {list(inputs.shape)}; expected tokens, whole numbers [N, T]")
@@ -257,9 +264,11 @@ def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
     raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on uint8 images from 0 to 255")
   if predictor.dtype == "float32" and not np.issubdtype(inputs.dtype, np.floating):
     raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on floating-point images")
+  with np.errstate(over="ignore"):
+    inputs = inputs.astype(predictor.dtype)
   if predictor.dtype == "float32" and not np.isfinite(inputs).all():
     raise DataError("the inputs have pixels that are not finite")
-  return inputs.astype(predictor.dtype)
+  return inputs
 
 
 def _language_model(generations, weights, devices, what: str) -> Predictor:

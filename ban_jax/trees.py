@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,8 +74,11 @@ def members_of(given: Member | Sequence[Member] | None) -> list[Member]:
     return []
   if isinstance(given, Generation | Mapping):
     return [given]
-  if not isinstance(given, Sequence) or isinstance(given, str):
-    raise ConfigError(f"expected a variables tree, a Generation or a sequence of them, not {type(given).__name__}")
+  # A Model and a Dataset are sequences too, of their fields.
+  if not isinstance(given, Sequence) or isinstance(given, str | bytes) or hasattr(given, "_fields"):
+    hint = "; read a directory with ban_jax.load or load_run" if isinstance(given, str | os.PathLike) else ""
+    kind = type(given).__name__
+    raise ConfigError(f"expected a variables tree, a Generation or a sequence of them, not {kind}{hint}")
   return [one for member in given for one in members_of(member)]
 
 
@@ -130,7 +134,10 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> Float64[np.ndar
 
   Raises a ConfigError for anything but one number of at least 0 for each, not all of them 0.
   """
-  given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+  try:
+    given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+  except (TypeError, ValueError):  # words, a dict, rows of several lengths
+    given = np.zeros(0)
   if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
     raise ConfigError(f"weights={weights!r}: expected {count} numbers of at least 0, not all of them 0")
   return given / given.sum()

@@ -77,6 +77,15 @@ class Dataset(NamedTuple):
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
 
+  @property
+  def scaling(self) -> dict[str, Any]:
+    """How its images are normalised, as Network records it; {} for text, and for images without a mean."""
+    arrays = self.splits["train"]
+    if self.spec.kind != "images" or not {"images", "mean", "std"} <= arrays.keys():
+      return {}
+    statistics = {name: [float(value) for value in arrays[name]] for name in ("mean", "std")}
+    return {"dtype": str(arrays["images"].dtype), **statistics}
+
 
 class TrainState(NamedTuple):
   """What a training step changes, the carry aside."""

@@ -66,6 +66,7 @@ def test_they_change_what_is_learned():
     (DIGITS, (*[1.0] * 9, float("inf")), "expected .., .* a finite number above 0 for each class"),
     (DIGITS, (*[1.0] * 9, "1"), "expected .., .* a finite number above 0 for each class"),
     (DIGITS, "equal", "loss.class_weights='equal': expected .., \"balanced\", or a tuple"),
+    (DIGITS, np.ones(10), "expected .., .balanced., or a tuple"),
     (DIGITS, 2.0, 'loss.class_weights=2.0: expected .., "balanced", or a tuple'),
     (TEXT, "balanced", "loss.class_weights='balanced': expected .., because pydoc is text"),
     (TEXT, (1.0, 2.0), "loss.class_weights=.1.0, 2.0.: expected .., because pydoc is text"),

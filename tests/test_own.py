@@ -197,6 +197,27 @@ LABELS = np.array([0, 1, 2, 1])
     ({"label_noise": 1.0}, "label_noise=1.0: expected a share in [0, 1)"),
     ({"noise_kind": "x"}, "unknown noise_kind 'x'; choose one of: pairwise, symmetric"),
     ({"num_classes": 1}, "num_classes=1: expected a whole number of at least 2"),
+    ({"num_classes": 3.0}, "num_classes=3.0: expected a whole number of at least 2"),
+    ({"label_noise": "some"}, "label_noise='some': expected a share in [0, 1)"),
+    ({"noise_kind": ["symmetric"]}, "unknown noise_kind (of type list); choose one of: pairwise, symmetric"),
+    ({"flip": "no"}, "flip='no': expected True or False"),
+    (
+      {"train": ([PIXELS[0], PIXELS[0, 1:]], LABELS[:2])},
+      "arrays, train: images or labels are no array, because their sizes differ (",
+    ),
+    (
+      {"train": (PIXELS, np.array([0, 1, 2, 10**9]))},  # identifiers in place of classes
+      "arrays, train: no example of class 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 999999987 more; expected some of each of "
+      "the 1000000001",
+    ),
+    (
+      {"train": (PIXELS, np.array([0, 1, 2, 2**64 - 1], np.uint64))},
+      "arrays, train: a label is 18446744073709551615; expected classes from 0",
+    ),
+    (
+      {"train": (PIXELS, LABELS * 0), "test": (PIXELS, LABELS * 0)},
+      "arrays: all labels are 0; expected at least two classes, or give num_classes",
+    ),
   ],
 )
 def test_arrays_that_do_not_fit_are_refused_in_one_sentence(changes, message):
@@ -204,6 +225,14 @@ def test_arrays_that_do_not_fit_are_refused_in_one_sentence(changes, message):
   with pytest.raises(ban_jax.BanError) as error:
     ban_jax.from_arrays(**arguments)
   assert str(error.value).startswith(message)
+
+
+def test_numbers_of_numpy_are_numbers():
+  pixels, labels = np.repeat(PIXELS, 3, axis=0), np.arange(12) % 3
+  given_ = {"num_classes": labels.max() + 1, "pad": np.int32(1), "flip": np.bool_(True), "noise_seed": np.uint8(2)}
+  made = ban_jax.from_arrays((pixels, labels), (pixels, labels), np.float64(0.5), **given_)
+  assert made.sizes == {"train": 6, "test": 12, "validation": 6}
+  assert json.loads(json.dumps(made.options))["noise_seed"] == 2
 
 
 def test_wrong_labels_are_made_of_arrays_too(arrays):
@@ -232,6 +261,37 @@ class Counter(nn.Module):
     return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
+class Deterministic(nn.Module):
+  @nn.compact
+  def __call__(self, x, deterministic=True):  # left at its default, dropout would be off in training
+    return nn.Dense(10)(nn.Dropout(0.5, deterministic=deterministic)(x.reshape(x.shape[0], -1)))
+
+
+class Always(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(x.reshape(x.shape[0], -1)))
+
+
+class Two(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(x.reshape(x.shape[0], -1)), x
+
+
+class Noise(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = x + jax.random.normal(self.make_rng("noise"), x.shape) if train else x
+    return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Broken(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    raise KeyError("width")
+
+
 @pytest.mark.parametrize(
   ("module", "message"),
   [
@@ -240,7 +300,19 @@ class Counter(nn.Module):
     (Needs(), "model 'Needs' needs the arguments mask; expected module(x) or module(x, train=)"),
     (Spatial(), "model 'Spatial' returns [2, 8, 8, 10] for two images; expected logits [2, 10]"),
     (Counter(), "model 'Counter' has the collections cache, params; expected params and batch_stats alone"),
-    (nn.Dense(10, kernel_init=None), "model 'Dense' cannot be called with images of 8x8x1: "),
+    (nn.Dense(10, kernel_init=None), "model 'Dense' cannot be made for images of 8x8x1: "),
+    (Broken(), "model 'Broken' cannot be made for images of 8x8x1: 'width'"),
+    (Always(), "model 'Always' cannot be called with images of 8x8x1: Dropout_0 needs PRNG for"),
+    (Noise(), "model 'Noise' cannot be trained on images of 8x8x1: "),
+    (
+      CNN(axis_name="batch"),
+      "model 'CNN' cannot be trained on images of 8x8x1: Found an unbound axis name: batch",
+    ),
+    (
+      Deterministic(),
+      "model 'Deterministic' has the argument 'deterministic'; expected module(x, train=): rename it to train",
+    ),
+    (Two(), "the network returns tuple; expected one array, the logits [B, classes]"),
   ],
 )
 def test_modules_that_do_not_fit_are_refused(dataset, module, message):
@@ -266,6 +338,8 @@ def test_a_run_is_resumed_loaded_and_predicts_what_it_did(run, dataset, cnn, arr
     ban_jax.predict(unnamed, tests)
   with pytest.raises(ban_jax.ConfigError, match="model is 'Linear', but the generation was trained with 'CNN'"):
     ban_jax.load(workdir / "gen_0", model=ban_jax.from_flax(Linear(), dataset))
+  with pytest.raises(ban_jax.CheckpointError, match="it is a generation: read it by load"):
+    ban_jax.load_run(workdir / "gen_0")
   other = ban_jax.from_arrays((arrays[0][:200], arrays[1][:200]), (arrays[0], arrays[1]), name="mine")
   with pytest.raises(ban_jax.CheckpointError, match="dataset.pad: 1 there, 0 here"):
     ban_jax.run(own(), workdir, dataset=other, model=cnn, **QUIET)
@@ -298,6 +372,9 @@ def test_predictions_are_the_evaluation_s(run, dataset, cnn, arrays):
     ),
     (np.zeros((2, 9, 9)), "the inputs have the shape [2, 9, 9, 1]; expected images [N, 8, 8, 1]"),
     (np.full((2, 8, 8), np.inf), "the inputs have pixels that are not finite"),
+    (np.full((2, 8, 8), 1e300), "the inputs have pixels that are not finite"),  # in float32
+    ([np.zeros((8, 8)), np.zeros((9, 8))], "the inputs cannot be one array: "),
+    (None, "the inputs have the shape []; expected images [N, 8, 8, 1]"),
   ],
 )
 def test_inputs_that_the_network_cannot_read_are_refused(run, inputs, message):
@@ -310,10 +387,16 @@ def test_inputs_that_the_network_cannot_read_are_refused(run, inputs, message):
   [
     ({"weights": [1.0]}, "weights=[1.0]: expected 2 numbers of at least 0, not all of them 0"),
     ({"weights": [0, 0]}, "weights=[0, 0]: expected 2 numbers of at least 0, not all of them 0"),
+    ({"weights": "equal"}, "weights='equal': expected 2 numbers of at least 0, not all of them 0"),
+    ({"weights": {0: 1, 1: 1}}, "weights={0: 1, 1: 1}: expected 2 numbers of at least 0, not all of them 0"),
     ({"batch_size": 0}, "batch_size=0: expected a whole number of at least 1"),
     ({"devices": 2}, "devices=2: expected a sequence of devices, as jax.devices()[:2]"),
     ({"generations": []}, "predict needs at least one generation"),
-    ({"generations": "gen_0"}, "expected a variables tree, a Generation or a sequence of them, not str"),
+    (
+      {"generations": "gen_0"},
+      "expected a variables tree, a Generation or a sequence of them, not str; read a directory with ban_jax.load or "
+      "load_run",
+    ),
   ],
 )
 def test_wrong_arguments_of_predict_are_refused(run, arguments, message):
@@ -417,8 +500,38 @@ def test_a_function_of_another_library_teaches(dataset, arrays):
   agreement = ban_jax.compare([teacher, student], cfg, dataset=dataset, model=linear)["agreement"][0, 1]
   assert agreement > ban_jax.compare([teacher, teacher._replace(params=trees.to_host({"params": {"variables": {
     "w": -weights}}, "batch_stats": {}}, 0))], cfg, dataset=dataset, model=linear)["agreement"][0, 1]  # fmt: skip
-  with pytest.raises(ban_jax.ConfigError, match=r"model 'bad' returns \[2, 64\] for two images; expected logits"):
-    ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1), {}, dataset, name="bad")
+  # With its data set, it knows how its images are normalised; with a spec alone it does not.
+  pixels, labels = arrays[0][200:], arrays[1][200:]
+  metrics = ban_jax.evaluate(teacher, cfg, dataset=dataset, model=linear)
+  assert 100 * (ban_jax.predict(teacher, pixels).argmax(axis=1) != labels).mean() == pytest.approx(metrics["error"])
+  plain = ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v["w"], {"w": weights}, dataset.spec, name="s")
+  with pytest.raises(ban_jax.CheckpointError, match="or made from a spec"):
+    ban_jax.predict(plain, pixels)
+
+
+@pytest.mark.parametrize(
+  ("apply", "variables", "name", "message"),
+  [
+    (lambda v, x: x.reshape(x.shape[0], -1), {}, "f", "model 'f' returns [2, 64] for two images; expected logits"),
+    (lambda x: x, {}, "f", "model 'f' cannot be called with images of 8x8x1: "),
+    (lambda v, x: None, {}, "f", "the network returns NoneType; expected one array, the logits [B, classes]"),
+    (lambda v, x: x, {"kind": "vgg"}, "f", "the variables of 'f' are no tree of arrays: "),
+    (lambda v, x: x, {}, None, "name=None: expected a printable word, because it identifies the network"),
+  ],
+)
+def test_functions_that_do_not_fit_are_refused(dataset, apply, variables, name, message):
+  with pytest.raises(ban_jax.ConfigError, match=re.escape(message)):
+    ban_jax.from_function(apply, variables, dataset, name=name)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_network_of_a_single_array_predicts_on_any_number_of_devices(dataset, arrays, count):
+  weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+  linear = ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v, weights, dataset, name="matrix")
+  pixels = arrays[0][200:].reshape(100, -1)
+  scores = (pixels - dataset.splits["train"]["mean"]) / dataset.splits["train"]["std"] @ weights
+  found = ban_jax.predict(linear, arrays[0][200:], devices=jax.devices()[:count])
+  np.testing.assert_allclose(found, jax.nn.softmax(scores), atol=1e-5)
 
 
 def test_a_sequence_is_carried_on_with_another_configuration(run, dataset, cnn, tmp_path):
@@ -479,6 +592,26 @@ def test_parameters_are_written_as_safetensors(run, tmp_path):
       np.testing.assert_array_equal(file.get_tensor(name), leaf)
 
 
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"path": "."}, "path='.' is a directory; name a file"),
+    ({"path": ROOT / "setup.py" / "x"}, "setup.py is a file, not a directory"),
+    ({"path": None}, "path=None: expected a path, not NoneType"),
+    ({"platforms": "cpu"}, "platforms='cpu': expected a sequence, some of cpu, cuda, rocm, tpu"),
+    ({"platforms": []}, "platforms=[]: expected a sequence, some of cpu, cuda, rocm, tpu"),
+    ({"platforms": ["gpu"]}, "platforms: gpu: expected some of cpu, cuda, rocm, tpu"),
+    ({"batch_size": 0}, "batch_size=0: expected a whole number of at least 1, or None"),
+  ],
+)
+def test_wrong_arguments_of_export_are_refused(run, arguments, message):
+  with pytest.raises(ban_jax.ConfigError, match=re.escape(message)):
+    ban_jax.export(run[1], **{"path": "x", **arguments})
+  if set(arguments) == {"path"}:
+    with pytest.raises(ban_jax.ConfigError, match=re.escape(message)):
+      ban_jax.export_parameters(run[1][0], **arguments)
+
+
 class Fixed(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -531,6 +664,12 @@ def test_a_second_thread_that_trains_is_refused_at_once(dataset, cnn):
   assert errors[0].startswith("another thread of this process is training")
 
 
+def set_data(words, **changes):
+  cfg = ban_jax.get_config(words)
+  cfg.data.update(changes)
+  return cfg
+
+
 @pytest.mark.parametrize(
   ("call", "message"),
   [
@@ -555,7 +694,23 @@ def test_a_second_thread_that_trains_is_refused_at_once(dataset, cnn):
       lambda cfg: ban_jax.train_generation(None, cfg, model=CNN()),
       "model must be a Model, as ban_jax.from_flax returns",
     ),
-    (lambda cfg: ban_jax.load(None), "workdir=None: expected a path, not NoneType"),
+    (lambda cfg: ban_jax.load(None), "path=None: expected a path, not NoneType"),
+    (lambda cfg: ban_jax.load_run(ROOT, model=Linear()), "model must be a Model, as ban_jax.from_flax returns"),
+    (lambda cfg: ban_jax.get_config(["digits", "wrn_10_1", "cpu"]), 'named by one string, "dataset,network,scale"'),
+    (
+      lambda cfg: ban_jax.train_generation(ROOT, cfg),
+      "a Generation or a sequence of them, not PosixPath; read a directory with ban_jax.load",
+    ),
+    (
+      lambda cfg: ban_jax.train_generation(load_data(cfg.data), cfg),
+      "a Generation or a sequence of them, not Dataset",
+    ),
+    (lambda cfg: ban_jax.train_generation(None, cfg, generation=2**40), "expected a whole number below 2"),
+    (lambda cfg: load_data(cfg.data).eval_order((1, 2), 3), r"unknown split of digits \(of type tuple\); choose one"),
+    (
+      lambda cfg: ban_jax.train_generation(None, set_data("own,own,cpu", label_noise=0.4)),
+      "data.label_noise=0.4: expected 0.0, because own is given as dataset=, and from_arrays takes such settings",
+    ),
     (
       lambda cfg: ban_jax.train_generation(None, ban_jax.get_config("own,own,cpu")),
       "data.name='own': pass the data as",

@@ -1,9 +1,10 @@
 """What image data sets share: the split into training, validation and test examples, and mini-batches on the device."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +89,12 @@ def check_examples(name: str, parts: Mapping[str, Examples], num_classes: int) -
       hint = "; the labels seem to begin at 1: subtract 1" if low == 1 and high == num_classes else ""
       wrong = low if low < 0 else high
       raise DataError(f"{where}: a label is {wrong}; expected classes from 0 to {num_classes - 1}{hint}")
-  if missing := np.flatnonzero(np.bincount(parts["train"].labels, minlength=num_classes) == 0).tolist():
+  present = np.unique(parts["train"].labels)
+  if count := num_classes - len(present):
+    # Labels may be identifiers of nine digits: nothing is as long as the largest of them.
+    missing = list(itertools.islice((number for number in range(num_classes) if number not in present), 10))
     hint = "; the labels seem to begin at 1: subtract 1" if missing == [0] else ""
-    listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+    listed = ", ".join(map(str, missing)) + (f" and {count - 10} more" if count > 10 else "")
     raise DataError(f"{name}, train: no example of class {listed}; expected some of each of the {num_classes}{hint}")
 
 
@@ -282,15 +286,6 @@ def normalise(
   """Returns what a network reads: uint8 is divided by 255, and both are normalised per channel."""
   scaled = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
   return (scaled - mean) / std
-
-
-def scaling(dataset: Dataset) -> dict[str, Any]:
-  """Returns how a data set of `build` normalises its images, as types.Network records it; {} for any other."""
-  arrays = dataset.splits["train"]
-  if not {"images", "mean", "std"} <= arrays.keys():
-    return {}
-  statistics = {name: [float(value) for value in arrays[name]] for name in ("mean", "std")}
-  return {"dtype": str(arrays["images"].dtype), **statistics}
 
 
 def channel_statistics(

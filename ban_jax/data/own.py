@@ -1,12 +1,13 @@
 """A caller's own images as a data set."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ban_jax.data import images, noise
-from ban_jax.errors import ConfigError, DataError, look_up
+from ban_jax.errors import ConfigError, DataError, check_whole, look_up
 from ban_jax.types import Dataset
 
 Pair = tuple[Any, Any]  # images and labels, as arrays or what numpy.asarray takes
@@ -48,37 +49,36 @@ def from_arrays(
   ConfigError for a value out of range.
   """
   share = 0.0
-  if isinstance(validation, int | float):
+  if isinstance(validation, numbers.Real):
     share, validation = float(validation), None
   if not (isinstance(name, str) and name.isprintable() and name):
     raise ConfigError(f"name={name!r}: expected a printable word, because it names the data set in messages")
   if not 0 <= share < 1:
     raise ConfigError(f"validation={share}: expected a share in [0, 1), or a pair of images and labels")
   look_up(noise.KINDS, noise_kind, "noise_kind")
-  if not 0 <= label_noise < 1:
+  if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise < 1:
     raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
-  for key, value in {"pad": pad, "train_examples": train_examples, "noise_seed": noise_seed}.items():
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-      raise ConfigError(f"{key}={value!r}: expected a whole number of at least 0")
+  if not isinstance(flip, bool | np.bool_):
+    raise ConfigError(f"flip={flip!r}: expected True or False")
   given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
   parts = {split: _examples(name, split, pair) for split, pair in given.items()}
   largest = max(int(part.labels.max(initial=0)) for part in parts.values())
-  if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 2):
-    raise ConfigError(f"num_classes={num_classes!r}: expected a whole number of at least 2")
+  if num_classes is None and largest < 1:
+    raise DataError(f"{name}: all labels are {largest}; expected at least two classes, or give num_classes")
   options = images.Options(
     validation=share,
-    train_examples=train_examples,
-    pad=pad,
+    train_examples=check_whole("train_examples", train_examples, 0),
+    pad=check_whole("pad", pad, 0),
     flip=bool(flip),
-    label_noise=label_noise,
+    label_noise=float(label_noise),
     noise_kind=noise_kind,
-    noise_seed=noise_seed,
+    noise_seed=check_whole("noise_seed", noise_seed, 0),
   )
   dataset = images.build(
     name,
     parts["train"],
     parts["test"],
-    num_classes=largest + 1 if num_classes is None else num_classes,
+    num_classes=largest + 1 if num_classes is None else check_whole("num_classes", num_classes, 2),
     options=options,
     validation=parts.get("validation"),
   )
@@ -89,8 +89,11 @@ def _examples(name: str, split: str, pair: Pair) -> images.Examples:
   """Returns a split's examples as arrays of our own; raises a DataError where they cannot be images and labels."""
   if not (isinstance(pair, Sequence) and len(pair) == 2):
     raise DataError(f"{name}: {split} must be a pair (images, labels), not {_describe(pair)}")
-  pixels, labels = (np.asarray(array) for array in pair)
   where = f"{name}, {split}"
+  try:
+    pixels, labels = (np.asarray(array) for array in pair)
+  except ValueError as error:
+    raise DataError(f"{where}: images or labels are no array, because their sizes differ ({error})") from error
   if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
     raise DataError(f"{where}: the images are {pixels.dtype}; expected uint8 from 0 to 255, or floating-point numbers")
   if pixels.ndim not in (3, 4):
@@ -103,12 +106,13 @@ def _examples(name: str, split: str, pair: Pair) -> images.Examples:
       hint = "; take labels[:, 0]" if labels.shape[1] == 1 else "; for one-hot labels take labels.argmax(axis=1)"
     raise DataError(f"{where}: the labels have the shape {labels.shape}; expected [N], a class each{hint}")
   pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-  wide = labels.astype(np.int64)
-  if wide.size and not (np.iinfo(np.int32).min <= wide.min() and wide.max() <= np.iinfo(np.int32).max):
-    raise DataError(f"{where}: a label is {wide.max()}; expected classes from 0")
-  return images.Examples(
-    np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float32, order="C"), wide.astype(np.int32)
-  )
+  bounds = np.iinfo(np.int32)
+  if labels.size and not (bounds.min <= labels.min() and labels.max() <= bounds.max):
+    wrong = labels.max() if labels.max() > bounds.max else labels.min()
+    raise DataError(f"{where}: a label is {wrong}; expected classes from 0")
+  with np.errstate(over="ignore"):  # of float64; what is not finite is refused later
+    pixels = np.array(pixels, np.uint8 if pixels.dtype == np.uint8 else np.float32, order="C")
+  return images.Examples(pixels, labels.astype(np.int32))
 
 
 def _describe(value: Any) -> str:

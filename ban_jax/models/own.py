@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ban_jax import trees
+from ban_jax import devices, trees
 from ban_jax.errors import ConfigError
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network
 
 COLLECTIONS = ("params", "batch_stats")
+# What other code calls the argument `train`, or its opposite. Left at its default it would switch dropout off, or stop
+# the batch statistics, without a word.
+OTHER_NAMES = ("training", "is_training", "is_train", "deterministic", "eval", "use_running_average")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
   if spec.kind != "images":
     raise ConfigError("from_flax takes networks of images; the data set holds tokens")
   name = type(module).__name__ if name is None else name
+  _check_name(name)
   try:
     return _from_flax(module, spec, name)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
@@ -62,6 +66,9 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
 def _from_flax(module: nn.Module, spec: InputSpec, name: str) -> Model:
   parameters = inspect.signature(type(module).__call__).parameters
   trains = "train" in parameters
+  for other in OTHER_NAMES:
+    if other in parameters and not trains:
+      raise ConfigError(f"model {name!r} has the argument {other!r}; expected module(x, train=): rename it to train")
   others = [
     p.name
     for p in list(parameters.values())[2:]
@@ -85,10 +92,10 @@ def _from_flax(module: nn.Module, spec: InputSpec, name: str) -> Model:
   def apply(variables, carry, inputs, *, train, key=None, positions=None):
     statistics = variables.get("batch_stats", {})
     if not train:
-      return call(_without_empty(variables), inputs, False).astype(jnp.float32), carry, statistics
+      return _logits(call(_without_empty(variables), inputs, False)), carry, statistics
     rngs = {"dropout": jax.random.fold_in(key, positions[0])}  # otherwise all devices would draw the same mask
     logits, updated = call(_without_empty(variables), inputs, True, rngs=rngs, mutable=["batch_stats"])
-    return logits.astype(jnp.float32), carry, updated.get("batch_stats", statistics)
+    return _logits(logits), carry, updated.get("batch_stats", statistics)
 
   model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
   _check(model)
@@ -99,21 +106,44 @@ def _without_empty(variables: Mapping[str, Any]) -> dict[str, Any]:
   return {collection: tree for collection, tree in variables.items() if tree}
 
 
+def _logits(outputs: Any) -> jax.Array:
+  """Returns a network's outputs as float32; raises a ConfigError where they are no array."""
+  if not isinstance(outputs, jax.Array | np.ndarray):
+    raise ConfigError(f"the network returns {type(outputs).__name__}; expected one array, the logits [B, classes]")
+  return jnp.asarray(outputs, jnp.float32)
+
+
+def _check_name(name: Any) -> None:
+  if not (isinstance(name, str) and name.isprintable() and name):
+    raise ConfigError(f"name={name!r}: expected a printable word, because it identifies the network in run directories")
+
+
 def _check(model: Model) -> None:
-  """Raises a ConfigError where a network cannot be initialised, keeps other state, or does not return logits."""
+  """Raises a ConfigError where a network cannot be called, keeps other state, or does not return logits."""
+  inputs = jax.ShapeDtypeStruct((2, *model.spec.shape), jnp.float32)
+
+  def train(variables: Any, x: jax.Array, key: jax.Array) -> Any:
+    return model.apply(variables, (), x, train=True, key=key, positions=jnp.arange(2))
+
+  # Mapped, so that the axis of synchronised batch statistics has its name.
+  mapped = jax.vmap(train, in_axes=None, axis_name=devices.AXIS, axis_size=1)
+  doing = "made for"
   try:
     variables = jax.eval_shape(model.init, jax.random.key(0))
     if others := [collection for collection in variables if collection not in COLLECTIONS]:
       raise ConfigError(
         f"model {model.name!r} has the collections {', '.join(others)}; expected {' and '.join(COLLECTIONS)} alone"
       )
-    inputs = jax.ShapeDtypeStruct((2, *model.spec.shape), jnp.float32)
+    doing = "called with"
     logits, _, _ = jax.eval_shape(lambda v, x: model.apply(v, (), x, train=False), variables, inputs)
-  except (TypeError, ValueError, AttributeError) as error:
-    if isinstance(error, ConfigError):
-      raise
-    shape = "x".join(map(str, model.spec.shape))
-    raise ConfigError(f"model {model.name!r} cannot be called with images of {shape}: {error}") from error
+    doing = "trained on"
+    jax.eval_shape(mapped, variables, inputs, jax.random.key(0))
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever the caller's code raises
+    shape, reason = "x".join(map(str, model.spec.shape)), (str(error) or type(error).__name__).splitlines()[0]
+    hint = f'; batch statistics are synchronised by axis_name="{devices.AXIS}"' if "unbound axis" in reason else ""
+    raise ConfigError(f"model {model.name!r} cannot be {doing} images of {shape}: {reason}{hint}") from error
   if logits.shape != (2, model.spec.num_classes):
     raise ConfigError(
       f"model {model.name!r} returns {list(logits.shape)} for two images; expected logits [2, {model.spec.num_classes}]"
@@ -138,25 +168,30 @@ def from_function(
   """Returns a network of another library as a fixed teacher: a Generation to pass as `params_prev`.
 
   `apply(variables, inputs)` is a JAX function of a tree of arrays and of normalised images, float32 [B, H, W, C]; it
-  returns logits [B, n]. Such a generation can teach, be evaluated and predict, but not be trained. Raises a ConfigError
-  where the function does not return logits for inputs of `spec`.
+  returns logits [B, n]. Such a generation can teach and be evaluated, but not be trained. Where `spec` is a data set,
+  it predicts too, and normalises images as that set does. Raises a ConfigError where the function does not return
+  logits for inputs of `spec`.
   """
-  spec = spec.spec if isinstance(spec, Dataset) else spec
+  scaling, spec = (spec.scaling, spec.spec) if isinstance(spec, Dataset) else ({}, spec)
   if not callable(apply) or not isinstance(spec, InputSpec):
     raise ConfigError("from_function takes a function, its variables and a Dataset or its spec")
-  variables = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), variables)  # float64 becomes float32
+  _check_name(name)
+  try:
+    variables = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), variables)  # float64 becomes float32
+  except TypeError as error:
+    raise ConfigError(f"the variables of {name!r} are no tree of arrays: {error}") from error
 
   def init(key: jax.Array) -> dict[str, Any]:
     return {"params": {"variables": jax.tree.map(jnp.asarray, variables)}}
 
   def call(tree, carry, inputs, *, train, key=None, positions=None):
     logits = apply(tree["params"]["variables"], inputs)
-    return logits.astype(jnp.float32), carry, {}
+    return _logits(logits), carry, {}
 
   model = Model(name, spec, init, lambda rows: (), call)
   _check(model)
   params = trees.to_host({"params": {"variables": variables}, "batch_stats": {}}, 0)
-  return Generation(0, params, {}, (), Network({"name": "own", "own": name}, "float32", spec, {}, model))
+  return Generation(0, params, {}, (), Network({"name": "own", "own": name}, "float32", spec, scaling, model))
 
 
 def _kind(value: Any) -> str:

@@ -243,6 +243,8 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
   The word tfds=NAME is the data set NAME of TensorFlow Datasets. `datasets` are the data sets that the calling
   configuration file accepts. Raises a ConfigError that lists the choices for an unknown word.
   """
+  if not isinstance(words, str):
+    raise ConfigError(f'a configuration is named by one string, "dataset,network,scale", not by {words!r}')
   dataset, network, scale, *more = [word.strip() for word in words.split(",")] + [""] * (3 - len(words.split(",")))
   name, _, of_tfds = dataset.partition("=")
   form = f'a configuration is named "dataset,network,scale", not {words!r}'

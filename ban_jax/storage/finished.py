@@ -141,7 +141,7 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
   differing += config.differences(values, own["config"], own["generation"])
   if differing:
     raise CheckpointError(
-      f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir, or remove it"
+      f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir"
     )
 
 

@@ -21,12 +21,15 @@ from ban_jax.storage.files import first_line, storage_error, write_json
 VISIBLE_SECONDS = 5.0
 
 
-def resolve_workdir(workdir: epath.PathLike) -> epath.Path:
-  """Returns a run directory's full path, "~" resolved; raises a ConfigError for one that cannot be used."""
+def resolve_workdir(workdir: epath.PathLike, argument: str = "workdir") -> epath.Path:
+  """Returns a run directory's full path, "~" resolved; raises a ConfigError for one that cannot be used.
+
+  `argument` names it in messages.
+  """
   if not isinstance(workdir, str | os.PathLike):
-    raise ConfigError(f"workdir={workdir!r}: expected a path, not {type(workdir).__name__}")
+    raise ConfigError(f"{argument}={workdir!r}: expected a path, not {type(workdir).__name__}")
   if not str(workdir):
-    raise ConfigError("the workdir is empty; name the directory that the run is to be kept in")
+    raise ConfigError(f"the {argument} is empty; name the directory that the run is to be kept in")
   _check_scheme(str(workdir))
   workdir = epath.Path(workdir).expanduser()
   workdir = workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
