@@ -216,8 +216,8 @@ def _network_of(member: Any, number: int) -> Network:
   if network is None or network.spec.kind == "images" and not network.scaling:
     raise CheckpointError(
       f"generation {number} of those given does not say how its inputs were normalised: it was written by an earlier "
-      "version, trained on a data set made by hand, or made from a spec; give ban_jax.with_network(generation, cfg), or "
-      "the data set to from_function"
+      "version, trained on a data set made by hand, or made from a spec; give ban_jax.with_network(generation, cfg), "
+      "or the data set to from_function"
     )
   if network.group["name"] == "own" and network.own is None:
     raise CheckpointError(
