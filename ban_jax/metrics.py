@@ -34,6 +34,12 @@ def top1_correct(logits: Float[Array, "B *T n"], labels: Int[Array, " B *T"]) ->
   return ~((logits > own) | (logits == own) & before | jnp.isnan(logits)).any(-1)
 
 
+def training_sums(logits: Float[Array, "B *T n"], batch: Batch, weights: Float[Array, " B *T"]) -> dict[str, Array]:
+  """Returns those of TRAINING_SUMS over one device's batch that depend on its predictions; `weights` are the loss's."""
+  errors = ~top1_correct(logits, batch.labels) & batch.mask
+  return {"weight": weights.sum(), "errors": errors.sum(), "count": batch.mask.sum()}
+
+
 def training_row(sums: Mapping[str, float]) -> dict[str, float]:
   """Returns an epoch's columns of the history from its summed TRAINING_SUMS, and `gradient.SUMS` where they are."""
   row = {"train_loss": sums["loss"] / sums["weight"], "train_error": 100 * sums["errors"] / sums["count"]}

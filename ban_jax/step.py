@@ -98,9 +98,8 @@ def make_train_step(
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
 
   def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], index):
-    state, carry = loop
+    state, (student_carry, teacher_carry) = loop
     batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, index, key_data, state.step)
-    student_carry, teacher_carry = carry
     teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
     fixed = {name: tree for name, tree in state.params.items() if name in frozen}
@@ -113,8 +112,7 @@ def make_train_step(
       )
       values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
-      errors = ~metrics.top1_correct(logits, batch.labels) & batch.mask
-      sums = {"weight": weights.sum(), "errors": errors.sum(), "count": batch.mask.sum()}
+      sums = metrics.training_sums(logits, batch, weights)
       if split:
         sums |= gradient_lib.split_sums(logits, batch.labels, teacher_logits, batch.mask)
       return (values * weights).sum(), (sums, new_carry, batch_stats)
@@ -139,8 +137,7 @@ def make_train_step(
     return state, carry, rows
 
   axes = (0, teaching.source_axis, 0, None, 0, None)
-  run = devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2))
-  return TrainStep(run, names)
+  return TrainStep(devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2)), names)
 
 
 def _several(
