@@ -240,12 +240,14 @@ def replay(options: Options, place: Place) -> Iterator[Measurement]:
 
 def beside(options: Options, place: Place) -> Iterator[Measurement]:
   """Yields the time, a step and student, of two students on a device each, beside one on one device."""
-  if len(place.devices) < 2:
+  devices = jax.devices()[:2]  # whatever --devices says
+  if len(devices) < 2:
+    print("warning: one device: students side by side are left out", file=sys.stderr)
     return
   changes = {"train.epochs": 1, "train.checkpoint_every": options.epoch_steps, "train.evaluate_every": 0}
   changes |= {"train.steps_per_dispatch": 1}
   for case in cases_of(options, place, training=True):
-    places = [place._replace(devices=(device,)) for device in place.devices[:2]]
+    places = [place._replace(devices=(device,)) for device in devices]
     jobs = [job_of(options, each, case, batches=options.epoch_steps, changes=changes) for each in places]
     times = {1: [], 2: []}
     for turn in range(options.turns + 1):
@@ -477,11 +479,11 @@ def device_bytes(options: Options, place: Place, side: str) -> int | None:
 
 
 def start_jax() -> Devices:
-  """Returns the devices of the command line; of several accelerators one, unless --devices says otherwise."""
-  devices = cli.start_jax()
+  """Returns the devices of the command line; one of several, unless --devices says otherwise."""
+  devices = cli.start_jax(side_by_side=True)
   if jax.process_count() > 1:
     raise ConfigError("this benchmark runs in one process; leave out the flags for several")
-  return devices if devices[0].platform == "cpu" or cli.DEVICES.value else devices[:1]
+  return devices if cli.DEVICES.value else devices[:1]
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ from ban_jax import memory, processes, profiling
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 
 DEVICES = flags.DEFINE_integer(
-  "devices", 0, "Number of devices of this process; 0: all accelerators, or one CPU device per core (at most 8)."
+  "devices",
+  0,
+  "Number of devices of this process; 0: all accelerators, or one CPU device with all cores; for students side by side "
+  "one per core (at most 8).",
 )
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Run as one of several processes that find each other.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; without --distributed.")
@@ -54,10 +57,7 @@ USAGE = 2
 
 
 def cpu_devices(cores: int) -> int:
-  """Returns how many CPU devices to run on: the largest power of two up to the cores and 8.
-
-  XLA splits a convolution poorly over threads: one device per core is about 1.5 times faster than one device with all.
-  """
+  """Returns on how many CPU devices to train students side by side: the largest power of two up to the cores and 8."""
   return 1 << (min(cores, 8).bit_length() - 1)
 
 
@@ -68,8 +68,11 @@ def use_compilation_cache() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
 
 
-def start_jax() -> tuple[jax.Device, ...]:
-  """Configures JAX by the flags, before its first computation, and returns the devices to run on."""
+def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
+  """Configures JAX by the flags, before its first computation, and returns the devices to run on.
+
+  Where the flags leave it open, that is one CPU device with all cores, or one per core for students `side_by_side`.
+  """
   _check_processes()
   use_compilation_cache()
   _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
@@ -79,7 +82,7 @@ def start_jax() -> tuple[jax.Device, ...]:
     memory.keep_freed_memory()
   if DEVICES.value < 0:
     raise ConfigError(f"--devices must be at least 0, not {DEVICES.value}")
-  jax.config.update("jax_num_cpu_devices", DEVICES.value or cpu_devices(devices_lib.cores()))
+  jax.config.update("jax_num_cpu_devices", DEVICES.value or (cpu_devices(devices_lib.cores()) if side_by_side else 1))
   if COORDINATOR.value is not None or DISTRIBUTED.value:
     _join_processes()
   devices = devices_lib.resolve(None)

@@ -148,7 +148,7 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
 def main() -> None:
   """Trains what is missing, then prints the tables and the path of the plot."""
   chosen = settings()
-  devices = cli.start_jax()
+  devices = cli.start_jax(side_by_side=True)
   workdir = storage.resolve_workdir(WORKDIR.value)
   found = {}
   for number, setting in enumerate(chosen, 1):

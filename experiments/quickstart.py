@@ -118,7 +118,7 @@ def sentence(found: Mapping[str, Sequence[results.Results]]) -> str:
 def main() -> None:
   """Trains what is missing, then prints the tables and the path of the plot."""
   start = time.monotonic()
-  devices = cli.start_jax()
+  devices = cli.start_jax(side_by_side=True)
   workdir = storage.resolve_workdir(WORKDIR.value)
   found, finished, parts, titles = {}, True, [], {}
   for panel in PANELS:

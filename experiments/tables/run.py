@@ -106,7 +106,7 @@ def make_table(table: Table) -> None:
   if flags.FLAGS.list:
     print(overview(table, scale))
     return
-  devices = cli.start_jax()
+  devices = cli.start_jax(side_by_side=flags.FLAGS.devices_per_student > 0)
   cells = table.cells(scale, request.seeds, data_dir, controls=flags.FLAGS.controls)
   ensembles = shard_of(cells, request.rows, request.seeds, request.shard)
   nodes = graph.topological_order(node for members in ensembles for node in members)
