@@ -7,6 +7,7 @@ each, and plots what the last student gains against what its teacher makes of it
 with true labels chooses the teacher's best early stop, the cheap rival. Finished results are shown at once.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,9 @@ from ban_jax.errors import ConfigError
 from ban_jax.processes import is_primary
 from ban_jax.types import Devices, Generation
 from configs import digits
-from experiments import cli, plots, results
+from experiments import cli, plots, records, results
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/enough", "Directory for the runs, the table and the plot.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/enough", "Directory for the runs, the table, the plot and the lines.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "The first seed; searches use seeds from 100 on.", lower_bound=0)
 NOISE = flags.DEFINE_list("noise", ["0", "0.2", "0.4"], "Shares of wrong labels.")
@@ -145,6 +146,16 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
   plots.save(figure, path)
 
 
+def lines(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
+  """Returns a line, as JSON, for each setting and seed: what experiments/gains.py plots beside other runs."""
+  made = []
+  for setting, runs in found.items():
+    for seed, run in enumerate(runs, FIRST_SEED.value):
+      generations = {results.name_of(own.index): own for own in run}
+      made.append(json.dumps(records.make(config_of(setting, seed), WORDS.value, generations)))
+  return "\n".join(made) + "\n"
+
+
 def main() -> None:
   """Trains what is missing, then prints the tables and the path of the plot."""
   chosen = settings()
@@ -165,6 +176,7 @@ def main() -> None:
   )
   text = "\n\n".join([heading, table(found), early_stops(found)])
   results.write(workdir / "enough.md", text + "\n")
+  results.write(workdir / "enough.jsonl", lines(found))
   plot(found, workdir / "enough.png")
   print(f"\n{text}\n\ntable: {workdir / 'enough.md'}\nplot:  {workdir / 'enough.png'}")
 

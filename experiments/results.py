@@ -160,10 +160,11 @@ def paired_difference(per_seed: Sequence[Results], row: str, reference: str, met
   return mean_difference([rows[row][metric] - rows[reference][metric] for rows in per_seed])
 
 
-def table(per_seed: Sequence[Results], reference: str | None = None) -> str:
+def table(per_seed: Sequence[Results], reference: str | None = None, compared: str | None = None) -> str:
   """Returns a Markdown table of the test metrics (for text, perplexities first): mean and standard error over seeds.
 
-  With a `reference`, a row's name, there is one more column: the first metric minus the reference's, paired by seed.
+  With a `reference`, a row's name, there is one more column: the metric `compared`, by default the first, minus the
+  reference's, paired by seed.
   """
   columns = [column for column in COLUMNS if column[0] in next(iter(per_seed[0].values()))]
   cells = [["", *(title for _, title, _ in columns), *([f"minus {reference}"] if reference else [])]]
@@ -173,7 +174,7 @@ def table(per_seed: Sequence[Results], reference: str | None = None) -> str:
       mean, error = mean_and_error([results[name][key] for results in per_seed])
       row.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(per_seed) > 1 else ""))
     if reference:
-      difference = paired_difference(per_seed, name, reference, columns[0][0])
+      difference = paired_difference(per_seed, name, reference, compared or columns[0][0])
       row.append("" if name == reference else difference.text)
     cells.append(row)
   return markdown(cells)

@@ -1,0 +1,141 @@
+"""How much training is enough: what students gain against how well their teacher fits its training set, over all runs.
+
+    python experiments/gains.py --lines=docs/enough.jsonl,docs/images.jsonl,docs/text.jsonl,docs/searched.jsonl
+
+Reads the lines that enough.py, images.py, text.py and search.py write, averages each setting over its seeds, and writes
+a table and a plot: images by the teacher's error on its training labels, text by its training perplexity. Settings with
+one seed, which are searches, are hollow.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+from absl import flags
+from etils import epath
+
+from ban_jax import storage
+from ban_jax.errors import ConfigError
+from experiments import cli, plots, results
+
+LINES = flags.DEFINE_list(
+  "lines", ["docs/enough.jsonl", "docs/images.jsonl", "docs/text.jsonl", "docs/searched.jsonl"], "Files to read."
+)
+OUT = flags.DEFINE_string("out", "runs/gains", "Directory for the table and the plot.")
+
+
+class Point(NamedTuple):
+  """A setting: how well its teacher fits, and what the last student gains over it."""
+
+  kind: str  # data set, share of wrong labels, loss
+  setting: str
+  is_text: bool
+  fit: float  # teacher: training error [%], or training perplexity for text
+  teacher: float  # test error [%] or test perplexity
+  student: str
+  gain: results.Difference
+
+
+def read(paths: Sequence[str]) -> list[dict]:
+  """Returns the lines of all files; raises a ConfigError for a file that is none."""
+  found = []
+  for path in paths:
+    try:
+      found += [json.loads(line) for line in epath.Path(path).expanduser().read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+      raise ConfigError(
+        f"--lines: {path} is no file of lines that text.py, images.py or search.py wrote: {error}"
+      ) from error
+  return found
+
+
+def points(lines: Sequence[dict]) -> list[Point]:
+  """Returns a point for each setting, its lines averaged over seeds."""
+  groups: dict[str, list[dict]] = {}
+  for line in lines:
+    groups.setdefault(json.dumps([line["words"], sorted(line["changes"].items())]), []).append(line)
+  return [_point(own) for own in groups.values()]
+
+
+def _point(lines: Sequence[dict]) -> Point:
+  words, changes = lines[0]["words"], lines[0]["changes"]
+  teachers = [line["results"]["teacher"] for line in lines]
+  is_text = "test_perplexity" in teachers[0]
+  metric = "test_perplexity" if is_text else "test_error"
+  student = max((name for name in lines[0]["results"] if name.startswith("BAN-")), key=lambda name: int(name[4:]))
+  if is_text:
+    fit = [math.exp(own["train_loss"]) for own in teachers]
+  else:  # with wrong labels, the finished network's error on the labels it saw
+    fit = [own.get("train_seen_error", own["train_error"]) for own in teachers]
+  gains = [line["results"][student][metric] - line["results"]["teacher"][metric] for line in lines]
+  noise = changes.get("data.label_noise", 0)
+  kind = words.split(",")[0] + (f", {noise:.0%} wrong labels" if noise else "")
+  shown = [f"{key.rpartition('.')[2]} {value}" for key, value in changes.items() if key != "data.label_noise"]
+  mean = results.mean_and_error
+  return Point(
+    kind, f"{words.split(',')[1]}, {', '.join(shown)}", is_text, mean(fit)[0],
+    mean([own[metric] for own in teachers])[0], student, results.mean_difference(gains),
+  )  # fmt: skip
+
+
+def table(found: Sequence[Point]) -> str:
+  """Returns a line a setting, those whose teacher fits best first."""
+  rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "student", "minus teacher"]]
+  for point in sorted(found, key=lambda point: (point.kind, point.fit)):
+    numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.student, point.gain.text]
+    rows.append([point.kind, point.setting, str(point.gain.seeds), *numbers])
+  return results.markdown(rows)
+
+
+def plot(found: Sequence[Point]) -> "matplotlib.figure.Figure":
+  """Plots the gains: images in points of test error, text in perplexity, a panel each."""
+  panels = [kind for kind in (False, True) if any(point.is_text == kind for point in found)]
+  figure = plots.figure(1 + 5.5 * len(panels), 4.5)
+  for axes, is_text in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    shown = [point for point in found if point.is_text == is_text]
+    for number, kind in enumerate(dict.fromkeys(point.kind for point in shown)):
+      _plot_kind(axes, [point for point in shown if point.kind == kind], f"C{number}")
+    plots.zero_line(axes)
+    axes.set_xlabel(
+      "teacher's training perplexity, dropout on" if is_text else "teacher's error on its training labels, %"
+    )
+    axes.set_ylabel(
+      f"last student minus teacher,\ntest {'perplexity' if is_text else 'error in points'} (95% interval)"
+    )
+    axes.legend(frameon=False, fontsize="small")
+    plots.tidy(axes, grid=True)
+  return figure
+
+
+def _plot_kind(axes: "matplotlib.axes.Axes", points: Sequence[Point], color: str) -> None:
+  label = points[0].kind
+  for several in (True, False):
+    own = [point for point in points if (point.gain.seeds > 1) == several]
+    if not own:
+      continue
+    half = [0 if math.isnan(point.gain.high) else point.gain.high - point.gain.mean for point in own]
+    place = [point.fit for point in own]
+    fill = color if several else "none"
+    axes.errorbar(
+      place, [p.gain.mean for p in own], half, fmt="o", color=color, markerfacecolor=fill, capsize=3, label=label
+    )
+    label = None  # once a kind
+
+
+def main() -> None:
+  """Reads the lines, and writes and prints the table and the plot's path."""
+  found = points(read(LINES.value))
+  if not found:
+    raise ConfigError(f"--lines={','.join(LINES.value)}: there are no lines")
+  out = storage.resolve_workdir(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  text = table(found)
+  results.write(out / "gains.md", text + "\n")
+  plots.save(plot(found), out / "gains.png")
+  print(f"{text}\n\nwritten: {out / 'gains.md'}, {out / 'gains.png'}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,52 @@
+"""The files of results in docs/: a line, as JSON, for each setting and seed, of what was searched and what is reported.
+
+docs/searched.jsonl has what experiments/search.py tried, on seeds from 100 on; text.py, images.py and enough.py write
+such lines for the seeds that they report.
+"""
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ban_jax import config
+from ban_jax.types import Generation
+from configs import presets
+
+# What is kept of a generation's metrics.
+KEPT = (
+  *("train_error", "train_loss", "train_seen_error", "wrong_seen_error", "wrong_true_error"),
+  *("validation_error", "validation_nll", "validation_perplexity", "test_error", "test_nll", "test_perplexity"),
+)
+
+
+def make(cfg: ConfigDict, words: str, generations: Mapping[str, Generation]) -> dict[str, Any]:
+  """Returns the line of a seed: date, setting, seconds, and what was measured of each generation, by its name.
+
+  `words` are "data set,network,scale"; the setting is what differs from theirs. The seconds are those of training and
+  of the evaluations between epochs.
+  """
+  seconds = sum(row["seconds"] for own in generations.values() for row in own.history)
+  return {
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "words": words,
+    "changes": differences(cfg, words),
+    "seed": cfg.seed,
+    "seconds": round(seconds),
+    "results": {
+      name: {key: round(own.metrics[key], 4) for key in KEPT if key in own.metrics} for name, own in generations.items()
+    },
+  }
+
+
+def differences(cfg: ConfigDict, words: str) -> dict[str, Any]:
+  """Returns the values, by dotted key, on which bytes depend and in which a configuration differs from its words'.
+
+  The loss is always among them, the seeds are not.
+  """
+  own, known = config.record(cfg), config.record(presets.compose(words))
+  left_out = {*config.FREE, "seed", "data.noise_seed"}
+  return {
+    key: value for key, value in own.items() if key not in left_out and (known.get(key) != value or key == "loss.name")
+  }
