@@ -568,6 +568,7 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
       "--rows: table 1 has no row 'Wide-ResNet-28-2' at the scale smoke; choose from: Wide-ResNet-28-1",
     ),
     (("--rows=",), "--rows: table 1 has no row '' at the scale smoke; choose from: Wide-ResNet-28-1"),
+    (("--columns=ban,Ens*2",), "--columns: there is no column 'ens*2'; choose from: BAN, teacher"),
     (("--seeds=-1",), "--seeds must be from 1 to 1000, not -1"),
     (("--seeds=0",), "--seeds must be from 1 to 1000, not 0"),
     (("--shard=3/2",), "--shard=3/2: K/N is expected, with K from 1 to N, as 2/4"),

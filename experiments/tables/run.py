@@ -29,6 +29,7 @@ def define_flags() -> None:
   scales = "paper (exact), quick (one accelerator), cpu (small networks, real data) or smoke (seconds, embedded data)."
   flags.DEFINE_string("scale", "smoke", scales)
   flags.DEFINE_list("rows", None, "Names of the rows to train, separated by commas; by default all.")
+  flags.DEFINE_list("columns", None, "Names of the columns to train, separated by commas; by default all.")
   flags.DEFINE_integer("seeds", None, "Number of seeds, counted from 0; by default that of the scale.")
   flags.DEFINE_string("workdir", None, "Directory of runs and tables, common to all tables (runs/tables/SCALE).")
   flags.DEFINE_string("data_dir", "", "Data directory: that of TFDS for CIFAR, that of the three text files for PTB.")
@@ -80,6 +81,17 @@ def check_flags(table: Table) -> Request:
   return Request(scale, rows, seeds, (int(number), int(count)), workdir)
 
 
+def of_columns(cells: Sequence[Cell]) -> list[Cell]:
+  """Returns the cells of the columns that the flags name; raises a ConfigError for a column that there is none of."""
+  names = {cell.column.lower(): cell.column for cell in cells}
+  given = list(names) if flags.FLAGS.columns is None else [name.strip().lower() for name in flags.FLAGS.columns]
+  unknown = [name for name in given if name not in names]
+  if unknown or not given:
+    name = unknown[0] if unknown else ""
+    raise ConfigError(f"--columns: there is no column {name!r}; choose from: {choices(names.values())}")
+  return [cell for cell in cells if cell.column.lower() in given]
+
+
 def shard_of(cells: Sequence[Cell], rows: Sequence[str], seeds: int, shard: tuple[int, int]) -> list[list[Node]]:
   """Returns the members of the cells that a shard trains: every N-th row and seed, ordered by seed."""
   number, count = shard
@@ -107,7 +119,7 @@ def make_table(table: Table) -> None:
     print(overview(table, scale))
     return
   devices = cli.start_jax(side_by_side=flags.FLAGS.devices_per_student > 0)
-  cells = table.cells(scale, request.seeds, data_dir, controls=flags.FLAGS.controls)
+  cells = of_columns(table.cells(scale, request.seeds, data_dir, controls=flags.FLAGS.controls))
   ensembles = shard_of(cells, request.rows, request.seeds, request.shard)
   nodes = graph.topological_order(node for members in ensembles for node in members)
   if flags.FLAGS.dry_run:
