@@ -30,11 +30,11 @@ SETTINGS = {
       "data.pad": 0,
       "data.flip": False,
       "train.batch_size": 50,
-      "train.epochs": 30,
+      "train.epochs": 15,
       "train.evaluate_every": 0,
       "train.checkpoint_every": 200,
     },
-    (8, 15),
+    (10,),
   ),
   "smoke": ("digits", "wrn_10_1", {"data.validation": 0.2, "train.checkpoint_every": 100}, (1,)),
 }

@@ -10,9 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ban_jax import config
+from ban_jax import config, presets
 from ban_jax.types import Generation
-from configs import presets
 
 # What is kept of a generation's metrics.
 KEPT = (

@@ -4,8 +4,9 @@
     python experiments/text.py --dataset=ptb --data_dir=PTB --workdir=runs/ptb
 
 Per seed a teacher, two BAN+L generations, and the controls: a second network from the labels, one trained for twice as
-long, and an ensemble of teacher and second network beside that of the two generations. Differences from the teacher
-are paired by seed. pydoc comes with Python; PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+long, one with more dropout, and an ensemble of teacher and second network beside that of the two generations.
+Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with ptb.train.txt,
+ptb.valid.txt and ptb.test.txt.
 Finished results are shown at once, an interrupted run is resumed, and several processes may share a workdir.
 """
 
@@ -18,46 +19,52 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/text", "Directory for the runs, t
 DATASET = flags.DEFINE_enum("dataset", "pydoc", ["pydoc", "ptb"], "pydoc (embedded) or ptb (files, --data_dir).")
 # A plateau schedule needs the validation split after each epoch; the test split is read once, at the end.
 SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 250}
-# Scale -> data set -> network and configuration values. Chosen by the validation split on seeds from 100 on; all that
-# was tried is in docs/searched.jsonl.
+# Scale -> data set -> network, configuration values, and the dropout of the control that has more. Chosen by the
+# validation split on seeds from 100 on; what was tried is in docs/searched.jsonl.
 SETTINGS = {
   "cpu": {
-    "pydoc": ("lstm_200", {"model.units": 100, "model.dropout": 0.2, "train.epochs": 20}),
-    "ptb": ("lstm_200", {"model.dropout": 0.2, "train.epochs": 20}),
+    "pydoc": (
+      "lstm_200",
+      {"data.train_examples": 35_000, "model.units": 100, "model.dropout": 0.2, "train.epochs": 20},
+      0.3,
+    ),
+    "ptb": ("lstm_200", {"model.dropout": 0.2, "train.epochs": 20}, 0.3),
   },
-  "smoke": dict.fromkeys(("pydoc", "ptb"), ("lstm_32", {})),
+  "smoke": dict.fromkeys(("pydoc", "ptb"), ("lstm_32", {}, 0.3)),
 }
 
 
-def columns(builder: Builder, network: str) -> Columns:
+def columns(builder: Builder, network: str, dropout: float) -> Columns:
   """Returns a seed's networks: teacher, two students in sequence, controls, and ensembles of two."""
   teacher, second = builder.teacher(network), builder.teacher(network, variant=2)
+  dropped = builder._replace(changes={**builder.changes, "model.dropout": dropout})
   students = builder.sequence(teacher, network, "ban_label", 2)
   return {
     "teacher": [teacher],
     "BAN-1": students[:1],
     "BAN-2": students[1:],
     "second teacher": [second],
+    f"dropout {dropout:g}": [dropped.teacher(network)],
     "labels, twice as long": [builder.teacher(network, variant=1, longer=2)],
     "Ens*2": students,
     "independent*2": [teacher, second],
   }
 
 
-COMPARISONS = (("BAN-1", "second teacher"), ("BAN-2", "labels, twice as long"), ("Ens*2", "independent*2"))
-
-
 def main() -> None:
   """Trains what is missing, then prints the table and the path of the plot."""
   workdir = study.check_workdir(WORKDIR.value)
-  network, changes = SETTINGS[study.SCALE.value][DATASET.value]
-  by_seed = [columns(study.builder(DATASET.value, seed, SHARED | changes), network) for seed in study.seeds()]
-  panel = study.Panel(DATASET.value, by_seed, COMPARISONS)
+  network, changes, dropout = SETTINGS[study.SCALE.value][DATASET.value]
+  by_seed = [columns(study.builder(DATASET.value, seed, SHARED | changes), network, dropout) for seed in study.seeds()]
+  rivals = ("second teacher", f"dropout {dropout:g}", "labels, twice as long")
+  comparisons = [(student, rival) for student in ("BAN-1", "BAN-2") for rival in rivals]
+  panel = study.Panel(DATASET.value, by_seed, [*comparisons, ("Ens*2", "independent*2")])
   found = study.train([panel], workdir)
   cfg = by_seed[0]["BAN-1"][0].cfg
+  examples = f"{cfg.data.train_examples:,}" if cfg.data.train_examples else "all"
   heading = (
-    f"{DATASET.value}, {results.network(cfg.model)}, {cfg.train.epochs} epochs, students by {cfg.loss.name}, "
-    f"{study.named_seeds()}; mean ± standard error, test split, last epoch; perplexity minus the "
+    f"{DATASET.value}, {examples} training tokens, {results.network(cfg.model)}, {cfg.train.epochs} epochs, students "
+    f"by {cfg.loss.name}, {study.named_seeds()}; mean ± standard error, test split, last epoch; perplexity minus the "
     "teacher's paired by seed, with its 95% interval"
   )
   study.report([panel], study.Report("text", heading, "perplexity", "test perplexity"), workdir, found)
