@@ -1,5 +1,6 @@
 """The package as it is installed: import time and weight, the quickstart."""
 
+import json
 import subprocess
 import sys
 
@@ -47,6 +48,9 @@ def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   assert "teacher's best stop" in done.stdout
   assert (tmp_path / "enough.png").read_bytes().startswith(b"\x89PNG")
   assert (tmp_path / "enough.md").read_text() in done.stdout + "\n"
+  lines = [json.loads(line) for line in (tmp_path / "enough.jsonl").read_text().splitlines()]
+  assert [line["changes"]["train.epochs"] for line in lines if "train.epochs" in line["changes"]] == [1]
+  assert all(list(line["results"]) == ["teacher", "BAN-1"] for line in lines)
   refused = subprocess.run([*command, "--epochs=ten"], capture_output=True, text=True, cwd="/", check=False)
   assert refused.returncode == 2
   assert "error: --noise and --epochs take numbers, separated by commas" in refused.stderr
