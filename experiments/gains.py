@@ -52,10 +52,11 @@ def read(paths: Sequence[str]) -> list[dict]:
 
 
 def points(lines: Sequence[dict]) -> list[Point]:
-  """Returns a point for each setting, its lines averaged over seeds."""
+  """Returns a point for each setting with students, its lines averaged over seeds."""
   groups: dict[str, list[dict]] = {}
   for line in lines:
-    groups.setdefault(json.dumps([line["words"], sorted(line["changes"].items())]), []).append(line)
+    if len(line["results"]) > 1:  # else a teacher alone, which stopped earlier
+      groups.setdefault(json.dumps([line["words"], sorted(line["changes"].items())]), []).append(line)
   return [_point(own) for own in groups.values()]
 
 

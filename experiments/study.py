@@ -24,6 +24,7 @@ from experiments.tables.spec import Builder, Columns
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "The first seed; searches use seeds from 100 on.", lower_bound=0)
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Data directory: TFDS's for CIFAR, that of the text files for ptb.")
+CONTROLS = flags.DEFINE_bool("controls", True, "Also train the controls; without them the seeds are finished sooner.")
 SCALE = flags.DEFINE_enum("scale", "cpu", ["cpu", "smoke"], "cpu (the setting that is reported) or smoke (seconds).")
 
 
@@ -129,6 +130,7 @@ def report(
       "\n".join(
         f"- {first} minus {second}: {results.paired_difference(per_seed, first, second, how.metric).text}"
         for first, second in panel.comparisons
+        if {first, second} <= per_seed[0].keys()
       )
     ]
     parts += [note] if note else []

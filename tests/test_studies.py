@@ -66,8 +66,10 @@ def test_the_effect_on_text_is_tabled_and_plotted_and_every_number_is_a_generati
 
 
 @pytest.mark.slow
-def test_with_wrong_labels_the_effect_on_images_is_compared_with_shorter_training(tmp_path):
-  done = make("images.py", "--scale=smoke", "--seeds=1", "--noise=0.4", f"--workdir={tmp_path}")
+def test_with_wrong_labels_the_effect_on_images_is_compared_with_an_earlier_stop(tmp_path):
+  given = ("--scale=smoke", "--seeds=1", "--noise=0.4", f"--workdir={tmp_path}")
+  assert "label smoothing" not in make("images.py", "--nocontrols", *given).stdout
+  done = make("images.py", *given)
   assert done.returncode == 0, done.stderr
   lines = lines_of(tmp_path / "images.jsonl")
   assert [line["changes"].get("train.epochs") for line in lines] == [None, 1]
@@ -76,7 +78,7 @@ def test_with_wrong_labels_the_effect_on_images_is_compared_with_shorter_trainin
   errors = [line["results"]["teacher"]["validation_error"] for line in lines]
   best = ("teacher", "teacher, 1 epochs")[errors.index(min(errors))]
   test = f"{lines[errors.index(min(errors))]['results']['teacher']['test_error']:.2f}"
-  assert f"best length of training by the validation split: {best}, test error {test} %" in done.stdout
+  assert f"the teacher's best stop by the validation split: {best}, test error {test} %" in done.stdout
   assert "- BAN-1 minus entropy-matched smoothing: " in done.stdout
   assert matplotlib.image.imread(tmp_path / "images.png").std() > 0.05, "the plot is blank"
 
@@ -137,7 +139,8 @@ def test_a_setting_is_a_point_that_averages_its_seeds():
     **{"data.label_noise": 0.4},
   )  # fmt: skip
   text = line(0, {"train_loss": 3.0, "test_perplexity": 57.0}, {"test_perplexity": 54.0}, "pydoc,lstm_200,cpu")
-  first, second, third = gains.points([clean[0], noisy, clean[1], text])
+  alone = {**noisy, "changes": {"train.epochs": 3}, "results": {"teacher": noisy["results"]["teacher"]}}
+  first, second, third = gains.points([clean[0], noisy, alone, clean[1], text])
   assert (first.kind, first.is_text, first.fit, first.teacher) == ("cifar10", False, 2.5, 50.0)
   assert (first.student, first.gain.seeds, first.gain.mean) == ("BAN-2", 2, -1.5)
   assert first.gain.low == pytest.approx(-1.5 - 12.7062 * 0.5, rel=1e-4)  # Student's t with one degree of freedom
