@@ -73,7 +73,7 @@ def builder(dataset: str, seed: int, changes: Mapping[str, object]) -> Builder:
 
 def train(panels: Sequence[Panel], workdir: epath.Path) -> list[list[results.Results]]:
   """Trains what is missing, one network on each device, and returns each panel's results by seed and column."""
-  devices = cli.start_jax()
+  devices = cli.start_jax(side_by_side=True)
   ensembles = [members for panel in panels for columns in panel.columns for members in columns.values()]
   nodes = graph.topological_order(node for members in ensembles for node in members)
   groups = [(device,) for device in devices]
