@@ -1,8 +1,9 @@
-"""The notebook, executed from top to bottom in a kernel of its own."""
+"""The notebooks, executed from top to bottom in a kernel of their own."""
 
 import ast
 import json
 import os
+import re
 import sys
 
 import forks
@@ -15,6 +16,7 @@ from nbclient import NotebookClient
 from experiments import results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
+OWN_TASK = ROOT / "experiments" / "own_task.ipynb"
 EPOCHS = 40  # in the notebook
 PLOTS = ("curves", "errors", "compare", "dark", "classes", "split")
 # Trains the notebook's first two generations in a program with the same configuration.
@@ -39,6 +41,11 @@ print(json.dumps([teacher.metrics, ban_jax.evaluate(student, cfg)]))
 @pytest.fixture
 def notebook():
   return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture
+def own_task():
+  return nbformat.read(OWN_TASK, as_version=4)
 
 
 @pytest.fixture
@@ -73,7 +80,9 @@ def shown(notebook, cell_id: str, kind: str) -> list[str]:
   return [output.data[kind] for output in outputs(notebook, cell_id) if kind in output.get("data", {})]
 
 
-def test_the_committed_notebook_holds_no_outputs_and_nothing_of_a_machine(notebook):
+@pytest.mark.parametrize("name", ["notebook", "own_task"])
+def test_the_committed_notebook_holds_no_outputs_and_nothing_of_a_machine(request, name):
+  notebook = request.getfixturevalue(name)
   nbformat.validate(notebook)
   assert notebook.metadata == {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -131,3 +140,21 @@ def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, ex
     "Ens*3",
   ]
   assert printed(notebook, "students").startswith(f"BAN-1: test error {student['error']:.2f}%\n")
+
+
+@pytest.mark.slow
+def test_the_one_of_an_own_task_goes_from_arrays_to_an_exported_function(own_task, execute):
+  own_task.cells.append(nbformat.v4.new_code_cell("import time; print(time.process_time())", id="probe"))
+  execute(own_task, OWN_TASK.parent)
+  assert float(printed(own_task, "probe")) < 40
+  assert "wrong labels: 40%" in printed(own_task, "data")
+  assert "the labels seem to begin at 1" in printed(own_task, "mistakes")
+  assert "for one-hot labels take labels.argmax(axis=1)" in printed(own_task, "mistakes")
+  errors = [float(error) for error in re.findall(r"test_error=([\d.]+)", printed(own_task, "training"))]
+  assert len(errors) == 4
+  assert errors[-1] < errors[0]  # what the text says of the plot
+  assert len(shown(own_task, "staircase", "image/png")) == 1
+  predicted, evaluated = re.search(r"error ([\d.]+) %, by evaluate ([\d.]+) %", printed(own_task, "predict")).groups()
+  assert predicted == evaluated
+  assert printed(own_task, "tomorrow") == "4 generations, the same probabilities: True\n"
+  assert float(printed(own_task, "export").split()[-1]) < 1e-6
