@@ -77,6 +77,11 @@ class Dataset(NamedTuple):
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
 
+  def __repr__(self) -> str:
+    """Returns one line; the arrays would take a page in a notebook."""
+    sizes = ", ".join(f"{split}={size:,}" for split, size in self.sizes.items())
+    return f"Dataset({self.name!r}, {self.spec.kind} {self.spec.shape}, {self.spec.num_classes:,} classes, {sizes})"
+
   @property
   def scaling(self) -> dict[str, Any]:
     """How its images are normalised, as Network records it; {} for text, and for images without a mean."""

@@ -130,6 +130,10 @@ def test_the_arrays_are_copied_and_stay_writable(arrays):
   assert not made.splits["train"]["images"].flags.writeable
 
 
+def test_a_data_set_prints_in_one_line(dataset):
+  assert repr(dataset) == "Dataset('mine', images (8, 8, 1), 10 classes, train=200, test=100)"
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.floats(1e-3, 1e3), st.floats(-100, 100))
 def test_the_range_of_floats_does_not_matter(scale, shift):
