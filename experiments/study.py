@@ -126,14 +126,12 @@ def report(
   parts = []
   for panel, per_seed, note in zip(panels, found, notes or [""] * len(panels), strict=True):
     parts += [f"**{panel.title}**", results.table(per_seed, "teacher", how.metric)]
-    parts += [
-      "\n".join(
-        f"- {first} minus {second}: {results.paired_difference(per_seed, first, second, how.metric).text}"
-        for first, second in panel.comparisons
-        if {first, second} <= per_seed[0].keys()
-      )
+    lines = [
+      f"- {first} minus {second}: {results.paired_difference(per_seed, first, second, how.metric).text}"
+      for first, second in panel.comparisons
+      if {first, second} <= per_seed[0].keys()
     ]
-    parts += [note] if note else []
+    parts += ["\n".join(lines + ([note] if note else []))] if lines or note else []
   text = "\n\n".join([how.heading, *parts])
   lines = [json.dumps(line) for panel in panels for columns in panel.columns for line in _records(columns, workdir)]
   results.write(workdir / f"{how.name}.md", text + "\n")
