@@ -6,13 +6,13 @@ import re
 import setuptools
 
 ROOT = pathlib.Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text("utf-8")).group(1)
 
 setuptools.setup(
   name="ban_jax",
   version=VERSION,
   description="Born-Again Networks in JAX and Flax: self-distillation over generations",
-  long_description=(ROOT / "README.md").read_text(),
+  long_description=(ROOT / "README.md").read_text("utf-8"),
   long_description_content_type="text/markdown",
   author="The ban_jax authors",
   license="Apache-2.0",
@@ -59,7 +59,10 @@ setuptools.setup(
     "benchmark": ["torch"],  # what experiments/bench.py compares with
     "cuda": ["jax[cuda12]>=0.10"],
     "notebook": ["ipywidgets", "jupyterlab"],
-    "test": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff==0.17.6"],
+    "test": [
+      *("hypothesis", "ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff==0.17.6"),
+      "tensorboard",  # reads what a run shows; it needs no TensorFlow
+    ],
     "tpu": ["jax[tpu]>=0.10"],
   },
 )

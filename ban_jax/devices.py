@@ -21,6 +21,8 @@ from ban_jax.types import Devices
 AXIS = "devices"
 # The index in place of all examples of a mini-batch that only fills up a dispatch. (-1 is one example's padding.)
 NO_BATCH = -2
+# The flags with which XLA leaves out what adds in an order of its own on GPUs.
+DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
 
 
 def resolve(devices: Sequence[jax.Device] | None) -> Devices:
@@ -143,8 +145,15 @@ def cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _is_on(flags: Sequence[str], name: str) -> bool:
+  """Returns whether a boolean flag of XLA is given and true; of several, the last one counts."""
+  given = [flag.partition("=")[2] for flag in flags if flag.partition("=")[0] == f"--{name}"]
+  return bool(given) and given[-1].lower() in ("", "1", "true")
+
+
 def layout(devices: Devices) -> dict[str, Any]:
   """Returns what the bytes of a run depend on besides its configuration, for the manifest."""
+  flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
   return {
     "platform": devices[0].platform,
     "device_kind": devices[0].device_kind,
@@ -154,8 +163,8 @@ def layout(devices: Devices) -> dict[str, Any]:
     "settings": {
       "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # "default" is TF32 on NVIDIA's GPUs
       "threefry_partitionable": jax.config.jax_threefry_partitionable,
-      "xla_flags": " ".join(
-        sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
-      ),
+      "prng_impl": jax.config.jax_default_prng_impl,
+      "deterministic_ops": any(_is_on(flags, name) for name in DETERMINISTIC),
+      "xla_flags": " ".join(sorted(flags)),
     },
   }

@@ -9,7 +9,6 @@ replayed student differs from a live-taught one by rounding only.
 
 import functools
 import io
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +90,7 @@ def _read(path: epath.Path) -> Logits | None:
     if not record.exists():
       return None
     logits = np.load(io.BytesIO(path.with_suffix(".npy").read_bytes()))
-    if trees.digest({"logits": logits}) == json.loads(record.read_text())["digest"]:
+    if trees.digest({"logits": logits}) == storage.read_json(record)["digest"]:
       return logits
     reason = "its digest is not the one it was saved with"
   except (OSError, ValueError, KeyError, TypeError) as error:

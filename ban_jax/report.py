@@ -46,8 +46,11 @@ class Progress:
 
 
 @contextlib.contextmanager
-def tensorboard(directory: epath.Path | None) -> Iterator[Any]:
-  """Yields `write(step, values)`, which adds scalars to an event file under `directory`; None writes nothing."""
+def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
+  """Yields `write(step, values)`, which adds scalars to an event file under `directory`; None writes nothing.
+
+  A resumed run comes with the steps that are `done`: what an earlier event file has of later ones is not shown again.
+  """
   if directory is None:
     yield lambda step, values: None
     return
@@ -55,7 +58,10 @@ def tensorboard(directory: epath.Path | None) -> Iterator[Any]:
   from tensorboardX.proto import event_pb2
 
   # SummaryWriter writes from a thread of its own: on a full disk the thread dies, and the next scalar waits for ever.
-  writer = event_file_writer.EventsWriter(str(directory / "events"))
+  # The step in the name keeps sessions that start in the same second apart.
+  writer = event_file_writer.EventsWriter(str(directory / "events"), f".{done:09d}")
+  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  writer.write_event(event_pb2.Event(wall_time=time.time(), step=done + 1, session_log=start))
 
   def write(step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():

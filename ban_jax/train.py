@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
@@ -210,6 +211,7 @@ class Lane(NamedTuple):
   zero_carry: Carry
   bar: report.Progress
   write: Callable[[int, Mapping[str, float]], None]
+  layouts: Sequence[Mapping[str, Any]]  # every one that took part, the own one last
 
 
 def train(
@@ -257,7 +259,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
     storage.provenance()  # as the software is before a long training
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
-    carry, record = zero_carry, {"history": (), "sums": {}}
+    carry, record = zero_carry, {"history": [], "sums": {}, "layouts": []}
     if checkpoints:
       check = functools.partial(_check_resumed, job, directory)
       restored = storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)
@@ -266,6 +268,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
         state, carry = tree["state"], tree["carry"]
     done = int(state.step)
     bar = report.Progress(title, job.total_steps, done, progress and primary)
+    history, sums = storage.numbers(record["history"]), storage.numbers(record["sums"])
     lane = Lane(
       job=job,
       directory=directory,
@@ -276,10 +279,11 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
       bar=stack.enter_context(contextlib.closing(bar)),
-      write=stack.enter_context(report.tensorboard(directory if primary else None)),
+      write=stack.enter_context(report.tensorboard(directory if primary else None, done)),
+      layouts=_layouts(job, record, done),
     )
     state, carry = devices_lib.replicate(state, job.devices), devices_lib.split_rows(carry, job.devices)
-    yield lane, Live(state, carry, done, record["sums"], tuple(record["history"]), time.monotonic(), done)
+    yield lane, Live(state, carry, done, sums, tuple(history), time.monotonic(), done)
 
 
 def initial(job: Job) -> tuple[TrainState, Carry]:
@@ -311,11 +315,26 @@ def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -
   """Raises where a checkpoint is another generation's, and warns where it comes from another layout."""
   recorded, own = record["lineage"], job.lineage
   storage.check_lineage(own, recorded, directory)
-  if own["layout"] != recorded["layout"] and processes.is_primary():
+  before, now = (flatten_dict(lineage["layout"], sep=".") for lineage in (recorded, own))
+  # An earlier version recorded fewer settings: of those nothing is known.
+  changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
+  if changed and processes.is_primary():
     logger.warning(
-      f"{directory} was begun on {recorded['layout']} and is resumed on {own['layout']}: its bytes may differ from "
-      "those of a run left alone"
+      f"{directory} is resumed on another layout ({'; '.join(changed)}): its bytes may differ from those of a run left "
+      "alone"
     )
+
+
+def _layouts(job: Job, record: Mapping[str, Any], done: int) -> list[Mapping[str, Any]]:
+  """Returns the layouts that took part in a generation, each with the steps that were done before: `record`'s and ours.
+
+  A checkpoint of an earlier version, which keeps no list, has the layout of its lineage.
+  """
+  earlier = record.get("layouts") or ([{"steps": 0, **record["lineage"]["layout"]}] if "lineage" in record else [])
+  own = {"steps": done, **job.lineage["layout"]}
+  if earlier and {**earlier[-1], "steps": done} == own:
+    return list(earlier)
+  return [*earlier, own]
 
 
 def _advance(lane: Lane, live: Live) -> Live:
@@ -423,7 +442,7 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
     return live
   live = _read(lane, live, keep=0)
   tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
-  record = {"lineage": job.lineage, "history": list(live.history), "sums": dict(live.sums)}
+  record = {"lineage": job.lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
   storage.save_step(lane.checkpoints, live.done, tree, record)
   return live._replace(saved=live.done)
 
@@ -436,7 +455,7 @@ def _finish(lane: Lane, live: Live) -> Generation:
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
     lane.checkpoints.wait_until_finished()  # all checkpoints are removed: a save that still runs would miss its own
-    storage.finish(lane.directory, generation, job.lineage | storage.provenance())
+    storage.finish(lane.directory, generation, job.lineage | {"layouts": lane.layouts} | storage.provenance())
   return generation
 
 

@@ -48,7 +48,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from ban_jax import data, train
+from ban_jax import data, storage, train
 from ban_jax import devices as devices_lib
 from ban_jax.errors import BanError, ConfigError, look_up
 from ban_jax.job import Job, Setup, make_models
@@ -463,7 +463,7 @@ def resident_bytes() -> tuple[int, int]:
   if not status.exists():
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most, most
-  lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+  lines = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
   # Not getrusage's, which on Linux begins with what the parent process held.
   held, most = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
   return held, most
@@ -548,7 +548,7 @@ def heading(settings: Mapping[str, Any]) -> str:
 def processor() -> str:
   """Returns the processor's name, or its architecture if the system does not give the name."""
   information = pathlib.Path("/proc/cpuinfo")
-  lines = information.read_text().splitlines() if information.exists() else []
+  lines = information.read_text("utf-8").splitlines() if information.exists() else []
   names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.machine()
 
@@ -559,7 +559,8 @@ def record(settings: Mapping[str, Any], measurements: Sequence[Measurement]) -> 
     {**each.case._asdict(), **{key: value for key, value in each._asdict().items() if key != "case"}}
     for each in measurements
   ]
-  return json.dumps({"settings": settings, "measurements": found}, indent=2) + "\n"
+  record = storage.standard({"settings": settings, "measurements": found})
+  return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

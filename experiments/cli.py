@@ -199,6 +199,8 @@ def run(main: Callable[[], None]) -> None:
       stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for ±
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another locale shows what it can
+      stream.reconfigure(errors="backslashreplace")
     try:
       main()
     except BaseException as error:

@@ -7,7 +7,6 @@ Evaluates the generations on the test split and writes calibration.png, agreemen
 numbers in figures.md and figures.json. It trains nothing.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
   """Returns the locked configuration that a run directory records; raises a CheckpointError if there is none."""
   record = workdir / "config.json"
   try:
-    values = dict(json.loads(record.read_text()))
+    values = dict(storage.read_json(record))
   except FileNotFoundError as error:
     raise CheckpointError(f"{workdir} is no run directory: there is no config.json") from error
   except (ValueError, TypeError) as error:

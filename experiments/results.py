@@ -1,7 +1,6 @@
 """The results of a run: its generations and ensembles evaluated, averaged over seeds, as a Markdown table."""
 
 import contextlib
-import json
 import math
 import statistics
 import uuid
@@ -77,10 +76,10 @@ def _evaluate_run(setup: job.Setup, workdir: epath.Path, generations: Sequence[G
   rows, results, fresh = members(setup.cfg.generations), {}, {}
   record = workdir / "evaluations.json"
   try:
-    kept = dict(json.loads(record.read_text()))
+    kept = storage.numbers(dict(storage.read_json(record)))
   except (FileNotFoundError, ValueError, TypeError):  # evaluated again below
     kept = {}
-  digests = [json.loads((workdir / f"gen_{g.index}" / "manifest.json").read_text())["digest"] for g in generations]
+  digests = [storage.read_json(workdir / f"gen_{g.index}" / "manifest.json")["digest"] for g in generations]
   for name, indices in rows.items():
     own = [digests[index] for index in indices]
     if kept.get(name, {}).get("members") != own:

@@ -45,7 +45,8 @@ def command(workdir: pathlib.Path) -> list[str]:
 @contextlib.contextmanager
 def started(workdir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
   """Starts or resumes the run; yields the process, which is killed on exit, and its standard error."""
-  with tempfile.TemporaryFile("w+") as errors:  # a pipe would block the process once it is full
+  # A file, because a pipe would block the process once it is full.
+  with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
     process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
     try:
       yield process, errors
@@ -65,7 +66,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
 
   Raises a CheckpointError if the disk does not hold what the manifests record.
   """
-  found = {"evaluations": (workdir / "evaluations.json").read_text()}
+  found = {"evaluations": (workdir / "evaluations.json").read_text("utf-8")}
   for index in range(CONFIG.value.generations + 1):
     generation, manifest = storage.load(storage.resolve_workdir(workdir) / f"gen_{index}")
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in generation.history]

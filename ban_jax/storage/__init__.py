@@ -14,7 +14,16 @@ Orbax restores a flipped byte without an error. Every tree is therefore compared
 before anything is computed from it.
 """
 
-from ban_jax.storage.files import first_line, storage_errors, write_bytes, write_json, write_text
+from ban_jax.storage.files import (
+  first_line,
+  numbers,
+  read_json,
+  standard,
+  storage_errors,
+  write_bytes,
+  write_json,
+  write_text,
+)
 from ban_jax.storage.finished import (
   check_lineage,
   finish,
@@ -35,14 +44,17 @@ __all__ = [
   "load",
   "load_together",
   "network_record",
+  "numbers",
   "open_steps",
   "open_workdir",
   "provenance",
+  "read_json",
   "read_records",
   "remove_leftovers",
   "resolve_workdir",
   "restore_newest",
   "save_step",
+  "standard",
   "storage_errors",
   "write_bytes",
   "write_json",

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,8 +26,35 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a value as JSON, whole or not at all."""
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+  """Writes a value as `standard` JSON, whole or not at all."""
+  write_text(path, json.dumps(standard(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: epath.Path) -> Any:
+  """Returns what a JSON file holds; raises a ValueError where it is none."""
+  return json.loads(path.read_bytes())  # UTF-8, whatever the locale
+
+
+def standard(value: Any) -> Any:
+  """Returns a copy of a value as standard JSON can hold it.
+
+  Standard JSON has no number that is not finite: such a number becomes "NaN", "Infinity" or "-Infinity", as in JSON
+  made by Protocol Buffers. `numbers` reads them back.
+  """
+  if isinstance(value, Mapping):
+    return {key: standard(part) for key, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [standard(part) for part in value]
+  return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(value: Any) -> Any:
+  """Returns a record whose values are all numbers, as it was before `standard`."""
+  if isinstance(value, dict):
+    return {key: numbers(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [numbers(part) for part in value]
+  return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 @contextlib.contextmanager

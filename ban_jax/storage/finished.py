@@ -14,7 +14,7 @@ from etils import epath
 
 from ban_jax import config, processes, trees
 from ban_jax.errors import CheckpointError, StorageError
-from ban_jax.storage.files import damage, storage_errors, write_json, write_text
+from ban_jax.storage.files import damage, numbers, read_json, standard, storage_errors, write_json, write_text
 from ban_jax.types import Generation, InputSpec, Network
 from ban_jax.version import __version__
 
@@ -31,7 +31,8 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
   if processes.is_primary():
     metrics, history = dict(generation.metrics), list(generation.history)
     write_json(directory / "metrics.json", metrics)
-    write_text(directory / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    lines = (json.dumps(standard(row), allow_nan=False) + "\n" for row in history)
+    write_text(directory / "history.jsonl", "".join(lines))
     digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
     if generation.network is not None:
       network = network_record(generation.network)
@@ -52,7 +53,7 @@ def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network
   """Returns a generation's network, or None where an earlier version wrote none."""
   if "network_digest" not in manifest:
     return None
-  record = json.loads((directory / "network.json").read_text())
+  record = read_json(directory / "network.json")
   if trees.json_digest(record) != manifest["network_digest"]:
     raise ValueError("network.json was changed: its digest is not the manifest's")
   spec = record["spec"]
@@ -74,9 +75,9 @@ def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str
   with _reading(directory):
     if not (directory / "manifest.json").exists():
       return None
-    manifest = json.loads((directory / "manifest.json").read_text())
-    metrics = json.loads((directory / "metrics.json").read_text())
-    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    manifest = read_json(directory / "manifest.json")
+    metrics = numbers(read_json(directory / "metrics.json"))
+    history = [numbers(json.loads(line)) for line in (directory / "history.jsonl").read_bytes().splitlines()]
     expected = manifest["records_digest"]
   if trees.json_digest([metrics, history]) != expected:
     what = f"{directory}/metrics.json or history.jsonl was changed"
@@ -137,7 +138,7 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
   ]
   values = recorded.get("config")
   if isinstance(values, str):  # an earlier version's digest of what config.json holds
-    values = json.loads((directory.parent / "config.json").read_text())
+    values = read_json(directory.parent / "config.json")
   differing += config.differences(values, own["config"], own["generation"])
   if differing:
     raise CheckpointError(
@@ -153,10 +154,19 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-  """Returns the commit of the source tree that this package runs from, followed by "+" where it was changed."""
-  git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-  describe = [*git, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+  """Returns the commit of the source tree that this package runs from, followed by "+" where it was changed.
+
+  None where the package is installed: the repository that an environment lies in is another project's.
+  """
+  tree = pathlib.Path(__file__).resolve().parents[2]
+
+  def git(*arguments: str) -> str:
+    line = ["git", "-C", str(tree), *arguments]
+    return subprocess.run(line, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
   try:
-    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
+    if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != tree:
+      return None
+    return git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
+  except (OSError, ValueError, subprocess.CalledProcessError):
     return None

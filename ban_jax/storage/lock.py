@@ -56,7 +56,7 @@ def _flock(workdir: epath.Path) -> Iterator[None]:
       f"workdir {workdir}: this system has no file locks (Python's fcntl); use Linux, macOS or WSL, or train without a "
       "workdir"
     )
-  with open(workdir / ".lock", "a+") as file:
+  with open(workdir / ".lock", "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

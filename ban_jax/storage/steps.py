@@ -1,7 +1,6 @@
 """Checkpoints of a generation in training, by Orbax: saved in the background, verified when they are restored."""
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from jaxtyping import PyTree
 
 from ban_jax import processes, trees
 from ban_jax.errors import CheckpointError
-from ban_jax.storage.files import damage
+from ban_jax.storage.files import damage, standard
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +54,13 @@ def _empty_trash(directory: epath.Path) -> None:
 
 
 def save_step(manager: Any, step: int, tree: PyTree, record: Mapping[str, Any]) -> None:
-  """Saves a tree of NumPy arrays and a JSON record with their digests, without waiting for the disk."""
+  """Saves a tree of NumPy arrays and a record, as `standard` JSON, with their digests, not waiting for the disk."""
   import orbax.checkpoint as ocp
 
   manager.wait_until_finished()  # for the save before, as this one would anyway
   _empty_trash(manager.directory)
-  # Copied, because it is written in the background, while the training adds to its history.
-  record = {**copy.deepcopy(record), "structure": trees.structure(tree)}
+  # A copy, because it is written in the background, while the training adds to its history.
+  record = standard({**record, "structure": trees.structure(tree)})
   meta = {"record": record, "digest": trees.digest(tree), "record_digest": trees.json_digest(record)}
   manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)))
 

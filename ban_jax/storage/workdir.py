@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import time
 import uuid
@@ -15,7 +14,7 @@ from etils import epath
 from ban_jax import config, processes
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.storage import lock
-from ban_jax.storage.files import first_line, storage_error, write_json
+from ban_jax.storage.files import first_line, read_json, storage_error, write_json
 
 # Seconds that a network file system may take to show one process what another has written.
 VISIBLE_SECONDS = 5.0
@@ -85,7 +84,7 @@ def _check_shared(workdir: epath.Path) -> None:
   deadline = time.monotonic() + VISIBLE_SECONDS
   while jax.process_count() > 1:
     try:
-      token, reason = json.loads((workdir / "processes.json").read_text())["token"], ""
+      token, reason = read_json(workdir / "processes.json")["token"], ""
     except Exception as error:  # a file half seen, or whatever an object store's library raises
       token, reason = "", f" (process {jax.process_index()}: {first_line(error)})"
     if processes.is_same(token):
@@ -108,7 +107,7 @@ def _check_config(workdir: epath.Path, values: Mapping[str, Any]) -> None:
   if not record.exists():
     raise CheckpointError(f"{workdir} holds generations but no config.json that says whose; give another workdir")
   try:
-    old = dict(json.loads(record.read_text()))
+    old = dict(read_json(record))
     differing = dict.fromkeys(line for number in generations for line in config.differences(old, values, number))
   except (ValueError, TypeError, KeyError) as error:
     raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error

@@ -62,7 +62,7 @@ class Output(NamedTuple):
     path = self.paths()[1]
     if not path.exists():
       return Existing(0, set(), set())
-    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
     scales = {row.get("scale") for row in rows}
     if scales - {self.scale}:
       other = ", ".join(sorted(map(str, scales)))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from etils import epath
 
+from ban_jax import storage
 from ban_jax.processes import is_primary, on_any_process
-from ban_jax.storage import load_together
 from ban_jax.types import Devices
 from experiments import results
 from experiments.tables import graph
@@ -35,13 +35,14 @@ def evaluate_ensemble(members: Sequence[Node], workdir: epath.Path, devices: Dev
   """Evaluates an ensemble of finished generations (Eq. 4) and stores its metrics, unless they are stored already."""
   if not on_any_process(ensemble_metrics(members, workdir) is None):
     return
-  loaded = [load_together(workdir / node.path) for node in members]
+  loaded = [storage.load_together(workdir / node.path) for node in members]
   metrics = results.evaluate([generation for generation, _ in loaded], members[-1].cfg, devices)
   if is_primary():
     path = _record(members, workdir)
     path.parent.mkdir(exist_ok=True)
     digests = {node.path: manifest["digest"] for node, (_, manifest) in zip(members, loaded, strict=True)}
-    results.write(path, json.dumps({"members": digests, "metrics": metrics}, indent=2))
+    record = storage.standard({"members": digests, "metrics": metrics})
+    results.write(path, json.dumps(record, indent=2, allow_nan=False))
 
 
 def ensemble_metrics(
@@ -53,7 +54,7 @@ def ensemble_metrics(
   """
   found = [graph.find(node, workdir, known) for node in members]
   try:
-    stored = json.loads(_record(members, workdir).read_text())
+    stored = storage.numbers(storage.read_json(_record(members, workdir)))
     digests = {node.path: here and here[1]["digest"] for node, here in zip(members, found, strict=True)}
     return stored["metrics"] if stored["members"] == digests else None
   except (FileNotFoundError, ValueError, KeyError, TypeError):  # evaluated again

@@ -1,0 +1,260 @@
+"""What a run leaves is read by any tool: standard JSON, UTF-8, TensorBoard's curves, layouts, the commit."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, config
+from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ban_jax
+from ban_jax import devices as devices_lib
+from ban_jax import job as job_lib
+from ban_jax import storage, train, trees
+from ban_jax.storage import finished, steps
+from ban_jax.types import Generation
+
+QUIET = {"progress": False}
+ODD = {"error": math.nan, "nll": math.inf, "brier": -math.inf, "ece": 0.25, "count": 7}
+
+
+def strict(path):
+  """Returns the values of a JSON or JSON Lines file; a number that standard JSON does not know is an error."""
+
+  def refuse(word):
+    raise AssertionError(f"{path} holds {word}, which is not standard JSON")
+
+  lines = path.read_bytes().splitlines() if path.suffix == ".jsonl" else [path.read_bytes()]
+  return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def json_files(folder):
+  found = [path for path in pathlib.Path(folder).rglob("*") if path.suffix in (".json", ".jsonl")]
+  return found + list(pathlib.Path(folder).rglob("meta/metadata"))  # a checkpoint's record
+
+
+def killed_after(patch, step):
+  """Makes the trainer stop as if killed once this step is dispatched; what it has saved is complete."""
+  real = train._advance
+
+  def advance(lane, live):
+    live = real(lane, live)
+    if live.done >= step:
+      lane.checkpoints.wait_until_finished()
+      raise KeyboardInterrupt
+    return live
+
+  patch.setattr(train, "_advance", advance)
+
+
+def kill(workdir, cfg, step, **options):
+  with pytest.MonkeyPatch.context() as patch:
+    killed_after(patch, step)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(None, cfg, workdir=workdir, **options, **QUIET)
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_numbers_that_are_not_finite_leaves_standard_json_and_the_same_numbers(tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "measure", lambda subject, split, batch_size: ODD)
+  cfg = config(train__epochs=3, train__checkpoint_every=5)
+  kill(tmp_path, cfg, 12)
+  assert len(json_files(tmp_path / "gen_0")) >= 2
+  for path in json_files(tmp_path):
+    strict(path)
+
+  trained = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  assert len(trained.history) == 3
+  assert {path.name for path in json_files(tmp_path)} >= {"metrics.json", "history.jsonl", "manifest.json"}
+  for path in json_files(tmp_path):
+    strict(path)
+  assert strict(tmp_path / "gen_0" / "metrics.json")[0]["test_nll"] == "Infinity"
+
+  loaded = ban_jax.load(tmp_path / "gen_0")
+  for row, expected in zip((loaded.metrics, *loaded.history), (trained.metrics, *trained.history), strict=True):
+    np.testing.assert_equal(dict(row), dict(expected))  # NaN equals NaN here
+  assert math.isnan(loaded.metrics["test_error"])
+  assert loaded.metrics["test_brier"] == -math.inf
+
+
+def test_records_of_finite_numbers_have_the_bytes_of_earlier_versions(tmp_path):
+  directory, value = epath.Path(tmp_path), {"b": [1, 0.1, None, True], "a": {"x": "NaN of a kind", "y": 1e300}}
+  storage.write_json(directory / "value.json", value)
+  assert (tmp_path / "value.json").read_text() == json.dumps(value, indent=2, sort_keys=True) + "\n"
+  assert storage.standard(value) == value
+  rows = ({"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 1e-12})
+  finished.finish(directory, Generation(0, {"params": {"x": np.float32([1])}}, {"b": 1.5, "a": 2}, rows), {})
+  assert (tmp_path / "history.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows)
+  digest = strict(tmp_path / "manifest.json")[0]["records_digest"]
+  assert digest == trees.json_digest([{"b": 1.5, "a": 2}, list(rows)])
+
+
+def test_records_of_earlier_versions_with_bare_nan_are_still_read(tmp_path):
+  metrics, history = {"error": math.nan, "nll": math.inf}, [{"loss": -math.inf}]
+  (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+  (tmp_path / "history.jsonl").write_text(json.dumps(history[0]) + "\n")
+  (tmp_path / "manifest.json").write_text(json.dumps({"records_digest": trees.json_digest([metrics, history])}))
+  found = finished.read_records(epath.Path(tmp_path))
+  np.testing.assert_equal(found[:2], (metrics, history))
+
+
+def test_a_checkpoint_of_a_configuration_that_says_nan_is_not_damaged(tmp_path):
+  tree, record = {"x": np.float32([1])}, {"lineage": {"scale": "NaN"}, "history": [{"loss": math.nan}]}
+  with steps.open_steps(epath.Path(tmp_path) / "steps") as manager:
+    steps.save_step(manager, 1, tree, record)
+    manager.wait_until_finished()
+    _, restored = steps.restore_newest(manager, tree)
+  assert restored["lineage"] == {"scale": "NaN"}
+  assert math.isnan(storage.numbers(restored["history"])[0]["loss"])
+
+
+# --- UTF-8 ---------------------------------------------------------------------------------------------------------
+
+IN_C = """
+import csv, io, os, socket
+from etils import epath
+from ban_jax import storage
+from experiments import cli, results, table1
+from experiments.tables.report import HEADER, Output
+
+def main():
+  here = epath.Path(os.environ["FOLDER"])
+  storage.write_text(here / "text", "±")
+  assert (here / "text").read_bytes() == b"\\xc2\\xb1"
+  text = io.StringIO()
+  table = csv.DictWriter(text, HEADER)
+  table.writeheader()
+  table.writerow({"row": "naïve", "scale": "smoke", "seeds": "0;1"})
+  results.write(here / "table1.csv", text.getvalue())
+  assert Output(table1.TABLE, "smoke", here).existing().rows == {"naïve"}
+  with storage.open_workdir(here / "run", {}):
+    owner = (here / "run" / ".lock").read_text("utf-8")
+  assert "on höst" in owner, owner
+  print("10.0 ± 0.1")
+
+socket.gethostname = lambda: "höst"
+cli.run(main)
+"""
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+  plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+  script = tmp_path / "in_c.py"
+  script.write_text(IN_C, encoding="utf-8")
+  environment = {**os.environ, **plain, "FOLDER": str(tmp_path)}
+  done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "10.0 \\xb1 0.1\n"  # an ASCII terminal shows what it can
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_a_killed_and_resumed_run_forward(tmp_path):
+  cfg = config(train__epochs=4, train__checkpoint_every=10)  # of 5 steps each
+  kill(tmp_path, cfg, 17)  # epochs 1 to 3 are shown, and step 10 is saved
+  kill(tmp_path, cfg, 16)
+  trained = ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
+  directory = tmp_path / "gen_0"
+  assert len(list(directory.glob("events.out.tfevents.*"))) >= 2
+  reader = EventAccumulator(str(directory))
+  reader.Reload()
+  names = set(trained.history[-1]) - {"epoch", "step"}
+  assert set(reader.Tags()["scalars"]) == names
+  for name in names:
+    shown = reader.Scalars(name)
+    rows = [row for row in trained.history if name in row]
+    assert [event.step for event in shown] == [row["step"] for row in rows]
+    assert [event.value for event in shown] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    times = [event.wall_time for event in shown]
+    assert times == sorted(times)
+
+
+# --- layouts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_every_layout_that_took_part_and_a_resumption_names_what_changed(tmp_path, caplog):
+  cfg = config(train__epochs=4, train__checkpoint_every=5, train__evaluate_every=0)
+  two = {"devices": jax.devices()[:2]}
+  kill(tmp_path, cfg, 8, devices=jax.devices()[:4])
+  with jax.default_matmul_precision("float32"):
+    kill(tmp_path, cfg, 13, **two)
+  kill(tmp_path, cfg, 12, **two)  # saves nothing, so it takes no part
+  with jax.default_matmul_precision("float32"):
+    ban_jax.train_generation(None, cfg, workdir=tmp_path, **two, **QUIET)
+  (manifest,) = strict(tmp_path / "gen_0" / "manifest.json")
+  took_part = [
+    (layout["steps"], layout["devices"], layout["settings"]["matmul_precision"]) for layout in manifest["layouts"]
+  ]
+  assert took_part == [(0, 4, "default"), (5, 2, "float32")]
+  assert manifest["layout"] == {key: value for key, value in manifest["layouts"][-1].items() if key != "steps"}
+  warnings = [record.getMessage() for record in caplog.records if "another layout" in record.getMessage()]
+  assert len(warnings) == 2
+  assert "(devices was 4, is 2; settings.matmul_precision was 'default', is 'float32'): its bytes may" in warnings[0]
+  assert "(settings.matmul_precision was 'float32', is 'default')" in warnings[1]
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_without_a_warning_and_its_layout_is_kept(caplog):
+  job = job_lib.prepare(job_lib.resolve(config(), None), None, None)
+  layout = {**job.lineage["layout"], "settings": {"matmul_precision": "default"}}  # fewer settings, and no list
+  record = {"lineage": {**job.lineage, "layout": layout}}
+  train._check_resumed(job, epath.Path("gen_0"), record)
+  assert not caplog.records
+  assert train._layouts(job, record, 5) == [{"steps": 0, **layout}, {"steps": 5, **job.lineage["layout"]}]
+
+
+@pytest.mark.parametrize(
+  ("flags", "expected"),
+  [
+    ("", False),
+    ("--xla_gpu_deterministic_ops", True),
+    ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", False),
+    ("--xla_gpu_exclude_nondeterministic_ops=1", True),
+    ("--xla_gpu_deterministic_ops_of_others=true", False),
+  ],
+)
+def test_the_layout_records_deterministic_operations_and_the_random_generator(flags, expected, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  settings = devices_lib.layout(tuple(jax.devices()))["settings"]
+  assert settings["deterministic_ops"] is expected
+  assert settings["prng_impl"] == "threefry2x32"
+
+
+# --- the commit ----------------------------------------------------------------------------------------------------
+
+
+def test_the_commit_is_that_of_the_source_tree_and_never_that_of_another_repository(tmp_path, monkeypatch):
+  def git(*arguments, cwd):
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    line = ["git", *identity, *arguments]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+  def commit():
+    return finished.provenance.__wrapped__()["git_commit"]
+
+  inside = tmp_path / "environment" / "site-packages"
+  shutil.copytree(ROOT / "ban_jax", inside / "ban_jax", ignore=shutil.ignore_patterns("__pycache__"))
+  monkeypatch.setattr(finished, "__file__", str(inside / "ban_jax" / "storage" / "finished.py"))
+  assert commit() is None
+  git("init", "-q", cwd=tmp_path)
+  git("add", "-f", ".", cwd=tmp_path)
+  git("commit", "-q", "-m", "another project, whose environment holds the package", cwd=tmp_path)
+  assert commit() is None
+
+  git("init", "-q", cwd=inside)
+  git("add", ".", cwd=inside)
+  git("commit", "-q", "-m", "the source tree", cwd=inside)
+  own = git("rev-parse", "HEAD", cwd=inside)
+  assert commit() == own
+  (inside / "ban_jax" / "version.py").write_text('__version__ = "changed"\n')
+  assert commit() == own + "+"
