@@ -48,7 +48,7 @@ class StorageError(BanError, OSError):
 
 
 class Preempted(BanError, RuntimeError):
-  """A run asked to end by SIGTERM; what it had done is saved. Rerun the command to resume."""
+  """A run asked to end by SIGTERM or Ctrl-C; what it had done is saved. Rerun the command to resume."""
 
   exit_status = 75  # EX_TEMPFAIL
 

@@ -72,7 +72,8 @@ def train_generation(
   configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
   network or a workdir that holds something else or is in use (InUseError). While it trains: a TrainingError within
   `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite; with `workdir` a StorageError where that
-  cannot be written any more, and Preempted, after a checkpoint, on SIGTERM.
+  cannot be written any more, and Preempted, after a checkpoint, on SIGTERM or Ctrl-C (in a notebook: interrupt); a
+  second Ctrl-C is a KeyboardInterrupt at once. Without `workdir`, Ctrl-C is a KeyboardInterrupt after the step.
   """
   setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model))
   job = job_lib.prepare(setup, params_prev, generation, initial)
@@ -152,7 +153,7 @@ def _finished_or_trained(
   found = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
   missing = [place for place, generation in enumerate(found) if generation is None]
   if missing:
-    with preemption.watch() if directories[missing[0]] else contextlib.nullcontext(lambda: False) as requested:
+    with preemption.watch(saves=directories[missing[0]] is not None) as requested:
       trained = train([jobs[i] for i in missing], [directories[i] for i in missing], requested, progress)
     for place, generation in zip(missing, trained, strict=True):
       found[place] = generation
@@ -469,4 +470,4 @@ def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
         lane.checkpoints.wait_until_finished()
       state = f"saved at step {live.done} of {lane.job.total_steps}"
     states.append(f"generation {lane.job.generation} is {state}")
-  raise Preempted(f"asked to end by SIGTERM: {'; '.join(states)}. Rerun the command to resume")
+  raise Preempted(f"asked to end by SIGTERM or Ctrl-C: {'; '.join(states)}. Rerun the command to resume")

@@ -26,6 +26,8 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
 On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import ctypes
 import gc
 import importlib.metadata
@@ -632,6 +634,7 @@ def measure(options: Options, load: float, out: str | None = None) -> tuple[dict
 
 def main() -> None:
   """Measures, and prints the settings and the table."""
+  cli.unwind_on_interrupt()
   options, out, load = read_flags(), flags.FLAGS.out, os.getloadavg()[0]
   if load > BUSY:  # PyTorch's threads spin while they wait: beside other programs a step takes ten times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

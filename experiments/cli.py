@@ -5,9 +5,11 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from ml_collections import ConfigDict
 from ban_jax import devices as devices_lib
 from ban_jax import memory, processes, profiling
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
+from experiments import interrupts
 
 DEVICES = flags.DEFINE_integer(
   "devices",
@@ -54,6 +57,8 @@ PEER_SIGNS = ("Gloo", "coordination service", "CoordinationService")
 PATIENCE = 3.0
 # Exit status of a mistake that the user can correct.
 USAGE = 2
+# The flags that ask for help; absl's own show a part of the flags and end with status 1.
+HELP = {"help", "h", "helpshort", "helpfull"}
 
 
 def cpu_devices(cores: int) -> int:
@@ -209,13 +214,19 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def unwind_on_interrupt() -> None:
+  """Makes Ctrl-C an exception from now on, for a script that has children to end and temporary files to remove."""
+  if signal.getsignal(signal.SIGINT) is interrupts.end:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _explain(error: BaseException) -> int:
   """Prints the message of an error, or the traceback of an unexpected one; returns the exit status."""
   if isinstance(error, SystemExit):  # its message is printed already
     return error.code if isinstance(error.code, int) else int(error.code is not None)
   if isinstance(error, KeyboardInterrupt):
-    print("interrupted; rerun the command to continue from the last checkpoint", file=sys.stderr)
-    return 130
+    print("interrupted", file=sys.stderr)
+    return interrupts.STATUS
   if lost_peer(error):
     error = PeerError(
       f"lost another process of the run ({_first_line(error)}); start all of them again: the run continues from the "
@@ -244,7 +255,10 @@ def _end(status: int) -> NoReturn:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-  """Returns the arguments that are no flags; a mistake ends with one line and status 2."""
+  """Returns the arguments that are no flags; a mistake ends with one line and status 2, --help with all flags and 0."""
+  if {argument.lstrip("-") for argument in arguments[1:] if argument.startswith("-")} & HELP:
+    print(usage())
+    sys.exit(0)
   try:
     rest = flags.FLAGS(arguments)
     if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
@@ -256,6 +270,33 @@ def _parse(arguments: list[str]) -> list[str]:
   if len(rest) > 1:
     _fail(f"unexpected arguments: {shlex.join(rest[1:])}; options begin with --")
   return rest
+
+
+def usage() -> str:
+  """Returns what the script does, as its docstring says, and every flag that it takes."""
+  width = min(shutil.get_terminal_size().columns, 100)
+  parts, shared = [sys.modules["__main__"].__doc__ or ""], []
+  for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items(), key=lambda item: item[0] != sys.argv[0]):
+    if module == sys.argv[0] or module.startswith("experiments."):
+      (shared if module == __name__ else parts).extend(_describe(flag, width) for flag in defined)
+  parts.insert(1, "Flags of this script:" if len(parts) > 1 else "It has no flags of its own.")
+  if "config" in flags.FLAGS:
+    parts.append(
+      "  --config.KEY=VALUE\n      Changes a value of the configuration; configs/base.py documents every key."
+    )
+  return "\n\n".join([*(part.strip("\n") for part in parts), "Flags of all scripts:", *shared])
+
+
+def _describe(flag: flags.Flag, width: int) -> str:
+  """Returns a flag's name, meaning, choices and default."""
+  if flag.boolean:
+    name, default = f"--[no]{flag.name}", "yes" if flag.default else "no"
+  else:
+    name, default = f"--{flag.name}=VALUE", flag.default is not None and flag.default_as_str.strip("'")
+  text = " ".join((flag.help or "").split())
+  of = f" One of: {', '.join(flag.parser.enum_values)}." if isinstance(flag, flags.EnumFlag) else ""
+  end = f" (default: {default})" if default else ""
+  return f"  {name}\n" + textwrap.fill(text + of + end, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _cause(error: BaseException) -> str | None:

@@ -7,6 +7,8 @@ each, and plots what the last student gains against what its teacher makes of it
 with true labels chooses the teacher's best early stop, the cheap rival. Finished results are shown at once.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -7,6 +7,8 @@ Evaluates the generations on the test split and writes calibration.png, agreemen
 numbers in figures.md and figures.json. It trains nothing.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import math
 import re
 from collections.abc import Mapping, Sequence

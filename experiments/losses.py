@@ -5,6 +5,8 @@
 A run shorter than the paper's shows that a loss works, not which loss is best.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -6,6 +6,8 @@
 The table's footnotes say how to read it; docs/design.md and the networks' own files, how the layers were worked out.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple

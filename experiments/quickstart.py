@@ -7,6 +7,8 @@ all labels are true; on the right 40 % of them are replaced by another class. Se
 Finished results are shown at once; an interrupted run is resumed.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

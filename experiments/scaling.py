@@ -9,6 +9,8 @@ https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-
 PaLM (arXiv:2204.02311).
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import math
 import re
 from collections.abc import Sequence

@@ -6,6 +6,8 @@ The run is experiments/train.py in a process of its own. SIGKILL ends it at a ra
 and shortly after its next checkpoints. Exit status 0 means that all kills were made and all bytes agree.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import contextlib
 import json
 import pathlib
@@ -154,6 +156,7 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
 
 def main() -> None:
   """Runs the soak and prints its result."""
+  cli.unwind_on_interrupt()
   begin = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     kills, runs, reached = soak(pathlib.Path(folder))

@@ -5,6 +5,8 @@ python experiments/table2.py --scale=paper --data_dir=DIR --workdir=runs/tables/
 Paper scale: 93 generations, 69,160 PFLOP; expected (--dry_run) 626 h on an A100, 204 h on an H100, 97 h on a TPU v4-8.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from experiments.tables import run
 from experiments.tables.spec import (
   SUBSTITUTES,

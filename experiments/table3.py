@@ -5,6 +5,8 @@ python experiments/table3.py --scale=paper --data_dir=DIR --workdir=runs/tables/
 Paper scale: 36 generations, 8,195 PFLOP; expected (--dry_run) 77 h on an A100, 27 h on an H100, 14 h on a TPU v4-8.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from experiments.tables import run
 from experiments.tables.spec import SUBSTITUTES, Builder, Columns, Row, Table, label_controls, make_rows
 

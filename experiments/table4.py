@@ -7,6 +7,8 @@ The paper does not define its compression: ban_jax/presets has our reading, whic
 Paper scale: 24 generations, 14,797 PFLOP; expected (--dry_run) 134 h on an A100, 44 h on an H100, 21 h on a TPU v4-8.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from typing import NamedTuple
 
 from experiments.tables import run

@@ -9,6 +9,8 @@ our reading of the bottleneck students. The paper quotes the Pre-activation ResN
 Paper scale: 39 generations, 24,720 PFLOP; expected (--dry_run) 224 h on an A100, 74 h on an H100, 35 h on a TPU v4-8.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from experiments.tables import run
 from experiments.tables.spec import Builder, Columns, Row, Table, make_rows
 

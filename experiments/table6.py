@@ -7,6 +7,8 @@ PTB is a directory with ptb.train.txt, ptb.valid.txt and ptb.test.txt, which you
 Paper scale: 12 generations, 110 PFLOP; expected (--dry_run) 1.7 h on an A100, 1 h on an H100, 0.86 h on a TPU v4-8.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from experiments.tables import run
 from experiments.tables.spec import Builder, Columns, Row, Table, label_controls, make_rows
 

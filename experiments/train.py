@@ -3,6 +3,8 @@
 python experiments/train.py --config=configs/cifar.py:cifar100,wrn_28_1,paper --workdir=runs/c100
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -214,7 +214,7 @@ def test_a_finished_generation_that_cannot_be_read_at_the_moment_is_not_called_d
 
   cfg = config(train__epochs=1, **PLAIN)
   ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
-  path_class, read = type(epath.Path(tmp_path)), type(epath.Path(tmp_path)).read_text
+  path_class, read = type(epath.Path(tmp_path)), type(epath.Path(tmp_path)).read_bytes
 
   def busy(path, *_, **__):
     if not isinstance(path, epath.Path) or path.name == what:
@@ -222,7 +222,7 @@ def test_a_finished_generation_that_cannot_be_read_at_the_moment_is_not_called_d
     return read(path)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(path_class, "read_text", busy)
+    patch.setattr(path_class, "read_bytes", busy)
     if what == "params":
       patch.setattr(ocp.StandardCheckpointer, "restore", busy)
     with pytest.raises(StorageError, match="gen_0 cannot be read or written: .*Input/output error") as raised:
@@ -400,7 +400,7 @@ def test_sigterm_saves_and_a_second_process_is_refused_meanwhile(tmp_path):
   process.send_signal(signal.SIGCONT)
   status, out, err = finish(process)
   assert status == Preempted.exit_status == 75
-  assert "error: asked to end by SIGTERM: generation 0 is saved at step " in err
+  assert "error: asked to end by SIGTERM or Ctrl-C: generation 0 is saved at step " in err
   assert not out
   saved = steps_of(tmp_path / "run")[-1]
   assert f"saved at step {saved} of 150. Rerun the command to resume" in err
@@ -417,12 +417,12 @@ def test_a_signal_that_comes_after_the_last_step_is_handed_on():
   received = []
   before = signal.signal(signal.SIGTERM, lambda *_: received.append("outer"))
   try:
-    with preemption.watch() as requested:
+    with preemption.watch(saves=True) as requested:
       assert not requested()
       signal.raise_signal(signal.SIGTERM)
       assert not received
     assert received == ["outer"]
-    with preemption.watch() as requested:
+    with preemption.watch(saves=True) as requested:
       signal.raise_signal(signal.SIGTERM)
       assert requested()
     assert received == ["outer"]

@@ -212,7 +212,7 @@ def test_a_run_that_loses_processes_hangs_and_is_preempted_ends_with_the_same_by
   assert status == 75, messages
   assert "launch: process 0 ended with status 75" in messages
   assert "launch: process 1 ended with status 75" in messages
-  steps = set(re.findall(r"error: asked to end by SIGTERM: generation 0 is saved at step (\d+)", messages))
+  steps = set(re.findall(r"error: asked to end by SIGTERM or Ctrl-C: generation 0 is saved at step (\d+)", messages))
   assert steps == {str(max(checkpoints(workdir)))}
 
   finish(arguments)

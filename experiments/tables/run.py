@@ -4,7 +4,6 @@ Generations that several cells or tables need are trained once. Finished ones ar
 several processes may share a workdir.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,9 +42,6 @@ def define_flags() -> None:
   flags.DEFINE_bool("controls", False, "Also train the controls (smoothed labels, longer training...).")
   flags.DEFINE_bool("list", False, "Show the rows, the networks and the paper's numbers, and exit.")
   flags.DEFINE_bool("dry_run", False, "Show what would be trained and its cost, and exit.")
-  for module in (__name__, cli.__name__):  # a script's --help shows its key flags only
-    for flag in flags.FLAGS.get_flags_for_module(module):
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 class Request(NamedTuple):
