@@ -1,7 +1,7 @@
 # make quickstart   trains a teacher and three born-again generations on embedded digits, prints and plots the result
-# make test         runs the linter and the tests
+# make test         runs the linter, the type checker and the tests
 # make soak         runs the long forms of some tests, which take about half an hour
-# make lint         runs the linter alone
+# make lint         runs the linter and the type checker alone
 # make bench        measures steps, epochs, starts and memory, for an hour or two: make bench ARGS=--rows=wrn_16_1 is less
 # make clean        removes the virtual environment (runs and results stay)
 
@@ -26,6 +26,7 @@ soak: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/bench.py $(ARGS)

@@ -25,12 +25,15 @@ setuptools.setup(
     "Programming Language :: Python :: 3",
     "Programming Language :: Python :: 3.11",
     "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Typing :: Typed",
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
   ],
   python_requires=">=3.11",
   # The folders configs and experiments stay in a checkout: as installed packages they would take these names from other
   # projects. With this package_dir an editable installation adds the whole checkout to the path.
   packages=setuptools.find_packages(include=["ban_jax*"]),
+  package_data={"ban_jax": ["py.typed"]},
   package_dir={"": "."},
   install_requires=[
     "absl-py",
@@ -60,7 +63,8 @@ setuptools.setup(
     "cuda": ["jax[cuda12]>=0.10"],
     "notebook": ["ipywidgets", "jupyterlab"],
     "test": [
-      *("hypothesis", "ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff==0.17.6"),
+      *("beartype", "hypothesis", "ipykernel", "mypy==2.4.1", "nbclient", "nbformat", "pytest", "pytest-xdist"),
+      "ruff==0.17.6",
       "tensorboard",  # reads what a run shows; it needs no TensorFlow
     ],
     "tpu": ["jax[tpu]>=0.10"],

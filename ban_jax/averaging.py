@@ -52,10 +52,11 @@ def average(
   return Generation(index, trees.to_host(mean, index), {}, (), setup.network(index))
 
 
-def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-  return sum(share * leaf.astype(np.float64) for share, leaf in zip(shares, leaves, strict=True)).astype(
-    leaves[0].dtype
-  )
+def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float] | np.ndarray) -> np.ndarray:
+  total = np.zeros(leaves[0].shape)
+  for share, leaf in zip(shares, leaves, strict=True):
+    total += share * leaf.astype(np.float64)
+  return total.astype(leaves[0].dtype)
 
 
 def _statistics(setup: job.Setup, model: Model, variables: dict) -> dict:

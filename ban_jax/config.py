@@ -45,7 +45,7 @@ def real(holds: Callable[[float], bool], expected: str) -> Rule:
 
 
 def _is_rising(shares: Any) -> bool:
-  inside = isinstance(shares, list | tuple) and all(isinstance(s, numbers.Real) and 0 < s < 1 for s in shares)
+  inside = isinstance(shares, list | tuple) and all(isinstance(s, numbers.Real) and 0 < float(s) < 1 for s in shares)
   return inside and list(shares) == sorted(set(shares))
 
 

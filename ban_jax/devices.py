@@ -21,6 +21,8 @@ from ban_jax.types import Devices
 AXIS = "devices"
 # The index in place of all examples of a mini-batch that only fills up a dispatch. (-1 is one example's padding.)
 NO_BATCH = -2
+# JAX's settings are defined as it is imported, where no type checker sees them.
+SETTINGS: Any = jax.config
 # The flags with which XLA leaves out what adds in an order of its own on GPUs.
 DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
 
@@ -36,7 +38,7 @@ def resolve(devices: Sequence[jax.Device] | None) -> Devices:
   except (RuntimeError, AssertionError) as error:  # the latter of a platform whose plugin is absent
     reason = (str(error) or "no such platform").splitlines()[0]
     raise ConfigError(
-      f"JAX finds no device of the platform {jax.config.jax_platforms or 'it was installed for'} ({reason}); unset "
+      f"JAX finds no device of the platform {SETTINGS.jax_platforms or 'it was installed for'} ({reason}); unset "
       "JAX_PLATFORMS to run on what there is, or install JAX for it: pip install 'ban_jax[cuda]' or 'ban_jax[tpu]'"
     ) from error
   if devices is None:
@@ -161,9 +163,9 @@ def layout(devices: Devices) -> dict[str, Any]:
     "processes": len({device.process_index for device in devices}),
     "cores": cores(),
     "settings": {
-      "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # "default" is TF32 on NVIDIA's GPUs
-      "threefry_partitionable": jax.config.jax_threefry_partitionable,
-      "prng_impl": jax.config.jax_default_prng_impl,
+      "matmul_precision": SETTINGS.jax_default_matmul_precision or "default",  # "default" is TF32 on NVIDIA's GPUs
+      "threefry_partitionable": SETTINGS.jax_threefry_partitionable,
+      "prng_impl": SETTINGS.jax_default_prng_impl,
       "deterministic_ops": any(_is_on(flags, name) for name in DETERMINISTIC),
       "xla_flags": " ".join(sorted(flags)),
     },

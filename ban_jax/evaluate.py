@@ -142,7 +142,7 @@ def sum_predictions(
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
   step = make_eval_step(models, dataset.fetch, devices, sums_of)
   order, block = dataset.eval_order(split, batch_size), job.block_size(dataset.spec, devices)
-  total = 0.0
+  total: Any = 0.0
   for first in range(0, len(order), block):
     batches = order[first : first + block]
     carries, sums = step.run(variables, carries, arrays, devices_lib.split_batches(batches, devices, block))
@@ -151,4 +151,4 @@ def sum_predictions(
       total += row.astype(np.float64)
   shapes, structure = jax.tree.flatten(step.shapes)
   parts = np.split(total, np.cumsum([leaf.size for leaf in shapes])[:-1])
-  return structure.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, shapes, strict=True)])
+  return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, shapes, strict=True)])

@@ -138,7 +138,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
 
   Raises a ConfigError or a DataError where it cannot be run or evaluated.
   """
-  if jax.config.jax_enable_x64:
+  if devices_lib.SETTINGS.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
   if not isinstance(cfg, ConfigDict):
     raise ConfigError(
@@ -186,20 +186,22 @@ def members(given: Member | Sequence[Member] | None, setup: Setup, what: str) ->
   found, trees_, models = trees.members_of(given), [], []
   for number, member in enumerate(found, 1):
     label = what if len(found) == 1 else f"{what} {number}"
-    known = isinstance(member, Generation) and member.network is not None
     tree = member.params if isinstance(member, Generation) else member
     trees.check_tree(tree, label)
-    model = _model_of(member, setup, label) if known else setup.models[min(trees.lineage(tree), 1)]
-    source = "" if known else "; a tree does not say which network it is, so that the configuration's is taken"
+    if isinstance(member, Generation) and member.network is not None:
+      model, source = _model_of(member, member.network, setup, label), ""
+    else:
+      model = setup.models[min(trees.lineage(tree), 1)]
+      source = "; a tree does not say which network it is, so that the configuration's is taken"
     trees.check_fits(tree, model, label, source)
     trees_.append(tree)
     models.append(model)
   return trees_, models
 
 
-def _model_of(member: Generation, setup: Setup, label: str) -> Model:
-  """Returns a generation's own network."""
-  network, generation = member.network, min(member.index, 1)
+def _model_of(member: Generation, network: Network, setup: Setup, label: str) -> Model:
+  """Returns a generation's own network, of which it keeps `network`."""
+  generation = min(member.index, 1)
   if network.own is not None:
     _check_spec(f"the network of {label}, {network.own.name!r},", network.own.spec, setup.dataset.spec)
     return network.own

@@ -79,7 +79,7 @@ def with_network(
   """
   setup = job.resolve(cfg, None, job.Own(dataset, model, teacher_model))
   given = member if isinstance(member, Generation) else None
-  trees_, _ = job.members(member._replace(network=None) if given else member, setup, "the network")
+  trees_, _ = job.members(given._replace(network=None) if given else member, setup, "the network")
   if len(trees_) != 1:
     raise ConfigError(f"with_network takes one Generation or variables tree, not {len(trees_)}")
   index = trees.lineage(trees_[0])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from ban_jax.errors import look_up
 
@@ -183,7 +184,7 @@ def weighted(loss: Loss, weights: tuple[float, ...]) -> Loss:
   return loss._replace(apply=apply)
 
 
-def make_loss(group: Mapping[str, Any]) -> Loss:
+def make_loss(group: Mapping[str, Any] | ConfigDict) -> Loss:
   """Returns the Loss that a checked `loss` group names, its options filled in; equal arguments give the same object.
 
   Raises a ConfigError for an unknown name.

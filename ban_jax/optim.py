@@ -17,7 +17,7 @@ from ban_jax.errors import look_up
 
 def piecewise(learning_rate: float, total: int, *, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
   """Returns the rate multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
-  scales = collections.defaultdict(lambda: 1.0)
+  scales: dict[int, float] = collections.defaultdict(lambda: 1.0)
   for share in boundaries:
     scales[round(share * total)] *= factor  # in a very short run two of them are one step
   return optax.piecewise_constant_schedule(learning_rate, dict(scales))
@@ -34,7 +34,7 @@ def plateau(learning_rate: float, total: int, *, factor: float, threshold: float
 
 
 # A schedule's keyword-only arguments are the options of the `optim` group that it takes.
-SCHEDULES = {"steps": piecewise, "cosine": cosine, "plateau": plateau}
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"steps": piecewise, "cosine": cosine, "plateau": plateau}
 
 
 def options(schedule: Callable[..., optax.Schedule]) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ def prepare(
   devices: Sequence[jax.Device] | None,
 ) -> Predictor:
   """Returns what predicts; raises the errors of `predict` that are not about inputs."""
-  members = trees.members_of(generations)
+  members: list[Any] = trees.members_of(generations)  # `_network_of` refuses bare trees
   if not members:
     raise ConfigError("predict needs at least one generation")
   networks = [_network_of(member, number) for number, member in enumerate(members, 1)]
@@ -186,7 +186,7 @@ def prepare(
     network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype) for network in networks
   )
   devices = devices_lib.local(devices_lib.resolve(devices))
-  scaling = ()
+  scaling: tuple[tuple[np.ndarray, ...], ...] = ()
   if spec.kind == "images":
     scaling = tuple(
       tuple(np.array(network.scaling[key], np.float32) for key in ("mean", "std")) for network in networks
@@ -284,7 +284,7 @@ def _ids(spec: InputSpec, text: str) -> list[int]:
   missing = [word for word in text.split() if word not in known]
   if missing and UNKNOWN not in known:
     raise DataError(f"the words {choices(set(missing))} are not in the vocabulary, which has no {UNKNOWN}")
-  return [known.get(word, known.get(UNKNOWN)) for word in text.split()]
+  return [known[word if word in known else UNKNOWN] for word in text.split()]
 
 
 @functools.lru_cache(maxsize=4)

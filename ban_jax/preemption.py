@@ -5,7 +5,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import jax
@@ -53,7 +53,7 @@ def watch(saves: bool) -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _handled(numbers: list[signal.Signals], receive: Callable[[int], object]) -> Iterator[None]:
+def _handled(numbers: Sequence[int], receive: Callable[[int], object]) -> Iterator[None]:
   """Calls `receive` with a signal that comes while the block runs; a second SIGINT goes to the previous handler."""
   interrupted = False
 

@@ -58,9 +58,11 @@ def _directory(job: Job) -> epath.Path:
 
 def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any, key_data: jax.Array) -> Logits:
   """Returns the logits of a job's live teacher for an epoch's mini-batches."""
-  step = make_record_step(job.teacher.recorded, job.dataset.fetch, job.devices)
+  teaching = job.teacher.recorded
+  assert teaching is not None, "of a replayed teacher"
+  step = make_record_step(teaching, job.dataset.fetch, job.devices)
   source = devices_lib.broadcast(job.teacher.source, job.devices)
-  carry = jax.tree.map(np.asarray, job.teacher.recorded.init_carry(order.shape[1]))
+  carry = jax.tree.map(np.asarray, teaching.init_carry(order.shape[1]))
   carry, rows = devices_lib.split_rows(carry, job.devices), []
   for number, index in enumerate(order, epoch * job.steps_per_epoch):
     carry, logits = step(source, carry, arrays, devices_lib.split_rows(index, job.devices), key_data, np.int32(number))

@@ -2,11 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -44,7 +43,7 @@ def initial_state(
   """
   params = {**variables["params"], **copied}
   trainable = {name: tree for name, tree in params.items() if name not in copied}
-  return TrainState(np.int32(0), params, variables.get("batch_stats", {}), optimizer.init(trainable))
+  return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(trainable))
 
 
 class Drawn(NamedTuple):
@@ -113,7 +112,7 @@ def make_train_step(
       values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
       sums = metrics.training_sums(logits, batch, weights)
-      if split:
+      if split and teacher_logits is not None:
         sums |= gradient_lib.split_sums(logits, batch.labels, teacher_logits, batch.mask)
       return (values * weights).sum(), (sums, new_carry, batch_stats)
 
@@ -200,8 +199,10 @@ def make_eval_step(
 def _examples(spec: InputSpec, networks: int) -> tuple[list[jax.ShapeDtypeStruct], Batch]:
   """Returns the shapes of the logits of some networks for a mini-batch of one example, and of its labels."""
   rows = (1, *spec.shape) if spec.kind == "tokens" else (1,)
-  labels, mask = (jax.ShapeDtypeStruct(rows, dtype) for dtype in (np.int32, np.bool_))
-  return [jax.ShapeDtypeStruct((*rows, spec.num_classes), np.float32)] * networks, Batch(None, labels, mask)
+  inputs: Any = None
+  labels, mask = (jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.bool_))
+  batch = Batch(inputs, cast(jax.Array, labels), cast(jax.Array, mask))
+  return [jax.ShapeDtypeStruct((*rows, spec.num_classes), jnp.float32)] * networks, batch
 
 
 @functools.lru_cache

@@ -150,7 +150,7 @@ def _finished_or_trained(
   jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool
 ) -> list[Generation]:
   directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
-  found = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
+  found: list[Any] = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
   missing = [place for place, generation in enumerate(found) if generation is None]
   if missing:
     with preemption.watch(saves=directories[missing[0]] is not None) as requested:
@@ -260,7 +260,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
     storage.provenance()  # as the software is before a long training
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
-    carry, record = zero_carry, {"history": [], "sums": {}, "layouts": []}
+    carry, record = zero_carry, dict[str, Any](history=[], sums={}, layouts=[])
     if checkpoints:
       check = functools.partial(_check_resumed, job, directory)
       restored = storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)

@@ -17,9 +17,14 @@ from ban_jax.types import Generation, Model, Variables
 Member = Generation | Variables
 
 
+def thawed(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a tree of mappings as a tree of plain dicts."""
+  return flax.core.unfreeze(tree if isinstance(tree, flax.core.FrozenDict) else dict(tree))
+
+
 def leaves(tree: PyTree) -> dict[str, np.ndarray]:
   """Returns the tree's leaves by their path, as "params/stem/kernel"."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(flax.core.unfreeze(tree) if isinstance(tree, Mapping) else tree)
+  flat, _ = jax.tree_util.tree_flatten_with_path(thawed(tree) if isinstance(tree, Mapping) else tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
@@ -54,13 +59,13 @@ def to_host(variables: Mapping[str, Any], generation: int) -> Variables:
     leaf.flags.writeable = False
     return leaf
 
-  tree = {**flax.core.unfreeze(variables), "lineage": {"generation": np.int32(generation)}}
+  tree = {**thawed(variables), "lineage": {"generation": np.int32(generation)}}
   return flax.core.freeze(jax.tree.map(read_only, tree))
 
 
 def to_plain(variables: Variables) -> dict[str, Any]:
   """Returns the variables as the plain dicts that steps are compiled for, without the lineage."""
-  return {name: tree for name, tree in flax.core.unfreeze(variables).items() if name != "lineage"}
+  return {name: tree for name, tree in thawed(variables).items() if name != "lineage"}
 
 
 def lineage(variables: Variables) -> int:
@@ -68,7 +73,7 @@ def lineage(variables: Variables) -> int:
   return int(variables["lineage"]["generation"]) if "lineage" in variables else 0
 
 
-def members_of(given: Member | Sequence[Member] | None) -> list[Member]:
+def members_of(given: Any) -> list[Member]:
   """Returns one network, or several, as a flat list; raises a ConfigError for what cannot be networks."""
   if given is None:
     return []

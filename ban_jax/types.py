@@ -131,7 +131,7 @@ class Generation(NamedTuple):
   takes the configuration's.
   """
 
-  index: int
+  index: int  # type: ignore[assignment]  # tuple has a method of this name, which nobody calls here
   params: Variables
   metrics: Mapping[str, float]
   history: Sequence[Mapping[str, float]]

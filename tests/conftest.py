@@ -5,11 +5,21 @@ import gc
 import pathlib
 
 import jax
+import jaxtyping
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import digits
-from experiments import cli
+# Where arrays are computed, the shapes and dtypes of annotations are checked whenever a test calls a function.
+CHECKED = [
+  *("ban_jax.losses", "ban_jax.gradient", "ban_jax.metrics", "ban_jax.data.augment", "ban_jax.models.common"),
+  *("ban_jax.models.wide_resnet", "ban_jax.models.matched_resnet"),  # densenet's options are tested with wrong types
+  *("ban_jax.models.recurrent", "ban_jax.models.lstm", "ban_jax.models.char_cnn_lstm"),
+]
+jaxtyping.Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays too, and tests give them
+with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
+  from configs import digits
+  from experiments import cli
 
 jax.config.update("jax_num_cpu_devices", 4)
 cli.use_compilation_cache()

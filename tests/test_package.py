@@ -5,7 +5,11 @@ import subprocess
 import sys
 
 import forks
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+
+from ban_jax import losses
 
 
 def test_importing_the_library_is_light_and_fast():
@@ -54,3 +58,9 @@ def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   refused = subprocess.run([*command, "--epochs=ten"], capture_output=True, text=True, cwd="/", check=False)
   assert refused.returncode == 2
   assert "error: --noise and --epochs take numbers, separated by commas" in refused.stderr
+
+
+def test_wrong_shapes_are_noticed_in_the_tests():
+  logits = jnp.zeros((2, 3))
+  with pytest.raises(jaxtyping.TypeCheckError):
+    losses.label_cross_entropy(logits, jnp.zeros(4, int))

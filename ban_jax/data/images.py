@@ -270,6 +270,8 @@ def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
     rows = jnp.maximum(index, 0)
     images = arrays["images"][rows]  # uint8 [B, H, W, C]
     if train and (pad or flip):
+      assert key is not None
+      assert positions is not None
       offsets, flips = augment.draw(key, positions, pad)
       if pad:
         images = augment.crop(images, offsets, pad)
@@ -296,14 +298,14 @@ def channel_statistics(
   Both are float32 and computed in float64.
   """
   if images.dtype != np.uint8:
-    means, stds = (function(images, axis=(0, 1, 2), dtype=np.float64) for function in (np.mean, np.std))
-    return means.astype(np.float32), np.where(stds > 0, stds, 1).astype(np.float32)
+    mean, std = (np.asarray(f(images, axis=(0, 1, 2), dtype=np.float64)) for f in (np.mean, np.std))
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
   # Counts of the 256 levels need no copy of the images in floating point, 1.2 GB for CIFAR, and sums of whole numbers
   # are exact: the last bit, which is part of the digest, is the same on every machine.
   levels, means, stds = np.arange(256), [], []
   for channel in np.moveaxis(images, -1, 0):  # [N, H, W]
     chunks = np.array_split(channel, len(channel) // 1000 + 1)
-    counts = sum(np.bincount(chunk.ravel(), minlength=256) for chunk in chunks)
+    counts = np.sum([np.bincount(chunk.ravel(), minlength=256) for chunk in chunks], axis=0)
     number, total, squares = int(counts.sum()), int(counts @ levels), int(counts @ levels**2)
     means.append(total / number / 255)
     # A channel that never changes is normalised to 0, not to NaN.

@@ -41,14 +41,15 @@ def load(options: text.Options) -> Dataset:
 
 def split_topics(topics: Mapping[str, str]) -> dict[str, dict[str, text.Lines]]:
   """Returns split -> topic -> the words of its paragraphs, no paragraph twice, whatever the topics' order."""
-  seen, kept = set(), {}
+  seen: set[tuple[str, ...]] = set()
+  kept: dict[str, text.Lines] = {}
   for topic in sorted(topics):
     kept[topic] = []
     for words in paragraphs(topics[topic]):
       if tuple(words) not in seen:
         seen.add(tuple(words))
         kept[topic].append(words)
-  splits = {"train": {}, "validation": {}, "test": {}}
+  splits: dict[str, dict[str, text.Lines]] = {"train": {}, "validation": {}, "test": {}}
   for rank, topic in enumerate(sorted(kept, key=lambda topic: (-text.count_tokens(kept[topic]), topic))):
     splits[HELD_OUT.get(rank % 10, "train")][topic] = kept[topic]
   return splits

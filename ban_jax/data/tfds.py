@@ -1,6 +1,6 @@
 """Any image classification set of TensorFlow Datasets (TFDS), by its name there."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ban_jax.data import images
 from ban_jax.types import Dataset
@@ -17,7 +17,8 @@ class Asked(NamedTuple):
 
 
 # An Asked and an images.Options in one, whose fields are all keys that the data set takes.
-Options = NamedTuple("Options", [*Asked.__annotations__.items(), *images.Options.__annotations__.items()])
+_FIELDS: Any = [*Asked.__annotations__.items(), *images.Options.__annotations__.items()]
+Options: Any = NamedTuple("Options", _FIELDS)  # type: ignore[misc]  # whose fields are not written out
 
 
 def load(directory: str, options: Options) -> Dataset:
@@ -28,7 +29,8 @@ def load(directory: str, options: Options) -> Dataset:
   """
   from ban_jax.data import tfds_images  # TensorFlow Datasets takes half a second to import
 
-  asked, own = (kind(*(getattr(options, key) for key in kind._fields)) for kind in (Asked, images.Options))
+  asked = Asked(*(getattr(options, key) for key in Asked._fields))
+  own = images.Options(*(getattr(options, key) for key in images.Options._fields))
   parts, num_classes = tfds_images.read(asked, directory)
   return images.build(
     asked.dataset,

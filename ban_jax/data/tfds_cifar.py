@@ -39,7 +39,7 @@ class Labels(NamedTuple):
 
   feature: str
   names_file: str
-  count: int
+  count: int  # type: ignore[assignment]  # tuple has a method of this name
 
 
 class Archive(NamedTuple):
@@ -182,8 +182,8 @@ def unpack(name: str, archive: pathlib.Path) -> Contents:
     with tarfile.open(archive, "r:gz") as tar:
       for member in tar:
         file = pathlib.PurePosixPath(member.name).name
-        if member.isfile() and file in wanted:
-          found[file] = tar.extractfile(member).read()
+        if file in wanted and (content := tar.extractfile(member)):  # None: a directory of this name
+          found[file] = content.read()
   except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
     raise DataError(f"{name}: {archive} is truncated or broken ({tfds_files.brief(error)}). {advice}") from error
   if missing := sorted(wanted - set(found)):
@@ -221,7 +221,7 @@ def unpack(name: str, archive: pathlib.Path) -> Contents:
   return Contents(sha256, names, rows)
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no annotations
   """Writes what the stock builder of the same name writes, from an unpacked archive."""
 
   VERSION = tfds.core.Version(VERSION)
@@ -256,11 +256,11 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 # TFDS names a data set after its class. In its registry these names belong to the stock builders, so ours stay out.
-class Cifar10(_Builder, skip_registration=True):
+class Cifar10(_Builder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no annotations
   """CIFAR-10."""
 
 
-class Cifar100(_Builder, skip_registration=True):
+class Cifar100(_Builder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no annotations
   """CIFAR-100."""
 
 

@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from tensorflow_datasets.core.download import downloader
@@ -46,7 +46,7 @@ def looking_into(name: str, root: pathlib.Path) -> Iterator[None]:
 def lock(root: pathlib.Path, name: str) -> Iterator[None]:
   """Holds the lock for preparing `name` under `root`; the system releases it when the process ends, however it ends."""
   (root / name).mkdir(parents=True, exist_ok=True)
-  with open(root / f".{name}.lock", "w") as file:
+  with open(root / f".{name}.lock", "w", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -65,7 +65,7 @@ def few_retries() -> Iterator[None]:
     downloader.MAX_RETRIES = retries
 
 
-def examples(source: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def examples(source: Any) -> Iterator[dict[str, Any]]:
   """Yields the decoded examples of a TFDS data source, in its files' order."""
   for start in range(0, len(source), CHUNK):
     yield from source.__getitems__(range(start, min(start + CHUNK, len(source))))

@@ -106,7 +106,7 @@ def _features(dataset: str, info: tfds.core.DatasetInfo) -> tuple[tuple[str, str
 
 def _check_splits(dataset: str, info: tfds.core.DatasetInfo, wanted: Mapping[str, str]) -> None:
   """Raises ConfigError for splits that the set does not have, or that have examples in common."""
-  parts = []
+  parts: list[tuple[str, str, int, int]] = []
   for key, split in wanted.items():
     try:
       ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(info.splits.items()))
@@ -132,7 +132,8 @@ def _check_splits(dataset: str, info: tfds.core.DatasetInfo, wanted: Mapping[str
 
 def _examples(asked: Asked, source: Sequence[Any], keys: tuple[str, str]) -> Examples:
   image_key, label_key = keys
-  images, labels, order = None, np.empty(len(source), np.int32), []
+  images: Any = None
+  labels, ordered = np.empty(len(source), np.int32), []
   for i, example in enumerate(tfds_files.examples(source)):
     image = resize(example[image_key], asked.size) if asked.size else example[image_key]
     if images is None:
@@ -140,10 +141,10 @@ def _examples(asked: Asked, source: Sequence[Any], keys: tuple[str, str]) -> Exa
     if image.shape != images.shape[1:]:
       raise _sizes_differ(asked.dataset, images.shape[1:], image.shape)
     images[i], labels[i] = image, example[label_key]
-    order.append((hashlib.sha256(images[i]).digest(), labels[i], i))
+    ordered.append((hashlib.sha256(images[i]).digest(), labels[i], i))
   # The files' order is shuffled, and depends on TFDS's version and the number of shards, and not every set has ids. The
   # order of the pixels' digests is the same wherever the set was prepared, so that a seed means the same mini-batches.
-  order = [i for _, _, i in sorted(order)]
+  order = [i for _, _, i in sorted(ordered)]
   return Examples(images[order], labels[order])
 
 

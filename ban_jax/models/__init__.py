@@ -53,7 +53,7 @@ def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callabl
   """
   if not isinstance(group, Mapping | ConfigDict) or not isinstance(dict(group).get("name"), str):
     raise ConfigError(f"{key} must be a group with a name, one of: {choices(MODELS)}; it is {str(group).strip()!r}")
-  values = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+  values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
   name = values.pop("name")
   kind = look_up(MODELS, name, key)
   accepted = [field.name for field in dataclasses.fields(kind.options)]

@@ -148,7 +148,7 @@ def check_at_least(least: int, **options: Any) -> None:
 def check_finite_positive(**options: Any) -> None:
   """Raises a ConfigError unless every option is a finite number above 0."""
   for key, value in options.items():
-    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
       raise ConfigError(f"model.{key}={value}: a finite number above 0 is expected")
 
 

@@ -102,7 +102,8 @@ class DenseNet(nn.Module):
   ) -> Float[Array, "B n"]:
     del positions  # no dropout
     # Transitions are rematerialised too: they hold the largest concatenations.
-    unit, transition = DenseUnit, Transition
+    unit: Any = DenseUnit
+    transition: Any = Transition
     if self.options.remat:
       unit, transition = (nn.remat(module, policy=_keep_sums) for module in (unit, transition))
     settings = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}

@@ -80,14 +80,15 @@ def _from_flax(module: nn.Module, spec: InputSpec, name: str) -> Model:
     )
 
   def call(variables: Mapping[str, Any], inputs: jax.Array, train: bool, **options: Any) -> Any:
-    return module.apply(variables, inputs, **({"train": train} if trains else {}), **options)
+    return module.apply(variables, inputs, **(options | {"train": train} if trains else options))
 
   @jax.jit
   def init(key: jax.Array) -> dict[str, Any]:
     # `module(x)` alone may be what creates the variables, so that it is asked as in training; dropout draws nothing
     # that is kept.
     rngs = {"params": key, "dropout": key}
-    return module.init(rngs, jnp.zeros((1, *spec.shape)), **({"train": False} if trains else {}))
+    options: dict[str, Any] = {"train": False} if trains else {}
+    return dict(module.init(rngs, jnp.zeros((1, *spec.shape)), **options))
 
   def apply(variables, carry, inputs, *, train, key=None, positions=None):
     statistics = variables.get("batch_stats", {})

@@ -66,10 +66,8 @@ def _wide_resnet(depth: int, width: int) -> ConfigDict:
 def _densenet(
   depth: int, growth: int | tuple[int, ...], stem: int | None = None, compression: float = 0.5, remat: bool = True
 ) -> ConfigDict:
-  units, stem = (depth - 4) // 6, stem or 2 * growth
-  return ConfigDict(
-    {"name": "densenet", "units": units, "growth": growth, "stem": stem, "compression": compression, "remat": remat}
-  )
+  options = {"units": (depth - 4) // 6, "growth": growth, "stem": stem or 2 * growth}
+  return ConfigDict({"name": "densenet", **options, "compression": compression, "remat": remat})
 
 
 # Stem and stage widths of the teachers that students are matched to: DenseNet-90-60 and the small DenseNet-16-8.

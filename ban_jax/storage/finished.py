@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax
 from etils import epath
 
 from ban_jax import config, processes, trees
@@ -26,7 +25,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
   import orbax.checkpoint as ocp
 
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory / "params", flax.core.unfreeze(generation.params), force=True)
+    checkpointer.save(directory / "params", trees.thawed(generation.params), force=True)
   processes.wait_for_all(f"params of generation {generation.index}")
   if processes.is_primary():
     metrics, history = dict(generation.metrics), list(generation.history)
@@ -136,7 +135,7 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
     for key in ("generation", "teachers", "dataset", "initial")
     if own.get(key) != recorded.get(key)
   ]
-  values = recorded.get("config")
+  values: Any = recorded.get("config")
   if isinstance(values, str):  # an earlier version's digest of what config.json holds
     values = read_json(directory.parent / "config.json")
   differing += config.differences(values, own["config"], own["generation"])

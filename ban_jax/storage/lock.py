@@ -18,7 +18,7 @@ from ban_jax.errors import ConfigError, InUseError
 try:
   import fcntl
 except ImportError:  # not a POSIX system
-  fcntl = None
+  fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
