@@ -3,15 +3,20 @@
 python experiments/soak.py --kills=100 --seconds=3600 --config=configs/digits.py:digits,wrn_10_1,smoke
 
 The run is experiments/train.py in a process of its own. SIGKILL ends it at a random time between the end of its start
-and shortly after its next checkpoints. Exit status 0 means that all kills were made and all bytes agree.
+and shortly after its next checkpoints. With --processes=2 the run has two processes, and one of them, at random, is
+killed; with --interrupt it is SIGINT, so that the run saves first. Exit status 0 means that all kills were made and all
+bytes agree.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
 import contextlib
 import json
+import os
 import pathlib
 import random
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,10 @@ SECONDS = flags.DEFINE_float(
   "seconds", 3600.0, "Time limit of the kills, and of each of the three undisturbed runs.", lower_bound=1.0
 )
 SEED = flags.DEFINE_integer("soak_seed", 0, "Random seed of the kill times.")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes of the run.", lower_bound=1)
+INTERRUPT = flags.DEFINE_bool("interrupt", False, "Send SIGINT (Ctrl-C) instead of SIGKILL.")
+# A run that is asked to end, or loses a process, may take so long.
+END_SECONDS = 120.0
 TRAIN = pathlib.Path(__file__).with_name("train.py")
 
 
@@ -40,8 +49,11 @@ def command(workdir: pathlib.Path) -> list[str]:
   """Returns the command line of the run, with this one's configuration, changes of it, and devices."""
   config = flags.FLAGS["config"]
   changes = [f"--config.{key}={value}" for key, value in config.override_values.items()]
-  return [sys.executable, str(TRAIN), f"--config={config.config_filename}", *changes, f"--devices={cli.DEVICES.value}",
-          f"--workdir={workdir}", "--noprogress"]  # fmt: skip
+  run = [str(TRAIN), f"--config={config.config_filename}", *changes, f"--workdir={workdir}", "--noprogress"]
+  if PROCESSES.value == 1:
+    return [sys.executable, *run, f"--devices={cli.DEVICES.value}"]
+  launch = [str(TRAIN.with_name("launch.py")), f"--processes={PROCESSES.value}", "--peer_timeout=10"]
+  return [sys.executable, *launch, f"--devices_per_process={cli.DEVICES.value or 1}", "--", *run]
 
 
 @contextlib.contextmanager
@@ -53,8 +65,21 @@ def started(workdir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]
     try:
       yield process, errors
     finally:
-      process.kill()
+      for pid in members(process, errors):
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
       process.wait()
+
+
+def members(process: subprocess.Popen, errors: IO[str]) -> list[int]:
+  """Returns the ids of the run's processes, the launcher's last where there is one."""
+  launched = re.search(r"^launch: process ids (.+)$", head(errors), re.M)
+  return [*(map(int, launched.group(1).split()) if launched else ()), process.pid]
+
+
+def head(errors: IO[str]) -> str:
+  """Returns the beginning of a process's standard error, which the process may be writing."""
+  return os.pread(errors.fileno(), 1000, 0).decode(errors="replace")
 
 
 def tail(errors: IO[str]) -> str:
@@ -108,13 +133,26 @@ def run_whole(workdir: pathlib.Path, limit: float) -> tuple[float, float]:
   return first or total, total
 
 
-def run_killed(workdir: pathlib.Path, seconds: float) -> bool:
-  """Starts or resumes the run and kills it after `seconds`; returns whether it ended before."""
+def run_killed(workdir: pathlib.Path, seconds: float, rng: random.Random) -> bool:
+  """Starts or resumes the run and kills it, or one of its processes, after `seconds`; returns whether it ended before.
+
+  Raises a TrainingError where it fails by itself, or does not end after that.
+  """
   with started(workdir) as (process, errors):
     try:
       process.wait(seconds)
     except subprocess.TimeoutExpired:
-      return False
+      number = signal.SIGINT if INTERRUPT.value else signal.SIGKILL
+      victims = members(process, errors)
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(rng.choice(victims[:-1] or victims), number)
+      try:
+        process.wait(END_SECONDS)
+      except subprocess.TimeoutExpired:
+        raise TrainingError(f"the run did not end after {number.name}:\n{tail(errors)}") from None
+      if INTERRUPT.value and "Traceback" in (said := tail(errors)):
+        raise TrainingError(f"the run ended with a traceback after SIGINT:\n{said}") from None
+      return process.returncode == 0
     if process.returncode:
       raise TrainingError(f"a resumption failed with status {process.returncode}:\n{tail(errors)}")
   return True
@@ -138,7 +176,7 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
   with tqdm.tqdm(total=KILLS.value, unit="kill", disable=not (cli.PROGRESS.value and sys.stderr.isatty())) as bar:
     while kills < KILLS.value and time.monotonic() - begin < SECONDS.value:
       workdir = folder / f"killed_{runs}"
-      if run_killed(workdir, rng.uniform(0.5 * first, first + span)):
+      if run_killed(workdir, rng.uniform(0.5 * first, first + span), rng):
         compare(outcome(workdir), expected, f"run {runs}, killed {kills - before_run} times,")
         runs, before_run = runs + 1, kills
       else:

@@ -80,7 +80,7 @@ def test_changes_of_the_configuration_are_handed_on_however_they_are_written():
   handed_on = [
     "--config=configs/digits.py:digits,wrn_10_1,smoke",
     *("--config.train.epochs=3", "--config.data.flip=False", "--config.seed=2", "--config.model.dropout=0.5"),
-    *("--devices=2", "--workdir=there", "--noprogress"),
+    *("--workdir=there", "--noprogress", "--devices=2"),
   ]
   assert done.stdout == f"{handed_on}\n", done.stderr
 
