@@ -61,6 +61,7 @@ setuptools.setup(
   extras_require={
     "benchmark": ["torch"],  # what experiments/bench.py compares with
     "cuda": ["jax[cuda12]>=0.10"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
     "notebook": ["ipywidgets", "jupyterlab"],
     "test": [
       *("beartype", "hypothesis", "ipykernel", "mypy==2.4.1", "nbclient", "nbformat", "pytest", "pytest-xdist"),

@@ -236,7 +236,7 @@ SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
 
 
 def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDict:
-  """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
+  """Returns the locked configuration for the words `dataset,network,scale[,loss][,teacher=network]`.
 
   The word tfds=NAME is the data set NAME of TensorFlow Datasets. `datasets` are the data sets that the calling
   configuration file accepts. Raises a ConfigError that lists the choices for an unknown word.
@@ -262,7 +262,7 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
 
 
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
-  """Returns the locked configuration for the words "dataset,network,scale[,loss][,teacher=network]".
+  """Returns the locked configuration for the words `dataset,network,scale[,loss][,teacher=network]`.
 
   It is what the configuration files of a checkout return. "own" stands for data, or a network, that the caller gives as
   `dataset=` and `model=`. base.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
