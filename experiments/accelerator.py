@@ -8,6 +8,8 @@ settings. After --minutes it saves and ends with status 75: rerun it, as often a
 by then is in accelerator.md and accelerator.json of the workdir. `--scale=smoke` shows on a CPU that everything runs.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import contextlib
 import json
 import os

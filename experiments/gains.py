@@ -7,6 +7,8 @@ a table and a plot: images by the teacher's error on its training labels, text b
 one seed, which are searches, are hollow.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import json
 import math
 from collections.abc import Sequence

@@ -9,6 +9,8 @@ chosen on seeds from 100 on; all that was tried is in docs/searched.jsonl. Finis
 interrupted run is resumed, and several processes may share a workdir.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from collections.abc import Sequence
 
 from absl import flags

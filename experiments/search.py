@@ -7,6 +7,8 @@ Each combination of the grid's values is trained for each seed: a teacher and it
 split. Settings that are finished in the workdir are not trained again, and no line is appended twice.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 import itertools
 import json
 from collections.abc import Iterator

@@ -10,6 +10,8 @@ ptb.valid.txt and ptb.test.txt.
 Finished results are shown at once, an interrupted run is resumed, and several processes may share a workdir.
 """
 
+import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
+
 from absl import flags
 
 from experiments import cli, results, study
