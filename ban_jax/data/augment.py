@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 
 def draw(key: PRNGKeyArray, positions: Int[Array, " B"], pad: int) -> tuple[Int[Array, "B 2"], Bool[Array, " B"]]:
@@ -17,7 +17,7 @@ def draw(key: PRNGKeyArray, positions: Int[Array, " B"], pad: int) -> tuple[Int[
   return offsets, (words[:, 2] & 1).astype(bool)
 
 
-def crop(images: UInt8[Array, "B H W C"], offsets: Int[Array, "B 2"], pad: int) -> UInt8[Array, "B H W C"]:
+def crop(images: Shaped[Array, "B H W C"], offsets: Int[Array, "B 2"], pad: int) -> Shaped[Array, "B H W C"]:
   """Pads by `pad` < min(H, W) pixels of reflection and cuts [H, W] out at each image's offsets in 0..2*pad.
 
   Section 2 of the paper (arXiv:1805.04770) takes this from Wide-ResNets. The edge pixel itself is not repeated, as in
@@ -30,7 +30,7 @@ def crop(images: UInt8[Array, "B H W C"], offsets: Int[Array, "B 2"], pad: int) 
   return jax.vmap(lambda image, row, column: image[row[:, None], column])(images, rows, columns)
 
 
-def flip(images: UInt8[Array, "B H W C"], flips: Bool[Array, " B"]) -> UInt8[Array, "B H W C"]:
+def flip(images: Shaped[Array, "B H W C"], flips: Bool[Array, " B"]) -> Shaped[Array, "B H W C"]:
   """Mirrors those images left to right whose entry of `flips` is true."""
   return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
