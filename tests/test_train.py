@@ -179,7 +179,7 @@ def test_trees_that_do_not_fit_are_named(teacher):
   wide = config(model__width=2)
   expected = r"teacher does not fit model wide_resnet_10_2 with 10 classes: at batch_stats/norm/mean the model has "
   with pytest.raises(CheckpointError, match=expected + r"float32\[128\], the tree float32\[64\]"):
-    ban_jax.train_generation(teacher, wide, **QUIET)
+    ban_jax.train_generation(teacher.params, wide, **QUIET)  # a bare tree is of the network that is configured
   with pytest.raises(CheckpointError, match=r"member 2 does not fit model wide_resnet_10_1.*the tree nothing"):
     ban_jax.evaluate([teacher, {"params": {}}], config())
   with pytest.raises(ConfigError, match="an empty sequence cannot teach"):
