@@ -160,7 +160,9 @@ LOSSES = {
 }
 
 
-def class_weights(given: str | Sequence[float], labels: Int[np.ndarray, " N"], num_classes: int) -> tuple[float, ...]:
+def class_weights(
+  given: str | Sequence[int | float], labels: Int[np.ndarray, " N"], num_classes: int
+) -> tuple[float, ...]:
   """Returns the weight of each class that `loss.class_weights` asks for, () for none.
 
   "balanced" weighs every class alike, whatever the number n_c of its examples among the N training `labels`: by

@@ -25,7 +25,7 @@ from experiments import cli, plots, results
 LINES = flags.DEFINE_list(
   "lines", ["docs/enough.jsonl", "docs/images.jsonl", "docs/text.jsonl", "docs/searched.jsonl"], "Files to read."
 )
-OUT = flags.DEFINE_string("out", "runs/gains", "Directory for the table and the plot.")
+OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and the plot.")
 
 
 class Point(NamedTuple):

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 # Where arrays are computed, the shapes and dtypes of annotations are checked whenever a test calls a function.
 CHECKED = [
   *("ban_jax.losses", "ban_jax.gradient", "ban_jax.metrics", "ban_jax.data.augment", "ban_jax.models.common"),
-  *("ban_jax.models.wide_resnet", "ban_jax.models.matched_resnet"),  # densenet's options are tested with wrong types
-  *("ban_jax.models.recurrent", "ban_jax.models.lstm", "ban_jax.models.char_cnn_lstm"),
+  # Not the files of other networks, whose options are tested with wrong types.
+  *("ban_jax.models.wide_resnet", "ban_jax.models.matched_resnet"),
 ]
 jaxtyping.Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays too, and tests give them
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):

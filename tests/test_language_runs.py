@@ -236,6 +236,8 @@ def test_an_image_network_cannot_teach_a_language_model():
   images.train.epochs, images.train.evaluate_every = 1, 0
   teacher = ban_jax.train_generation(None, images, **QUIET)
   with pytest.raises(CheckpointError, match=r"teacher does not fit model lstm_2x32 .* at batch_stats/"):
+    ban_jax.train_generation(teacher.params, config(), **QUIET)
+  with pytest.raises(ConfigError, match="'wide_resnet_10_1' reads images; the data set holds tokens"):
     ban_jax.train_generation(teacher, config(), **QUIET)
   with pytest.raises(ConfigError, match="reads images; the data set holds tokens"):
     ban_jax.train_generation(None, config("pydoc,wrn_10_1,smoke"), **QUIET)

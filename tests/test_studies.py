@@ -153,7 +153,7 @@ def test_gains_are_tabled_and_plotted(tmp_path):
     line(0, {"train_loss": 3.0, "test_perplexity": 57.0}, {"test_perplexity": 54.0}, "pydoc,lstm_200,cpu")
   ]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
-  done = make("gains.py", f"--lines={tmp_path}/a.jsonl", f"--out={tmp_path}/out")
+  done = make("gains.py", f"--lines={tmp_path}/a.jsonl", f"--outdir={tmp_path}/out")
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "out" / "gains.md").read_text() in done.stdout
   assert cells_of(done.stdout, "cifar10")[-3:] == ["50.00", "BAN-2", "-1.50 [-7.85, +4.85]"]
@@ -167,6 +167,6 @@ def test_files_without_lines_are_refused(tmp_path):
   with pytest.raises(ConfigError, match="nowhere is no file of lines"):
     gains.read([f"{tmp_path}/nowhere"])
   (epath.Path(tmp_path) / "empty").write_text("")
-  done = make("gains.py", f"--lines={tmp_path}/empty", f"--out={tmp_path}/out")
+  done = make("gains.py", f"--lines={tmp_path}/empty", f"--outdir={tmp_path}/out")
   assert done.returncode == 2
   assert "there are no lines" in done.stderr
