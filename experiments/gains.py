@@ -20,7 +20,7 @@ from etils import epath
 
 from ban_jax import storage
 from ban_jax.errors import ConfigError
-from experiments import cli, plots, results
+from experiments import cli, plots, records, results
 
 LINES = flags.DEFINE_list(
   "lines", ["docs/enough.jsonl", "docs/images.jsonl", "docs/text.jsonl", "docs/searched.jsonl"], "Files to read."
@@ -54,11 +54,12 @@ def read(paths: Sequence[str]) -> list[dict]:
 
 
 def points(lines: Sequence[dict]) -> list[Point]:
-  """Returns a point for each setting with students, its lines averaged over seeds."""
+  """Returns a point for each setting with students, its lines averaged over seeds, those of searches apart."""
   groups: dict[str, list[dict]] = {}
   for line in lines:
     if len(line["results"]) > 1:  # else a teacher alone, which stopped earlier
-      groups.setdefault(json.dumps([line["words"], sorted(line["changes"].items())]), []).append(line)
+      key = json.dumps([line["words"], sorted(line["changes"].items()), line["seed"] >= records.SEARCH])
+      groups.setdefault(key, []).append(line)
   return [_point(own) for own in groups.values()]
 
 
@@ -67,7 +68,8 @@ def _point(lines: Sequence[dict]) -> Point:
   teachers = [line["results"]["teacher"] for line in lines]
   is_text = "test_perplexity" in teachers[0]
   metric = "test_perplexity" if is_text else "test_error"
-  student = max((name for name in lines[0]["results"] if name.startswith("BAN-")), key=lambda name: int(name[4:]))
+  common = set.intersection(*(set(line["results"]) for line in lines))
+  student = max((name for name in common if name.startswith("BAN-")), key=lambda name: int(name[4:]))
   if is_text:
     fit = [math.exp(own["train_loss"]) for own in teachers]
   else:  # with wrong labels, the finished network's error on the labels it saw

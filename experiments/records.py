@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from ban_jax import config, presets
 from ban_jax.types import Generation
 
+# The first seed of searches; smaller ones are for what is reported.
+SEARCH = 100
 # What is kept of a generation's metrics.
 KEPT = (
   *("train_error", "train_loss", "train_seen_error", "wrong_seen_error", "wrong_true_error"),

@@ -30,7 +30,6 @@ GRID = flags.DEFINE_string("grid", "{}", "Values to try, as JSON: dotted key -> 
 SEEDS = flags.DEFINE_list("seeds", ["100"], "Seeds, separated by commas; from 100 on, to keep the first ones fresh.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/search", "Directory for the runs.")
 LOG = flags.DEFINE_string("log", "docs/searched.jsonl", "The file that every setting is appended to.")
-FIRST = 100
 
 
 def combinations(grid: str) -> list[dict[str, Any]]:
@@ -47,8 +46,8 @@ def combinations(grid: str) -> list[dict[str, Any]]:
 def seeds() -> list[int]:
   """Returns the seeds; raises a ConfigError for those that are kept for reported results."""
   given = [int(seed) if seed.strip().isdecimal() else -1 for seed in SEEDS.value]
-  if not given or min(given) < FIRST:
-    raise ConfigError(f"--seeds={','.join(SEEDS.value)}: expected whole numbers from {FIRST} on")
+  if not given or min(given) < records.SEARCH:
+    raise ConfigError(f"--seeds={','.join(SEEDS.value)}: expected whole numbers from {records.SEARCH} on")
   return given
 
 

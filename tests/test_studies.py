@@ -140,11 +140,14 @@ def test_a_setting_is_a_point_that_averages_its_seeds():
   )  # fmt: skip
   text = line(0, {"train_loss": 3.0, "test_perplexity": 57.0}, {"test_perplexity": 54.0}, "pydoc,lstm_200,cpu")
   alone = {**noisy, "changes": {"train.epochs": 3}, "results": {"teacher": noisy["results"]["teacher"]}}
-  first, second, third = gains.points([clean[0], noisy, alone, clean[1], text])
+  searched = {**clean[0], "seed": 100, "results": {**clean[0]["results"], "BAN-1": {"test_error": 51.0}}}
+  del searched["results"]["BAN-2"]
+  first, second, third, fourth = gains.points([clean[0], noisy, alone, clean[1], text, searched])
   assert (first.kind, first.is_text, first.fit, first.teacher) == ("cifar10", False, 2.5, 50.0)
   assert (first.student, first.gain.seeds, first.gain.mean) == ("BAN-2", 2, -1.5)
   assert first.gain.low == pytest.approx(-1.5 - 12.7062 * 0.5, rel=1e-4)  # Student's t with one degree of freedom
   assert (second.kind, second.fit, second.gain.mean) == ("cifar10, 40% wrong labels", 20.0, -5.0)
+  assert (fourth.student, fourth.gain.seeds, fourth.gain.mean) == ("BAN-1", 1, 1.0)
   assert (third.is_text, third.fit, third.gain.mean) == (True, pytest.approx(math.exp(3)), -3.0)
 
 
