@@ -50,10 +50,8 @@ def columns(builder: Builder, network: str, stops: Sequence[int]) -> Columns:
   for epochs in stops:
     short = builder._replace(changes={**builder.changes, "train.epochs": epochs})
     found[f"teacher, {epochs} epochs"] = [short.teacher(network)]
-  if study.CONTROLS.value:
-    row = Row("", network, {})
-    found |= {**label_controls(builder, row), **independent_ensembles(builder, row, (2,))}
-  return found
+  row = Row("", network, {})
+  return study.with_controls(found, {**label_controls(builder, row), **independent_ensembles(builder, row, (2,))})
 
 
 def best_stop(panel: study.Panel, per_seed: Sequence[results.Results], workdir: epath.Path) -> str:

@@ -24,7 +24,9 @@ from experiments.tables.spec import Builder, Columns
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "The first seed; searches use seeds from 100 on.", lower_bound=0)
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Data directory: TFDS's for CIFAR, that of the text files for ptb.")
-CONTROLS = flags.DEFINE_bool("controls", True, "Also train the controls; without them the seeds are finished sooner.")
+CONTROLS = flags.DEFINE_string(
+  "controls", "all", 'The controls to train: "all", "none", or names of columns with semicolons between them.'
+)
 SCALE = flags.DEFINE_enum("scale", "cpu", ["cpu", "smoke"], "cpu (the setting that is reported) or smoke (seconds).")
 
 
@@ -69,6 +71,17 @@ def builder(dataset: str, seed: int, changes: Mapping[str, object]) -> Builder:
   if changes.get("data.label_noise"):
     changes["data.noise_seed"] = seed
   return Builder(dataset, SCALE.value, seed, changes, None)
+
+
+def with_controls(found: Columns, controls: Columns) -> Columns:
+  """Returns columns and those of the controls that the flag names; raises a ConfigError for an unknown name."""
+  given = [name.strip() for name in CONTROLS.value.split(";")]
+  names = {"all": list(controls), "none": []}.get(CONTROLS.value, given)
+  unknown = [name for name in names if name not in controls]
+  if unknown:
+    known = "; ".join(controls)
+    raise ConfigError(f"--controls: there is no control {unknown[0]!r}; expected all, none, or some of: {known}")
+  return {**found, **{name: controls[name] for name in names}}
 
 
 def train(panels: Sequence[Panel], workdir: epath.Path) -> list[list[results.Results]]:

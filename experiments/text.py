@@ -37,15 +37,14 @@ def columns(builder: Builder, network: str, dropout: float) -> Columns:
   teacher, second = builder.teacher(network), builder.teacher(network, variant=2)
   students = builder.sequence(teacher, network, "ban_label", 2)
   found = {"teacher": [teacher], "BAN-1": students[:1], "BAN-2": students[1:], "Ens*2": students}
-  if not study.CONTROLS.value:
-    return found
   dropped = builder._replace(changes={**builder.changes, "model.dropout": dropout})
-  return found | {
+  controls = {
     "second teacher": [second],
     f"dropout {dropout:g}": [dropped.teacher(network)],
     "labels, twice as long": [builder.teacher(network, variant=1, longer=2)],
     "independent*2": [teacher, second],
   }
+  return study.with_controls(found, controls)
 
 
 def main() -> None:

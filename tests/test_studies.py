@@ -43,7 +43,10 @@ def test_the_effect_on_text_is_tabled_and_plotted_and_every_number_is_a_generati
   assert all(line.keys() == KEYS for line in lines)
   assert lines[0]["words"] == "pydoc,lstm_32,smoke"
   assert lines[0]["changes"] == {"loss.name": "ban_label"}
-  found = {run.name.split("-")[4] + run.name.split("-")[2]: loading.load_run(run) for run in tmp_path.glob("runs/*")}
+  runs = [
+    run for run in tmp_path.glob("runs/*") if json.loads((run / "config.json").read_text())["model.dropout"] == 0.2
+  ]
+  found = {run.name.split("-")[4] + run.name.split("-")[2]: loading.load_run(run) for run in runs}
   teachers, students = ([found[f"seed{seed}{loss}"] for seed in (0, 1)] for loss in ("label", "ban_label"))
   differences = [
     own[1].metrics["test_perplexity"] - teacher[0].metrics["test_perplexity"]
@@ -68,7 +71,10 @@ def test_the_effect_on_text_is_tabled_and_plotted_and_every_number_is_a_generati
 @pytest.mark.slow
 def test_with_wrong_labels_the_effect_on_images_is_compared_with_an_earlier_stop(tmp_path):
   given = ("--scale=smoke", "--seeds=1", "--noise=0.4", f"--workdir={tmp_path}")
-  assert "label smoothing" not in make("images.py", "--nocontrols", *given).stdout
+  assert "label smoothing" not in make("images.py", "--controls=none", *given).stdout
+  refused = make("images.py", "--controls=labels, twice as long;luck", *given)
+  assert refused.returncode == 2
+  assert "--controls: there is no control 'luck'; expected all, none, or some of: label smoothing; " in refused.stderr
   done = make("images.py", *given)
   assert done.returncode == 0, done.stderr
   lines = lines_of(tmp_path / "images.jsonl")
