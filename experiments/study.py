@@ -54,7 +54,7 @@ def seeds() -> range:
 
 def named_seeds() -> str:
   """Returns the seeds as a heading names them."""
-  return f"seeds {seeds()[0]} to {seeds()[-1]}"
+  return f"seeds {seeds()[0]} to {seeds()[-1]}" if SEEDS.value > 1 else f"seed {seeds()[0]}"
 
 
 def numbers(name: str, given: Sequence[str]) -> list[float]:
