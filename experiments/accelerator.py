@@ -202,6 +202,7 @@ def report(workdir: epath.Path, states: Mapping[str, str]) -> None:
 
 def main() -> None:
   """Runs what is not finished, as far as the minutes go, and reports."""
+  cli.unwind_on_interrupt()
   deadline = time.monotonic() + 60 * (MINUTES.value or 60 * 24 * 365)
   workdir = storage.resolve_workdir(WORKDIR.value)
   for folder in ("logs", "bench", "numerics"):
