@@ -174,7 +174,7 @@ def plot(
     axes.invert_yaxis()
     teacher = results.mean_and_error([seed["teacher"][how.metric] for seed in per_seed])[0]
     axes.set_title(f"{panel.title}; teacher {teacher:.1f}", fontsize="medium")
-    axes.set_xlabel(f"minus teacher, {how.unit} (paired, {results.CONFIDENCE:.0%} interval)")
+    axes.set_xlabel(f"minus teacher, {how.unit}\n(paired, {results.CONFIDENCE:.0%} interval)")
     plots.tidy(axes)
   return figure
 
