@@ -1,13 +1,18 @@
 """The package as it is installed: import time and weight, the quickstart."""
 
+import fnmatch
 import json
+import os
+import runpy
 import subprocess
 import sys
+import types
 
 import forks
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from conftest import ROOT
 
 from ban_jax import losses
 
@@ -58,6 +63,26 @@ def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   refused = subprocess.run([*command, "--epochs=ten"], capture_output=True, text=True, cwd="/", check=False)
   assert refused.returncode == 2
   assert "error: --noise and --epochs take numbers, separated by commas" in refused.stderr
+
+
+def test_an_installation_takes_no_other_name_than_ban_jax(monkeypatch):
+  def find_packages(include):
+    found = (".".join(path.relative_to(ROOT).parts[:-1]) for path in ROOT.glob("[!.]*/**/__init__.py"))
+    return [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)]
+
+  given = {}
+  setuptools = types.SimpleNamespace(find_packages=find_packages, setup=lambda **arguments: given.update(arguments))
+  monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+  runpy.run_path(str(ROOT / "setup.py"))
+  assert {name.partition(".")[0] for name in given["packages"]} == {"ban_jax"}
+  assert {"ban_jax.presets", "ban_jax.models", "ban_jax.data", "ban_jax.storage"} < set(given["packages"])
+
+
+def test_a_terminal_that_is_not_utf_8_shows_the_rest():
+  code = "from experiments import cli; cli.run(lambda: print('3.64 ± 0.27'))"
+  environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (0, "3.64 ? 0.27\n"), done.stderr
 
 
 def test_wrong_shapes_are_noticed_in_the_tests():

@@ -1,7 +1,6 @@
 """What data sets kept by TensorFlow Datasets (TFDS) share: their directory, the lock of a preparation, reading."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import pathlib
@@ -11,6 +10,11 @@ from typing import Any
 from tensorflow_datasets.core.download import downloader
 
 from ban_jax.errors import DataError
+
+try:
+  import fcntl
+except ImportError:  # not a POSIX system
+  fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,11 @@ def looking_into(name: str, root: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(root: pathlib.Path, name: str) -> Iterator[None]:
   """Holds the lock for preparing `name` under `root`; the system releases it when the process ends, however it ends."""
+  if fcntl is None:
+    raise DataError(
+      f"{name}: this system has no file locks (Python's fcntl), which preparing data needs; prepare it on Linux, macOS "
+      "or WSL, and name its directory by data.dir"
+    )
   (root / name).mkdir(parents=True, exist_ok=True)
   with open(root / f".{name}.lock", "w", encoding="utf-8") as file:
     try:
