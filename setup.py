@@ -40,27 +40,27 @@ setuptools.setup(
     "array_record",  # the file format of a prepared data directory
     "etils[epath,epy]",
     "flatbuffers",  # jax.export writes with it
-    "flax>=0.12",
+    "flax>=0.12.8",
     "importlib_resources",  # TFDS needs it and does not say so
-    "jax>=0.10",
-    "jaxlib>=0.10",
+    "jax>=0.10.2",
+    "jaxlib>=0.10.2",
     "jaxtyping",
     "matplotlib",
-    "ml_collections>=1.0",
+    "ml_collections>=1.1",
     "numpy",
-    "optax>=0.2.5",
-    "orbax-checkpoint>=0.11",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
     "pillow",  # TFDS decodes images with it where TensorFlow is absent
     "requests",  # asks for the archive before a long download is begun
     "safetensors",
     "scikit-learn",  # the embedded data set: handwritten digits
     "tensorboardX",
-    "tensorflow-datasets>=4.9.9",
+    "tensorflow-datasets>=4.9.10",
     "tqdm",
   ],
   extras_require={
     "benchmark": ["torch"],  # what experiments/bench.py compares with
-    "cuda": ["jax[cuda12]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
     "notebook": ["ipywidgets", "jupyterlab"],
     "test": [
@@ -68,6 +68,6 @@ setuptools.setup(
       "ruff==0.17.6",
       "tensorboard",  # reads what a run shows; it needs no TensorFlow
     ],
-    "tpu": ["jax[tpu]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10.2"],
   },
 )
