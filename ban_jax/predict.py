@@ -74,6 +74,7 @@ def predict(
   batch_size: int = 256,
   devices: Sequence[jax.Device] | None = None,
   progress: bool = True,
+  dataset: Dataset | None = None,
 ) -> Float32[np.ndarray, "N *T n"]:
   """Returns the probabilities of one network, or of an ensemble (Eq. 4), for new inputs.
 
@@ -83,11 +84,12 @@ def predict(
   numbers [N, T], tokens of the vocabulary, each row a text of its own; the result [N, T, n] is of the token after each.
 
   `weights`, at least 0, are those of the ensemble's members; None weights them equally. `batch_size` bounds the memory
-  and does not change the result beyond rounding. `devices` defaults to this process's. Raises, before any work, a
+  and does not change the result beyond rounding. `devices` defaults to this process's. `dataset` normalises
+  where a generation does not say how its images were. Raises, before any work, a
   CheckpointError for generations that do not say which network they are, a ConfigError for weights or a batch size out
   of range and networks that read different inputs, and a DataError for inputs that the networks cannot read.
   """
-  predictor = prepare(generations, weights, devices)
+  predictor = prepare(generations, weights, devices, dataset)
   inputs = _checked(predictor, inputs)
   batch_size = check_whole("batch_size", batch_size, 1)
   found = []
@@ -171,12 +173,15 @@ def prepare(
   generations: Generation | Sequence[Generation],
   weights: Sequence[float] | None,
   devices: Sequence[jax.Device] | None,
+  dataset: Dataset | None = None,
 ) -> Predictor:
   """Returns what predicts; raises the errors of `predict` that are not about inputs."""
+  if dataset is not None and not isinstance(dataset, Dataset):
+    raise ConfigError(f"dataset must be a Dataset, as ban_jax.from_arrays returns it, not {type(dataset).__name__}")
   members: list[Any] = trees.members_of(generations)  # `_network_of` refuses bare trees
   if not members:
     raise ConfigError("predict needs at least one generation")
-  networks = [_network_of(member, number) for number, member in enumerate(members, 1)]
+  networks = [_network_of(member, number, dataset) for number, member in enumerate(members, 1)]
   spec, dtype = networks[0].spec, networks[0].scaling.get("dtype", "")
   for network in networks[1:]:
     other = network.spec, network.scaling.get("dtype", "")
@@ -205,7 +210,7 @@ def prepare(
   )
 
 
-def _network_of(member: Any, number: int) -> Network:
+def _network_of(member: Any, number: int, dataset: Dataset | None) -> Network:
   """Returns a generation's network, with all that `predict` needs of it."""
   if not isinstance(member, Generation):
     raise CheckpointError(
@@ -213,11 +218,13 @@ def _network_of(member: Any, number: int) -> Network:
       "ban_jax.with_network(tree, cfg)"
     )
   network = member.network
+  if dataset is not None and network is not None and not network.scaling:
+    network = network._replace(scaling=dataset.scaling)
   if network is None or network.spec.kind == "images" and not network.scaling:
     raise CheckpointError(
       f"generation {number} of those given does not say how its inputs were normalised: it was written by an earlier "
-      "version, trained on a data set made by hand, or made from a spec; give ban_jax.with_network(generation, cfg), "
-      "or the data set to from_function"
+      "version, trained on a data set made by hand, or made from a spec; give dataset=, or "
+      "ban_jax.with_network(generation, cfg)"
     )
   if network.group["name"] == "own" and network.own is None:
     raise CheckpointError(

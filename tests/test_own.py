@@ -511,6 +511,11 @@ def test_a_function_of_another_library_teaches(dataset, arrays):
   plain = ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v["w"], {"w": weights}, dataset.spec, name="s")
   with pytest.raises(ban_jax.CheckpointError, match="or made from a spec"):
     ban_jax.predict(plain, pixels)
+  np.testing.assert_array_equal(ban_jax.predict(plain, pixels, dataset=dataset), ban_jax.predict(teacher, pixels))
+  with pytest.raises(
+    ban_jax.ConfigError, match="dataset must be a Dataset, as ban_jax.from_arrays returns it, not tup"
+  ):
+    ban_jax.predict(plain, pixels, dataset=(pixels, labels))
 
 
 @pytest.mark.parametrize(
