@@ -201,11 +201,9 @@ def run(main: Callable[[], None]) -> None:
   def guarded(_) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
-      stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for ±
+      stream.reconfigure(errors="backslashreplace")  # a terminal of another locale shows what it can
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
-    for stream in (sys.stdout, sys.stderr):  # a terminal of another locale shows what it can
-      stream.reconfigure(errors="backslashreplace")
     try:
       main()
     except BaseException as error:
