@@ -49,7 +49,9 @@ def average(
   if jax.tree.leaves(mean["batch_stats"]):
     mean["batch_stats"] = _statistics(setup, models[0], mean)
   index = max(map(trees.lineage, members))
-  return Generation(index, trees.to_host(mean, index), {}, (), setup.network(index))
+  first = trees.members_of(generations)[0]
+  network = first.network if isinstance(first, Generation) else None
+  return Generation(index, trees.to_host(mean, index), {}, (), network or setup.network(index))
 
 
 def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -580,6 +580,8 @@ def test_averaged_weights_get_their_own_batch_statistics(run, dataset, cnn):
     atol=1,
   )
   assert ban_jax.evaluate(mean, own(), dataset=dataset, model=cnn)["count"] == 100
+  # Its network is the generations', not the configuration's.
+  assert ban_jax.average(generations, own(), dataset=dataset).network == mean.network == generations[0].network
   teacher = ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v, np.zeros((64, 10)), dataset, name="f")
   with pytest.raises(ban_jax.ConfigError, match="average takes networks of one kind"):
     ban_jax.average([teacher, generations[0]], own(), dataset=dataset, model=cnn)
