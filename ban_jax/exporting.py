@@ -62,9 +62,7 @@ def export(
       f"the network cannot be exported for any number of images ({storage.first_line(error)}); write x.shape[0] in "
       "place of len(x), or give export a batch_size"
     ) from error
-  with storage.storage_errors(target.parent):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(target, bytes(exported.serialize()))
+  _write(target, bytes(exported.serialize()))
 
 
 def export_parameters(generation: Generation, path: epath.PathLike) -> None:
@@ -81,9 +79,7 @@ def export_parameters(generation: Generation, path: epath.PathLike) -> None:
     metadata["network"] = json.dumps(storage.network_record(generation.network))
   arrays = {name: np.array(leaf, order="C") for name, leaf in trees.leaves(trees.to_plain(generation.params)).items()}
   target = _file(path)
-  with storage.storage_errors(target.parent):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(target, save(arrays, metadata))
+  _write(target, save(arrays, metadata))
 
 
 def _file(path: epath.PathLike) -> epath.Path:
@@ -94,3 +90,10 @@ def _file(path: epath.PathLike) -> epath.Path:
   if target.parent.exists() and not target.parent.is_dir():
     raise ConfigError(f"path={str(path)!r}: {target.parent} is a file, not a directory")
   return target
+
+
+def _write(target: epath.Path, content: bytes) -> None:
+  """Writes a file, and the directories above it; raises a StorageError where the disk cannot be written."""
+  with storage.storage_errors(target.parent):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(target, content)

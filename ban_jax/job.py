@@ -35,6 +35,15 @@ class Own(NamedTuple):
 NOTHING = Own()
 
 
+def check_own(own: Own) -> None:
+  """Raises a ConfigError where the caller gave something of another type."""
+  for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
+    value = getattr(own, name)
+    if value is not None and not isinstance(value, kind):
+      maker = "ban_jax.from_arrays" if kind is Dataset else "ban_jax.from_flax"
+      raise ConfigError(f"{name} must be a {kind.__name__}, as {maker} returns it, not {type(value).__name__}")
+
+
 class Setup(NamedTuple):
   """What the generations of a run share: the configuration, checked once, and what it names."""
 
@@ -51,7 +60,8 @@ class Setup(NamedTuple):
 
   def network(self, generation: int) -> Network:
     """Returns what a generation carries of its network."""
-    student, teacher = _group("model", self.values), _group("teacher.model", self.values)
+    values = self.values
+    student, teacher = _group("model", values), _group("teacher.model", values)
     model, dataset = self.models[min(generation, 1)], self.dataset
     group = student if generation or not teacher else teacher
     own = model if group["name"] == "own" else None
@@ -146,11 +156,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
       "(params_prev, cfg) of train_generation, (cfg, workdir) of run and (generations, cfg) of evaluate"
     )
   found = devices_lib.resolve(devices)
-  for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
-    value = getattr(own, name)
-    if value is not None and not isinstance(value, kind):
-      maker = "ban_jax.from_arrays" if kind is Dataset else "ban_jax.from_flax"
-      raise ConfigError(f"{name} must be a {kind.__name__}, as {maker} returns it, not {type(value).__name__}")
+  check_own(own)
   config.check(cfg)
   dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset)

@@ -18,7 +18,7 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
   cannot be one and for another network, a CheckpointError where there is no finished generation or a damaged one, and a
   StorageError where the disk cannot be read at the moment.
   """
-  _check_model(model)
+  job.check_own(job.Own(model=model))
   directory = storage.resolve_workdir(path, "path")
   found = storage.load(directory)
   if found is None:
@@ -26,11 +26,6 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
     hint = f"; it is a run with {inside}: load one of them, or all by load_run" if inside else ""
     raise CheckpointError(f"{directory} holds no finished generation: there is no manifest.json{hint}")
   return found[0] if model is None else _with_model(found[0], model, directory)
-
-
-def _check_model(model: Model | None) -> None:
-  if model is not None and not isinstance(model, Model):
-    raise ConfigError(f"model must be a Model, as ban_jax.from_flax returns it, not {type(model).__name__}")
 
 
 def _with_model(generation: Generation, model: Model, directory: epath.Path) -> Generation:
@@ -48,7 +43,7 @@ def load_run(workdir: epath.PathLike, *, model: Model | None = None) -> list[Gen
 
   `model` is given to those generations that have a network of that name.
   """
-  _check_model(model)
+  job.check_own(job.Own(model=model))
   directory = storage.resolve_workdir(workdir)
   names = [name for name in _generations(directory) if (directory / name / "manifest.json").exists()]
   if not names:

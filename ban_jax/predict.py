@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from ban_jax import devices as devices_lib
-from ban_jax import report, trees
+from ban_jax import job, report, trees
 from ban_jax.data import images as images_lib
 from ban_jax.data.text import EOS, UNKNOWN
 from ban_jax.errors import CheckpointError, ConfigError, DataError, check_whole, choices
@@ -176,8 +176,7 @@ def prepare(
   dataset: Dataset | None = None,
 ) -> Predictor:
   """Returns what predicts; raises the errors of `predict` that are not about inputs."""
-  if dataset is not None and not isinstance(dataset, Dataset):
-    raise ConfigError(f"dataset must be a Dataset, as ban_jax.from_arrays returns it, not {type(dataset).__name__}")
+  job.check_own(job.Own(dataset=dataset))
   members: list[Any] = trees.members_of(generations)  # `_network_of` refuses bare trees
   if not members:
     raise ConfigError("predict needs at least one generation")

@@ -3,6 +3,7 @@
 import collections
 import gc
 import pathlib
+import sys
 
 import jax
 import jaxtyping
@@ -25,6 +26,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 cli.use_compilation_cache()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The command line of a short run on two devices, to which a test adds its flags.
+TRAIN = [
+  sys.executable,
+  str(ROOT / "experiments" / "train.py"),
+  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke",
+  "--devices=2",
+]
 
 
 def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:

@@ -15,7 +15,7 @@ import forks
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, config
+from conftest import ROOT, TRAIN, config
 from etils import epath
 
 import ban_jax
@@ -28,10 +28,7 @@ from experiments import results
 
 QUIET = {"progress": False}
 COMMAND = [
-  sys.executable,
-  str(ROOT / "experiments" / "train.py"),
-  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke",
-  "--devices=2",
+  *TRAIN,
   "--config.generations=0",
   "--config.train.evaluate_every=0",
 ]

@@ -10,7 +10,7 @@ import time
 
 import forks
 import pytest
-from conftest import ROOT, config
+from conftest import ROOT, TRAIN, config
 
 import ban_jax
 from ban_jax import preemption, train
@@ -18,10 +18,7 @@ from ban_jax.errors import Preempted
 
 QUIET = {"progress": False}
 COMMAND = [
-  sys.executable,
-  str(ROOT / "experiments" / "train.py"),
-  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke",
-  "--devices=2",
+  *TRAIN,
   "--config.train.epochs=12",
   "--config.train.checkpoint_every=3",
   "--noprogress",

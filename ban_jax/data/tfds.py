@@ -31,12 +31,13 @@ def load(directory: str, options: Options) -> Dataset:
 
   asked = Asked(*(getattr(options, key) for key in Asked._fields))
   own = images.Options(*(getattr(options, key) for key in images.Options._fields))
-  parts, num_classes = tfds_images.read(asked, directory)
+  wanted = tuple((key, split) for key, split in asked._asdict().items() if key.endswith("_split") and split)
+  parts, num_classes = tfds_images.read(asked.dataset, asked.size, wanted, directory)
   return images.build(
     asked.dataset,
     parts["train_split"],
     parts["test_split"],
-    validation=parts["validation_split"] if asked.validation_split else None,
+    validation=parts.get("validation_split"),
     num_classes=num_classes,
     options=own,
   )

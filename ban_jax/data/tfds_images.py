@@ -21,48 +21,48 @@ from tensorflow_datasets.core import naming, read_only_builder, registered
 from ban_jax.data import tfds_files
 from ban_jax.data.arrays import make_read_only
 from ban_jax.data.images import Examples
-from ban_jax.data.tfds import Asked
 from ban_jax.errors import BanError, ConfigError, DataError, choices
 
-SPLITS = ("train_split", "test_split", "validation_split")
+# Keys of the configuration's `data` group and the splits that they name: (("train_split", "train[:80%]"), ...).
+Splits = tuple[tuple[str, str], ...]
 
 
-def read(asked: Asked, directory: str) -> tuple[Mapping[str, Examples], int]:
-  """Returns the examples of each of the SPLITS that is asked for, and the number of classes.
+def read(dataset: str, size: int, wanted: Splits, directory: str) -> tuple[Mapping[str, Examples], int]:
+  """Returns the examples of each split that is `wanted`, by its key, and the number of classes.
 
-  They are in the order of a digest of their pixels. `directory` "" is TFDS's default. Raises ConfigError for an unknown
+  They are in the order of a digest of their pixels, and resized to size x size unless `size` is 0. `directory` "" is
+  TFDS's default. Raises ConfigError for an unknown
   name, a set that is not of images and classes, splits that are not there, empty, overlap or have no labels, and images
   of different sizes; DataError where the set cannot be read or prepared.
   """
-  _parse(asked.dataset)
-  root = tfds_files.find_root(asked.dataset, directory)
-  with tfds_files.looking_into(asked.dataset, root):
-    return _read(asked, root)
+  _parse(dataset)
+  root = tfds_files.find_root(dataset, directory)
+  with tfds_files.looking_into(dataset, root):
+    return _read(dataset, size, wanted, root)
 
 
 @functools.lru_cache(maxsize=2)  # several subsets of a data set decode it once
-def _read(asked: Asked, root: pathlib.Path) -> tuple[Mapping[str, Examples], int]:
-  builder = _find(asked.dataset, root) or _prepare(asked.dataset, root)
-  keys, num_classes = _features(asked.dataset, builder.info)
-  wanted = {key: getattr(asked, key) for key in SPLITS if getattr(asked, key)}
-  _check_splits(asked.dataset, builder.info, wanted)
+def _read(dataset: str, size: int, wanted: Splits, root: pathlib.Path) -> tuple[Mapping[str, Examples], int]:
+  builder = _find(dataset, root) or _prepare(dataset, root)
+  keys, num_classes = _features(dataset, builder.info)
+  _check_splits(dataset, builder.info, dict(wanted))
   parts = {}
   try:
-    for key, split in wanted.items():
+    for key, split in wanted:
       source = builder.as_data_source(split=split)
-      parts[key] = _examples(asked, source, keys)
+      parts[key] = _examples(dataset, size, source, keys)
       if parts[key].labels.min() < 0:
-        raise ConfigError(f"data.{key}={split!r}: {asked.dataset} has no labels there; choose another split")
+        raise ConfigError(f"data.{key}={split!r}: {dataset} has no labels there; choose another split")
   except BanError:
     raise
   except NotImplementedError as error:
-    raise _unreadable_format(asked.dataset, builder) from error
+    raise _unreadable_format(dataset, builder) from error
   except Exception as error:  # what a broken file raises depends on which file it is
-    raise _damaged(asked.dataset, builder.data_dir, error) from error
+    raise _damaged(dataset, builder.data_dir, error) from error
   shapes = [part.images.shape[1:] for part in parts.values()]
   for other in shapes[1:]:
     if other != shapes[0]:
-      raise _sizes_differ(asked.dataset, shapes[0], other)
+      raise _sizes_differ(dataset, shapes[0], other)
   make_read_only(list(parts.values()))  # every subset of the data set shares them
   return parts, num_classes
 
@@ -130,16 +130,16 @@ def _check_splits(dataset: str, info: tfds.core.DatasetInfo, wanted: Mapping[str
       )
 
 
-def _examples(asked: Asked, source: Sequence[Any], keys: tuple[str, str]) -> Examples:
+def _examples(dataset: str, size: int, source: Sequence[Any], keys: tuple[str, str]) -> Examples:
   image_key, label_key = keys
   images: Any = None
   labels, ordered = np.empty(len(source), np.int32), []
   for i, example in enumerate(tfds_files.examples(source)):
-    image = resize(example[image_key], asked.size) if asked.size else example[image_key]
+    image = resize(example[image_key], size) if size else example[image_key]
     if images is None:
       images = np.empty((len(source), *image.shape), np.uint8)
     if image.shape != images.shape[1:]:
-      raise _sizes_differ(asked.dataset, images.shape[1:], image.shape)
+      raise _sizes_differ(dataset, images.shape[1:], image.shape)
     images[i], labels[i] = image, example[label_key]
     ordered.append((hashlib.sha256(images[i]).digest(), labels[i], i))
   # The files' order is shuffled, and depends on TFDS's version and the number of shards, and not every set has ids. The
