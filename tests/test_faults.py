@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 
-import forks
 import jax
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from ban_jax import job as job_lib
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
 from ban_jax.storage import lock
 from ban_jax.storage.steps import TRASH
-from experiments import results
+from experiments import forks, results
 
 QUIET = {"progress": False}
 COMMAND = [

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 
-import forks
 import jax
 import matplotlib.image
 import numpy as np
@@ -17,7 +16,7 @@ from ban_jax import config as config_lib
 from ban_jax import data, models, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation
-from experiments import figures
+from experiments import figures, forks
 
 WORDS = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
 PNGS = ("calibration.png", "agreement.png", "dark_knowledge.png")

@@ -4,9 +4,10 @@ import platform
 import subprocess
 import sys
 
-import forks
 import pytest
 from conftest import ROOT
+
+from experiments import forks
 
 # Allocates and frees 64 MB twenty times, and prints the page faults that it takes.
 FAULTS = """

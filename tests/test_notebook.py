@@ -6,14 +6,13 @@ import os
 import re
 import sys
 
-import forks
 import nbformat
 import pytest
 from conftest import ROOT
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
-from experiments import results
+from experiments import forks, results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
 OWN_TASK = ROOT / "experiments" / "own_task.ipynb"

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import types
 
-import forks
 import jax.numpy as jnp
 import jaxtyping
 import pytest
 from conftest import ROOT
 
 from ban_jax import losses
+from experiments import forks
 
 
 def test_importing_the_library_is_light_and_fast():

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import forks
 import jax
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from etils import epath
 
 from ban_jax import storage, trees
 from ban_jax.errors import ConfigError, PeerError
-from experiments import cli, launch
+from experiments import cli, forks, launch
 
 # Dropout, augmentation (the digits' random crops), batch norm and the batch-wide weights of CWTM, all at once.
 TRAIN = [

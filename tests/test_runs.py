@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import forks
 import jax
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from tensorboardX.proto import event_pb2
 import ban_jax
 from ban_jax import storage, trees
 from ban_jax.errors import CheckpointError
+from experiments import forks
 
 QUIET = {"progress": False}
 WORDS = f"{ROOT}/configs/digits.py:digits,wrn_10_1,smoke"

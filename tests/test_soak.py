@@ -3,15 +3,16 @@
 import subprocess
 import sys
 
-import forks
 import pytest
 from conftest import ROOT
+
+from experiments import forks
 
 COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
   "flags",
   [
@@ -21,11 +22,28 @@ COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
   ids=["images", "text"],
 )
 def test_a_run_killed_at_random_ends_with_the_bytes_of_one_left_alone(flags, kills):
-  command = [*COMMAND, f"--kills={kills}", "--seconds=1000", *flags]
+  command = [*COMMAND, "--forks", f"--kills={kills}", "--seconds=1000", *flags]
   done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=5000)
   assert done.returncode == 0, done.stderr
   assert f"{kills} kills in " in done.stdout
   assert done.stdout.splitlines()[-1].endswith("all ended with the bytes of the run left alone")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("flags", [[], ["--interrupt"], ["--processes=2"]], ids=["killed", "interrupted", "of two"])
+def test_a_run_that_starts_python_each_time_does_so_too(flags):
+  command = [*COMMAND, "--kills=10", "--seconds=1000", "--config.train.epochs=8", "--devices=1", *flags]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=5000)
+  assert done.returncode == 0, done.stderr
+  assert "10 kills in " in done.stdout
+
+
+def test_forks_are_for_kills_of_one_process():
+  done = forks.run([*COMMAND, "--forks", "--processes=2"], cwd=ROOT)
+  assert (done.returncode, done.stderr) == (
+    2,
+    "error: --forks goes with SIGKILL and one process: leave out --interrupt and --processes\n",
+  )
 
 
 def test_runs_that_differ_are_told():

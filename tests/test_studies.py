@@ -4,7 +4,6 @@ import json
 import math
 import sys
 
-import forks
 import matplotlib.image
 import pytest
 from conftest import ROOT
@@ -12,7 +11,7 @@ from etils import epath
 
 from ban_jax import loading
 from ban_jax.errors import ConfigError
-from experiments import gains
+from experiments import forks, gains
 
 KEYS = {"date", "words", "changes", "seed", "seconds", "results"}
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 
-import forks
 import jax
 import matplotlib.image
 import numpy as np
@@ -26,7 +25,7 @@ import ban_jax
 from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
-from experiments import results
+from experiments import forks, results
 from experiments.analysis import programs
 from experiments.tables import cost, graph, report, run
 from experiments.tables import train as training
