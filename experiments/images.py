@@ -3,10 +3,10 @@
     python experiments/images.py --data_dir=DIR --workdir=runs/images
 
 Per seed a teacher, two born-again generations and their ensemble, beside what the same work brings without a teacher's
-knowledge: smoothed labels, labels for twice as long, an ensemble of independent teachers. With wrong labels also
-teachers that stop earlier, among which a validation split with true labels chooses. The setting was
-chosen on seeds from 100 on; all that was tried is in docs/searched.jsonl. Finished results are shown at once, an
-interrupted run is resumed, and several processes may share a workdir.
+knowledge: smoothed labels, labels for twice as long, an ensemble of independent teachers, and teachers that stop
+earlier, among which a validation split with true labels chooses. The setting was chosen on seeds from 100 on; all that
+was tried is in docs/searched.jsonl. Finished results are shown at once, an interrupted run is resumed, and several
+processes may share a workdir.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -21,7 +21,7 @@ from experiments.tables.spec import Builder, Columns, Row, independent_ensembles
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/images", "Directory for the runs, the table and the plot.")
 NOISE = flags.DEFINE_list("noise", ["0", "0.4"], "Shares of wrong labels, a panel each.")
-# Scale -> data set, network, configuration values, and with wrong labels the earlier stops, in epochs.
+# Scale -> data set, network, configuration values, and the earlier stops, in epochs.
 SETTINGS = {
   "cpu": (
     "cifar10",
@@ -83,13 +83,10 @@ def main() -> None:
   panels = []
   for noise in study.numbers("noise", NOISE.value):
     own = {**changes, "data.label_noise": noise}
-    by_seed = [columns(study.builder(dataset, seed, own), network, stops if noise else ()) for seed in study.seeds()]
+    by_seed = [columns(study.builder(dataset, seed, own), network, stops) for seed in study.seeds()]
     panels.append(study.Panel(f"{noise:.0%} wrong labels" if noise else "true labels", by_seed, COMPARISONS))
   found = study.train(panels, workdir)
-  notes = [
-    best_stop(panel, per_seed, workdir) if panel.columns[0]["teacher"][0].cfg.data.label_noise else ""
-    for panel, per_seed in zip(panels, found, strict=True)
-  ]
+  notes = [best_stop(panel, per_seed, workdir) for panel, per_seed in zip(panels, found, strict=True)]
   cfg = panels[0].columns[0]["BAN-1"][0].cfg
   examples = cfg.data.train_examples or "all"
   heading = (

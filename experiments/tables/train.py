@@ -31,7 +31,9 @@ def device_groups(devices: Devices, per_student: int) -> list[Devices]:
     works = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
     raise ConfigError(f"--devices_per_student={per_student}: {len(devices)} devices make groups of {works}")
   if jax.process_count() > 1:
-    raise ConfigError("--devices_per_student groups the devices of one process; give each process a --shard instead")
+    raise ConfigError(
+      "--devices_per_student groups the devices of one process; start each process by itself, with a --shard of its own"
+    )
   return [devices[first : first + per_student] for first in range(0, len(devices), per_student)]
 
 

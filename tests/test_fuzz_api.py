@@ -1,0 +1,164 @@
+"""Random arguments for every public function: each call works, or is answered by one of the library's own errors."""
+
+import functools
+import inspect
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import config
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ban_jax
+from ban_jax import job, models, train, trees
+from ban_jax.errors import BanError
+from ban_jax.types import Generation
+
+
+class Classifier(nn.Module):
+  """A user's network."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Anything:
+  """An object that no function knows."""
+
+
+IMAGES, LABELS = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([3, 1, 4, 1])
+
+
+@functools.cache
+def network(generation=0, words="digits,wrn_10_1,smoke"):
+  """An untrained network of a configuration, as a Generation."""
+  setup = job.resolve(config(words) if words.startswith("digits") else ban_jax.get_config(words), None)
+  variables = jax.device_get(setup.models[0].init(jax.random.key(generation)))
+  return Generation(generation, trees.to_host(variables, generation), {}, (), setup.network(generation))
+
+
+@functools.cache
+def dataset():
+  return ban_jax.from_arrays((IMAGES, LABELS), (IMAGES, LABELS), num_classes=10)
+
+
+@functools.cache
+def model():
+  return ban_jax.from_flax(Classifier(), dataset())
+
+
+NUMBERS = (True, -1, 0, 1, 1.5, float("nan"), float("inf"), 10**20)
+ODD = (
+  *(None, *NUMBERS, "", "é", "\0", "x" * 300, b"x", (), [], {}, {"params": {}}, Anything(), (1, 2), [None], [[]]),
+  *(np.zeros(3), np.zeros((2, 0)), np.array("x"), np.array(None), np.full((4, 8, 8), np.nan), {1: 2}, lambda: None),
+  *(int, Classifier, Classifier(), models, pathlib.Path("/nonexistent/run"), jax.devices()[0]),
+)
+odd = st.sampled_from(range(len(ODD))).map(ODD.__getitem__)
+
+
+def of(*makers):
+  """Draws one of the values that these functions return."""
+  return st.sampled_from(range(len(makers))).map(lambda place: makers[place]())
+
+
+# What each argument should be, by its name.
+GOOD = {
+  "params_prev": of(lambda: None, network, lambda: network().params, lambda: [network(), network(1)]),
+  "generations": of(network, lambda: [network(), network(1)]),
+  "generation": of(lambda: None, network),
+  "member": of(network, lambda: network().params),
+  "initial": of(lambda: None, lambda: network().params),
+  "cfg": of(config),
+  "devices": of(lambda: None, lambda: jax.devices()[:1], lambda: jax.devices()[:2]),
+  "inputs": of(lambda: IMAGES),
+  "sentences": of(lambda: ["the return value", ""]),
+  "prompt": of(lambda: "", lambda: "the"),
+  "length": of(lambda: 3),
+  "temperature": of(lambda: 0.7),
+  "split": st.sampled_from(("test", "train")),
+  "weights": of(lambda: None),
+  "batch_size": of(lambda: 4),
+  "progress": of(lambda: False),
+  "dataset": of(lambda: None, dataset),
+  "model": of(lambda: None, model),
+  "teacher_model": of(lambda: None, model),
+  "train": of(lambda: (IMAGES, LABELS)),
+  "test": of(lambda: (IMAGES, LABELS)),
+  "validation": of(lambda: None, lambda: (IMAGES, LABELS)),
+  "module": of(Classifier),
+  "spec": of(dataset),
+  "function": of(lambda: lambda images: np.zeros((len(images), 10), np.float32)),
+  "words": st.just("digits,wrn_10_1,smoke"),
+  "platforms": of(lambda: ("cpu",)),
+}
+FUNCTIONS = (
+  *("average", "compare", "evaluate", "export", "export_parameters", "from_arrays", "from_flax", "from_function"),
+  *("get_config", "load", "load_run", "log_probabilities", "predict", "reliability", "run", "sample"),
+  *("train_generation", "with_network"),
+)
+
+
+@st.composite
+def calls(draw):
+  """Draws a function and its arguments, one or two of which may be anything."""
+  name = draw(st.sampled_from(FUNCTIONS))
+  parameters = inspect.signature(getattr(ban_jax, name)).parameters
+  wrong = draw(st.sets(st.sampled_from(sorted(parameters)), max_size=2))
+  arguments = {}
+  for key, parameter in parameters.items():
+    if key in wrong:
+      arguments[key] = draw(odd)
+    elif key in ("path", "workdir"):
+      arguments[key] = ...  # a new one for each call
+    elif name in ("log_probabilities", "sample") and key == "generations":
+      arguments[key] = network(0, "pydoc,lstm_32,smoke")
+    elif key in GOOD and (parameter.default is parameter.empty or draw(st.booleans())):
+      arguments[key] = draw(GOOD[key])
+  return name, arguments
+
+
+def test_every_public_function_that_takes_arguments_is_called():
+  public = {name for name in ban_jax.__all__ if inspect.isfunction(getattr(ban_jax, name))}
+  # The first takes none; the second asks for a trace of the next training.
+  assert set(FUNCTIONS) == public - {"keep_freed_memory", "trace_steps"}
+  for name in FUNCTIONS:
+    for key, parameter in inspect.signature(getattr(ban_jax, name)).parameters.items():
+      assert key in GOOD or key in ("path", "workdir") or parameter.default is not parameter.empty, (name, key)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_training():
+  """Trains nothing, since what is wrong must be found before."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "finished_or_trained", lambda jobs, workdirs, progress: [network() for _ in jobs])
+    yield
+
+
+def check(call, folder):
+  name, arguments = call
+  given = {key: folder / name if value is ... else value for key, value in arguments.items()}
+  try:
+    getattr(ban_jax, name)(**given)
+  except BanError as error:
+    message = str(error)
+    assert message.strip()
+    assert "Traceback" not in message
+    return message
+  return None
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(calls())
+def test_a_call_works_or_is_answered_in_words(tmp_path_factory, call):
+  check(call, tmp_path_factory.mktemp("call"))
+
+
+@pytest.mark.soak
+@settings(max_examples=3000, deadline=None)
+@given(calls())
+def test_many_calls_work_or_are_answered_in_words(tmp_path_factory, call):
+  check(call, tmp_path_factory.mktemp("call"))
