@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,6 +123,8 @@ def log_probabilities(
   batch_size = check_whole("batch_size", batch_size, 1)
   if isinstance(sentences, str):
     raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
+  if not isinstance(sentences, Iterable):
+    raise DataError(f"log_probabilities takes a sequence of sentences, not {type(sentences).__name__}")
   tokens = [
     np.array([*_ids(predictor.spec, EOS), *_ids(predictor.spec, text), *_ids(predictor.spec, EOS)])
     for text in sentences
@@ -153,8 +156,8 @@ def sample(
   Words are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. The same seed gives
   the same text on the same machine. Errors are those of `log_probabilities`.
   """
-  length = check_whole("length", length, 0)
-  if not temperature > 0:
+  length, seed = check_whole("length", length, 0), check_whole("seed", seed, 0)
+  if not isinstance(temperature, numbers.Real) or not temperature > 0:
     raise ConfigError(f"temperature={temperature!r}: expected a number above 0")
   predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
   rng, carries, words = np.random.default_rng(seed), predictor.carries(1), []
@@ -286,6 +289,8 @@ def _language_model(generations, weights, devices, what: str) -> Predictor:
 
 def _ids(spec: InputSpec, text: str) -> list[int]:
   """Returns the tokens of a text's words."""
+  if not isinstance(text, str):
+    raise DataError(f"a text must be a string of words with spaces between them, not {type(text).__name__}")
   known = _numbers(spec.words)
   missing = [word for word in text.split() if word not in known]
   if missing and UNKNOWN not in known:

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ class Anything:
   """An object that no function knows."""
 
 
-IMAGES, LABELS = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([3, 1, 4, 1])
+IMAGES, LABELS = np.arange(640).astype(np.uint8).reshape(10, 8, 8), np.arange(10)
 
 
 @functools.cache
@@ -54,15 +56,21 @@ def model():
 NUMBERS = (True, -1, 0, 1, 1.5, float("nan"), float("inf"), 10**20)
 ODD = (
   *(None, *NUMBERS, "", "é", "\0", "x" * 300, b"x", (), [], {}, {"params": {}}, Anything(), (1, 2), [None], [[]]),
-  *(np.zeros(3), np.zeros((2, 0)), np.array("x"), np.array(None), np.full((4, 8, 8), np.nan), {1: 2}, lambda: None),
+  *(np.zeros(3), np.zeros((2, 0)), np.array("x"), np.array(None), np.full((10, 8, 8), np.nan), {1: 2}, lambda: None),
   *(int, Classifier, Classifier(), models, pathlib.Path("/nonexistent/run"), jax.devices()[0]),
 )
 odd = st.sampled_from(range(len(ODD))).map(ODD.__getitem__)
 
 
+class Made(NamedTuple):
+  """An argument that is made when the call is."""
+
+  maker: Callable[[], Any]
+
+
 def of(*makers):
   """Draws one of the values that these functions return."""
-  return st.sampled_from(range(len(makers))).map(lambda place: makers[place]())
+  return st.sampled_from([Made(maker) for maker in makers])
 
 
 # What each argument should be, by its name.
@@ -91,7 +99,9 @@ GOOD = {
   "validation": of(lambda: None, lambda: (IMAGES, LABELS)),
   "module": of(Classifier),
   "spec": of(dataset),
-  "function": of(lambda: lambda images: np.zeros((len(images), 10), np.float32)),
+  "apply": of(lambda: lambda variables, images: images.reshape(len(images), -1) @ variables["kernel"]),
+  "variables": of(lambda: {"kernel": np.zeros((64, 10), np.float32)}),
+  "name": of(lambda: "mine"),
   "words": st.just("digits,wrn_10_1,smoke"),
   "platforms": of(lambda: ("cpu",)),
 }
@@ -115,7 +125,7 @@ def calls(draw):
     elif key in ("path", "workdir"):
       arguments[key] = ...  # a new one for each call
     elif name in ("log_probabilities", "sample") and key == "generations":
-      arguments[key] = network(0, "pydoc,lstm_32,smoke")
+      arguments[key] = Made(lambda: network(0, "pydoc,lstm_32,smoke"))
     elif key in GOOD and (parameter.default is parameter.empty or draw(st.booleans())):
       arguments[key] = draw(GOOD[key])
   return name, arguments
@@ -140,9 +150,10 @@ def no_training():
 
 def check(call, folder):
   name, arguments = call
-  given = {key: folder / name if value is ... else value for key, value in arguments.items()}
+  paths = {key: folder / name for key, value in arguments.items() if value is ...}
+  made = {key: value.maker() for key, value in arguments.items() if isinstance(value, Made)}
   try:
-    getattr(ban_jax, name)(**given)
+    getattr(ban_jax, name)(**arguments | paths | made)
   except BanError as error:
     message = str(error)
     assert message.strip()
