@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pathlib
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +33,7 @@ from ban_jax.data import images, tfds_cifar
 from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import InputSpec
+from experiments import forks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))
@@ -338,6 +341,30 @@ def test_killed_preparation_is_never_trusted(tmp_path):
   assert not (tmp_path / "cifar10/3.0.2").exists()
   assert_holds(data.load(group(name="cifar10", dir=str(tmp_path))), expected)
   assert [path.name for path in (tmp_path / "cifar10").iterdir()] == ["3.0.2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_preparation_killed_at_random_times_leaves_all_or_nothing(kills, tmp_path):
+  root, prepared = tmp_path / "root", tmp_path / "root/cifar10/3.0.2"
+  write_archive(root / ARCHIVES["cifar10"], "cifar10", rows=300)
+  command, begin = [sys.executable, "-c", READ, str(root)], time.monotonic()
+  expected = forks.run(command).stdout.splitlines()[-1]
+  assert re.fullmatch("[0-9a-f]{64}", expected)
+  seconds, rng = time.monotonic() - begin, random.Random(kills)
+  for kill in range(kills):
+    shutil.rmtree(prepared, ignore_errors=True)
+    folder = tmp_path / f"kill_{kill}"
+    folder.mkdir()
+    process = forks.Fork(command, folder)
+    time.sleep(rng.uniform(0, 1.2 * seconds))
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(60) in (0, -signal.SIGKILL)
+    if prepared.exists():
+      assert forks.run(command).stdout.splitlines()[-1] == expected
+  assert forks.run(command).stdout.splitlines()[-1] == expected
+  assert [path.name for path in (root / "cifar10").iterdir()] == ["3.0.2"]
 
 
 def test_leftover_of_another_archive_is_not_taken(tmp_path):
