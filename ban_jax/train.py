@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import metrics, optim, preemption, processes, profiling, replay, report, storage, trees
-from ban_jax.errors import ConfigError, Preempted, TrainingError
+from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
 from ban_jax.evaluate import Subject, measure
 from ban_jax.job import Job, Own, Setup
 from ban_jax.step import TrainStep, initial_state, make_train_step
@@ -313,9 +313,16 @@ def step_of(job: Job) -> TrainStep:
 
 
 def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -> None:
-  """Raises where a checkpoint is another generation's, and warns where it comes from another layout."""
+  """Raises where a checkpoint cannot be continued by this job, and warns where it comes from another layout."""
   recorded, own = record["lineage"], job.lineage
   storage.check_lineage(own, recorded, directory)
+  replayed = own["layout"]["replayed"]
+  if recorded["layout"].get("replayed", replayed) != replayed:  # a recorded teacher has another carry
+    begun, now = ("live", "recorded") if replayed else ("recorded", "live")
+    raise CheckpointError(
+      f"{directory} was begun with a {begun} teacher, and is now to have a {now} one (train.replay; tables record the "
+      f"teachers that several of their columns share); continue it as it was begun, or remove {directory}/steps"
+    )
   before, now = (flatten_dict(lineage["layout"], sep=".") for lineage in (recorded, own))
   # An earlier version recorded fewer settings: of those nothing is known.
   changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]

@@ -10,7 +10,7 @@ from conftest import config
 import ban_jax
 from ban_jax import data, storage, trees
 from ban_jax import job as job_lib
-from ban_jax.errors import ConfigError
+from ban_jax.errors import CheckpointError, ConfigError
 from configs import pydoc
 
 # Crops, flips and dropout: all that is drawn in a step.
@@ -78,6 +78,8 @@ def test_a_killed_replay_ends_with_the_same_bytes(teachers, tmp_path, monkeypatc
     patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
       train(teachers[0], cfg, workdir=tmp_path / "run")
+  with pytest.raises(CheckpointError, match="gen_1 was begun with a recorded teacher, and is now to have a live one"):
+    train(teachers[0], config(**AUGMENTED, train__checkpoint_every=3), workdir=tmp_path / "run")
   # In the middle of an epoch, and with a recording that has to be made again.
   assert {path.name for path in (tmp_path / "run" / "gen_1" / "steps").glob("[0-9]*")} == {"6", "9"}
   recordings(tmp_path / "replay")[1].unlink()
