@@ -94,7 +94,7 @@ def serve() -> None:
 
 def _keep(arguments: list[str], cwd: str, folder: str) -> None:
   """Starts the script in a fork, waits for it, and leaves its process id and its exit status in the folder."""
-  script = multiprocessing.get_context("fork").Process(target=_become, args=(arguments, cwd, folder))
+  script = multiprocessing.get_context("fork").Process(target=_start, args=(arguments, cwd, folder))
   script.start()
   _leave(folder, "pid", script.pid)
   script.join()
@@ -111,14 +111,19 @@ def _leave(folder: str, name: str, number: int | None) -> None:
     pass  # nobody waits any more
 
 
-def _become(arguments: list[str], cwd: str, folder: str) -> None:
-  """Does what Python does with its arguments."""
+def _start(arguments: list[str], cwd: str, folder: str) -> None:
+  """Runs a command line with its output in files of the folder."""
   for path, target in ((os.devnull, 0), (f"{folder}/out", 1), (f"{folder}/err", 2)):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), target)
   os.chdir(cwd)
+  become(arguments)
+
+
+def become(arguments: list[str]) -> None:
+  """Does what Python does with its arguments, in a process that has done nothing else."""
   first, *rest = arguments
   if first in ("-c", "-m"):
-    sys.path[0] = cwd
+    sys.path[0] = os.getcwd()
     code, *rest = rest
   if first == "-c":
     sys.argv[:] = ["-c", *rest]

@@ -36,8 +36,8 @@ LONG = ["--config.train.epochs=12", "--config.train.checkpoint_every=5"]
 TEACHER = [*LONG, "--config.generations=0"]
 # Runs a script; see there.
 ONE_CACHE = str(ROOT / "tests" / "one_cache.py")
-# The launcher, with a second in place of its margin for processes to end in.
-PATIENT = "import sys; from experiments import launch; launch.MARGIN = 1; sys.exit(launch.main(sys.argv[1:]))"
+# The launcher with processes that are forks; see there.
+LAUNCH = str(ROOT / "tests" / "forked_launch.py")
 # Runs a script until its first checkpoint.
 KILLED = """
 import os, runpy, signal, sys
@@ -63,7 +63,7 @@ def alone(workdir, devices, *more):
 def several(workdir, processes, *more, peer_timeout=PEER_TIMEOUT):
   """Returns the arguments of a run of several processes with a device each."""
   own = [f"--processes={processes}", f"--peer_timeout={peer_timeout}"]
-  return [sys.executable, "-m", "experiments.launch", *own, "--", ONE_CACHE, *TRAIN, f"--workdir={workdir}", *more]
+  return [sys.executable, LAUNCH, *own, "--", ONE_CACHE, *TRAIN, f"--workdir={workdir}", *more]
 
 
 def finish(arguments):
@@ -88,9 +88,10 @@ def checkpoints(workdir):
 def interrupt(arguments, workdir, number, victim):
   """Starts a run and sends a signal to one process at its next checkpoint; returns (status, messages, seconds)."""
   before = checkpoints(workdir)
-  messages = workdir.with_name(f"{workdir.name}_{time.monotonic_ns()}.log")
-  with messages.open("w") as stderr:
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+  folder = workdir.with_name(f"{workdir.name}_{time.monotonic_ns()}")
+  folder.mkdir()
+  messages = folder / "err"
+  process = forks.Fork(arguments, folder, ROOT)
   try:
     wait_until(lambda: checkpoints(workdir) - before, process)
     pid = int(re.search(r"launch: process ids (.*)", messages.read_text()).group(1).split()[victim])
@@ -99,7 +100,7 @@ def interrupt(arguments, workdir, number, victim):
     status = process.wait(PATIENCE)
   finally:
     with contextlib.suppress(ProcessLookupError):
-      process.terminate()
+      os.kill(process.pid, signal.SIGTERM)
   return status, messages.read_text(), time.monotonic() - start
 
 
@@ -197,7 +198,7 @@ def test_a_run_that_loses_processes_hangs_and_is_preempted_ends_with_the_same_by
   assert not (workdir / "gen_0" / "manifest.json").exists()
 
   # A stopped process keeps its connections and sends no heartbeat, like a machine that hangs or has lost its network.
-  hanging = [sys.executable, "-c", PATIENT, *several(workdir, 2, *TEACHER, peer_timeout=10)[3:]]
+  hanging = [sys.executable, LAUNCH, "--patient", *several(workdir, 2, *TEACHER, peer_timeout=10)[2:]]
   status, messages, seconds = interrupt(hanging, workdir, signal.SIGSTOP, victim=1)
   assert status == 128 + signal.SIGABRT
   assert "launch: process 0 was aborted (SIGABRT): another process of the run had gone, or gave" in messages
@@ -401,7 +402,7 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
     return [sys.executable, *text, f"--workdir={workdir}", "--devices=2"]
 
   def two(workdir):
-    launched = [sys.executable, "-m", "experiments.launch", "--processes=2", "--", ONE_CACHE]
+    launched = [sys.executable, LAUNCH, "--processes=2", "--", ONE_CACHE]
     return [*launched, *text, f"--workdir={workdir}"]
 
   def compare(workdir):
