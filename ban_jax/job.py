@@ -237,7 +237,7 @@ def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own 
   config.check_batch_size(cfg.train.batch_size, setup.devices)
   setup.dataset.train_order(jax.random.key(0), cfg.train.batch_size)
   if cfg.generations:
-    teacher = jax.eval_shape(setup.models[0].init, jax.random.key(0))
+    teacher = setup.models[0].shapes
     _check_inherits(setup.models[1], [teacher])
   return setup
 
@@ -333,7 +333,7 @@ def _check_inherits(student: Model, parents: Sequence[Variables]) -> None:
   names = " and ".join(student.inherits)
   if len(parents) != 1:
     raise ConfigError(f"model {student.name} copies {names} from one teacher; {len(parents)} were given")
-  expected = jax.eval_shape(student.init, jax.random.key(0))["params"]
+  expected = student.shapes["params"]
   own, given = ({name: tree.get(name, {}) for name in student.inherits} for tree in (expected, parents[0]["params"]))
   difference = trees.first_difference(own, given)
   if difference:

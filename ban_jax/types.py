@@ -54,6 +54,11 @@ class Model(NamedTuple):
   # Of a network that the caller gave: its options, (name, plain value) each, for the records.
   options: tuple[tuple[str, Any], ...] = ()
 
+  @property
+  def shapes(self) -> dict[str, Any]:
+    """The shapes and dtypes of its variables, as a tree of jax.ShapeDtypeStruct."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
 
 class Dataset(NamedTuple):
   """A data set whose arrays lie on the device, and the pure functions that cut mini-batches out of them.

@@ -130,7 +130,7 @@ def _check(model: Model) -> None:
   mapped = jax.vmap(train, in_axes=None, axis_name=devices.AXIS, axis_size=1)
   doing = "made for"
   try:
-    variables = jax.eval_shape(model.init, jax.random.key(0))
+    variables = model.shapes
     if others := [collection for collection in variables if collection not in COLLECTIONS]:
       raise ConfigError(
         f"model {model.name!r} has the collections {', '.join(others)}; expected {' and '.join(COLLECTIONS)} alone"

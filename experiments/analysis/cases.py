@@ -136,7 +136,7 @@ def job_of(kind: Kind, setup: Setup) -> Job:
 
 def untrained(model: Model) -> Variables:
   """Returns variables that are finite and of the right shapes, without compiling anything."""
-  shapes, rng = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(1)
+  shapes, rng = model.shapes, np.random.default_rng(1)
   params = jax.tree.map(lambda leaf: (0.05 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes["params"])
   batch_stats = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes["batch_stats"])
   return {"params": params, "batch_stats": batch_stats}
@@ -230,7 +230,7 @@ KINDS = {
 @functools.lru_cache
 def many_leaves(like: Model) -> Model:
   """Returns an image network with next to no work and as many arrays as another, of one number each."""
-  shapes = jax.eval_shape(like.init, jax.random.key(0))
+  shapes = like.shapes
   groups = {group: [f"leaf{number}" for number, _ in enumerate(jax.tree.leaves(shapes[group]))] for group in shapes}
 
   def init(key):

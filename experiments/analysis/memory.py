@@ -25,7 +25,7 @@ def count_memory(model: Model, batch: int) -> Memory:
   Assumes that results live in the order of the trace, each stored in full except broadcasts. A compiler that fuses
   element-wise operations needs less; the workspaces of convolutions are not counted.
   """
-  variables = jax.eval_shape(model.init, jax.random.key(0))
+  variables = model.shapes
   images = jax.ShapeDtypeStruct((batch, *model.spec.shape), jnp.float32)
 
   def gradient(params, batch_stats, images):

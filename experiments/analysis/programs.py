@@ -80,7 +80,7 @@ def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   known = data.describe(cfg.data)
   _, model = make_models(cfg, known.spec)
   rows = cfg.train.batch_size // len(devices)
-  variables = jax.eval_shape(model.init, jax.random.key(0))
+  variables = model.shapes
   carry = jax.eval_shape(lambda: model.init_carry(rows))
   index = jax.ShapeDtypeStruct((1, rows), np.int32)
   arguments = ((variables,), _on_each(devices, (carry,)), known.arrays, _on_each(devices, index))
@@ -96,7 +96,7 @@ def work(cfg: ConfigDict, devices: Sequence[jax.Device], *, taught: bool = True)
 @functools.cache
 def trained_sizes(model: Model) -> dict[str, int]:
   """Returns the number of parameters of each top-level layer, except those copied from the teacher."""
-  params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+  params = model.shapes["params"]
   trained = {name: tree for name, tree in params.items() if name not in model.inherits}
   return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
 
