@@ -220,7 +220,7 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
     )
   # The configuration's choice of how to compute the same network (dtype, rematerialisation, cuDNN) is kept.
   configured, name = setup.models[generation], setup.network(generation).group["name"]
-  if name == network.group["name"] and trees.fits(member.params, configured):
+  if name == network.group["name"] and not trees.first_difference(configured.shapes, member.params):
     return configured
   return make_model(
     network.group,

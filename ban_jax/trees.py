@@ -108,11 +108,6 @@ def check_fits(variables: Variables, model: Model, what: str, note: str = "") ->
     )
 
 
-def fits(variables: Variables, model: Model) -> bool:
-  """Returns whether a variables tree has the model's leaves, with their dtypes and shapes."""
-  return first_difference(model.shapes, variables) is None
-
-
 def first_difference(expected: PyTree, given: PyTree) -> tuple[str, str, str] | None:
   """Returns the first path at which dtypes or shapes differ, with both as text ("nothing": no such leaf), or None.
 
