@@ -3,7 +3,7 @@
     python experiments/text.py --workdir=runs/text
     python experiments/text.py --dataset=ptb --data_dir=PTB --workdir=runs/ptb
 
-Per seed a teacher, two BAN+L generations, and the controls: a second network from the labels, one trained for twice as
+Per seed a teacher, BAN+L generations, and the controls: a second network from the labels, one trained for twice as
 long, one with more dropout, and an ensemble of teacher and second network beside that of the two generations.
 Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with ptb.train.txt,
 ptb.valid.txt and ptb.test.txt.
@@ -18,6 +18,7 @@ from experiments import cli, results, study
 from experiments.tables.spec import Builder, Columns
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/text", "Directory for the runs, the table and the plot.")
+STUDENTS = flags.DEFINE_integer("students", 2, "Number of born-again generations.", lower_bound=1)
 DATASET = flags.DEFINE_enum("dataset", "pydoc", ["pydoc", "ptb"], "pydoc (embedded) or ptb (files, --data_dir).")
 # A plateau schedule needs the validation split after each epoch; the test split is read once, at the end.
 SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 250}
@@ -34,10 +35,12 @@ SETTINGS = {
 
 
 def columns(builder: Builder, network: str, dropout: float) -> Columns:
-  """Returns a seed's networks: teacher, two students in sequence, their ensemble, and the controls."""
+  """Returns a seed's networks: teacher, students in sequence, their ensemble, and the controls."""
   teacher, second = builder.teacher(network), builder.teacher(network, variant=2)
-  students = builder.sequence(teacher, network, "ban_label", 2)
-  found = {"teacher": [teacher], "BAN-1": students[:1], "BAN-2": students[1:], "Ens*2": students}
+  students = builder.sequence(teacher, network, "ban_label", STUDENTS.value)
+  found = {"teacher": [teacher], **{f"BAN-{number}": [student] for number, student in enumerate(students, 1)}}
+  if len(students) > 1:
+    found[f"Ens*{len(students)}"] = students
   dropped = builder._replace(changes={**builder.changes, "model.dropout": dropout})
   controls = {
     "second teacher": [second],
@@ -54,7 +57,8 @@ def main() -> None:
   network, changes, dropout = SETTINGS[study.SCALE.value][DATASET.value]
   by_seed = [columns(study.builder(DATASET.value, seed, SHARED | changes), network, dropout) for seed in study.seeds()]
   rivals = ("second teacher", f"dropout {dropout:g}", "labels, twice as long")
-  comparisons = [(student, rival) for student in ("BAN-1", "BAN-2") for rival in rivals]
+  students = [column for column in by_seed[0] if column.startswith("BAN-")]
+  comparisons = [(student, rival) for student in students for rival in rivals]
   panel = study.Panel(DATASET.value, by_seed, [*comparisons, ("Ens*2", "independent*2")])
   found = study.train([panel], workdir)
   cfg = by_seed[0]["BAN-1"][0].cfg
