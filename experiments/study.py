@@ -171,7 +171,7 @@ def plot(
       axes.plot(single, [place + 0.25] * len(single), ".", color=color, alpha=0.4)
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first at the top
     teacher = results.mean_and_error([seed["teacher"][how.metric] for seed in per_seed])[0]
     axes.set_title(f"{panel.title}; teacher {teacher:.1f}", fontsize="medium")
     axes.set_xlabel(f"minus teacher, {how.unit}\n(paired, {results.CONFIDENCE:.0%} interval)")
