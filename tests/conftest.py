@@ -2,7 +2,6 @@
 
 import collections
 import gc
-import os
 import pathlib
 import sys
 
@@ -23,10 +22,6 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
   from configs import digits
   from experiments import cli
 
-# Without LLVM's optimizations, which take half of the time of a compilation and gain nothing in runs of seconds.
-# Scripts that tests start inherit it.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 jax.config.update("jax_num_cpu_devices", 4)
 cli.use_compilation_cache()
 
