@@ -24,6 +24,15 @@ COMMAND = [
   "--noprogress",
 ]
 
+
+@pytest.fixture(autouse=True, scope="module")
+def listening():
+  """Lets processes notice SIGINT, which a script ignores in what it starts in the background, the tests perhaps."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 # Sends itself SIGINT at random moments of a small loop that does what loses a KeyboardInterrupt: most of its time is
 # spent in destructors and in callbacks of the garbage collector. Prints how many signals were answered, and by whom.
 MANY = """
