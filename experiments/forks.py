@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def run(arguments: list[str], cwd: str | os.PathLike = "/", timeout: int = 300) 
     try:
       fork.wait(timeout)
     except subprocess.TimeoutExpired:
-      os.kill(fork.pid, 9)
+      os.kill(fork.pid, signal.SIGKILL)
       fork.wait()
       raise
     out, err = ((folder / file).read_text("utf-8", "replace") for file in ("out", "err"))

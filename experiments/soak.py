@@ -64,11 +64,11 @@ def started(workdir: pathlib.Path) -> Iterator[tuple[Process, IO[str]]]:
   """Starts or resumes the run; yields the process, which is killed on exit, and its standard error."""
   # Files, because a pipe would block the process once it is full.
   with tempfile.TemporaryDirectory() as name, open(f"{name}/err", "w+", encoding="utf-8", errors="replace") as errors:
-    process: Process
-    if FORKS.value:
-      process = forks.Fork(command(workdir), pathlib.Path(name), os.getcwd())
-    else:
-      process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
+    process: Process = (
+      forks.Fork(command(workdir), pathlib.Path(name), os.getcwd())
+      if FORKS.value
+      else subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
+    )
     try:
       yield process, errors
     finally:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 from experiments import forks, launch
 
@@ -60,7 +61,7 @@ def become(arguments, env, pipes):
 
 
 if __name__ == "__main__":
-  launch.subprocess = type("subprocess", (), {**vars(subprocess), "Popen": Child})
+  launch.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Child})  # the processes keep their own
   if "--patient" in sys.argv:  # a second in place of its margin for processes to end in
     sys.argv.remove("--patient")
     launch.MARGIN = 1

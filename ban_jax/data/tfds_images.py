@@ -31,9 +31,9 @@ def read(dataset: str, size: int, wanted: Splits, directory: str) -> tuple[Mappi
   """Returns the examples of each split that is `wanted`, by its key, and the number of classes.
 
   They are in the order of a digest of their pixels, and resized to size x size unless `size` is 0. `directory` "" is
-  TFDS's default. Raises ConfigError for an unknown
-  name, a set that is not of images and classes, splits that are not there, empty, overlap or have no labels, and images
-  of different sizes; DataError where the set cannot be read or prepared.
+  TFDS's default. Raises ConfigError for an unknown name, a set that is not of images and classes, splits that are not
+  there, empty, overlap or have no labels, and images of different sizes; DataError where the set cannot be read or
+  prepared.
   """
   _parse(dataset)
   root = tfds_files.find_root(dataset, directory)
