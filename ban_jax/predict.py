@@ -85,10 +85,10 @@ def predict(
   numbers [N, T], tokens of the vocabulary, each row a text of its own; the result [N, T, n] is of the token after each.
 
   `weights`, at least 0, are those of the ensemble's members; None weights them equally. `batch_size` bounds the memory
-  and does not change the result beyond rounding. `devices` defaults to this process's. `dataset` normalises
-  where a generation does not say how its images were. Raises, before any work, a
-  CheckpointError for generations that do not say which network they are, a ConfigError for weights or a batch size out
-  of range and networks that read different inputs, and a DataError for inputs that the networks cannot read.
+  and does not change the result beyond rounding. `devices` defaults to this process's. `dataset` normalises where a
+  generation does not say how its images were. Raises, before any work, a CheckpointError for generations that do not
+  say which network they are, a ConfigError for weights or a batch size out of range and networks that read different
+  inputs, and a DataError for inputs that the networks cannot read.
   """
   predictor = prepare(generations, weights, devices, dataset)
   inputs = _checked(predictor, inputs)

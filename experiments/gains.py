@@ -23,7 +23,9 @@ from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
 LINES = flags.DEFINE_list(
-  "lines", ["docs/enough.jsonl", "docs/images.jsonl", "docs/text.jsonl", "docs/searched.jsonl"], "Files to read."
+  "lines",
+  [f"docs/{name}.jsonl" for name in ("enough", "images", "text", "ptb", "searched")],
+  "Files to read.",
 )
 OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and the plot.")
 
