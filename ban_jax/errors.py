@@ -66,6 +66,14 @@ def look_up(registry: Mapping[str, T], name: str, what: str) -> T:
   return registry[name]
 
 
+def check_flag(name: str, value: Any) -> bool:
+  """Returns whether a value is true; raises a ConfigError for one that is neither true nor false, as an array."""
+  try:
+    return bool(value)
+  except ValueError as error:
+    raise ConfigError(f"{name}: expected True or False, not {type(value).__name__}") from error
+
+
 def check_whole(name: str, value: Any, least: int, note: str = "") -> int:
   """Returns a whole number of at least `least` as an int, NumPy's too; raises a ConfigError for anything else."""
   if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:

@@ -10,7 +10,7 @@ from etils import epath
 from jax import export as jax_export
 
 from ban_jax import predict, storage, trees
-from ban_jax.errors import CheckpointError, ConfigError, check_whole
+from ban_jax.errors import CheckpointError, ConfigError, check_whole, choices
 from ban_jax.types import Generation
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -37,8 +37,8 @@ def export(
   """
   if isinstance(platforms, str) or not isinstance(platforms, Sequence) or not platforms:
     raise ConfigError(f"platforms={platforms!r}: expected a sequence, some of {', '.join(PLATFORMS)}")
-  if unknown := set(platforms) - set(PLATFORMS):
-    raise ConfigError(f"platforms: {', '.join(sorted(map(str, unknown)))}: expected some of {', '.join(PLATFORMS)}")
+  if unknown := [platform for platform in platforms if platform not in PLATFORMS]:
+    raise ConfigError(f"platforms: {choices(unknown)}: expected some of {', '.join(PLATFORMS)}")
   if batch_size is not None:
     batch_size = check_whole("batch_size", batch_size, 1, ", or None")
   target = _file(path)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import job, report, trees
 from ban_jax.data import images as images_lib
 from ban_jax.data.text import EOS, UNKNOWN
-from ban_jax.errors import CheckpointError, ConfigError, DataError, check_whole, choices
+from ban_jax.errors import CheckpointError, ConfigError, DataError, check_flag, check_whole, choices
 from ban_jax.models import make_model
 from ban_jax.types import Carry, Dataset, Devices, Generation, InputSpec, Model, Network
 
@@ -92,13 +92,13 @@ def predict(
   """
   predictor = prepare(generations, weights, devices, dataset)
   inputs = _checked(predictor, inputs)
-  batch_size = check_whole("batch_size", batch_size, 1)
+  batch_size, progress = check_whole("batch_size", batch_size, 1), check_flag("progress", progress)
   found = []
   title = f"predicting {len(inputs)} inputs"
   with contextlib.closing(report.Progress(title, len(inputs), 0, progress and len(inputs) > 20 * batch_size)) as bar:
     for first in range(0, len(inputs), batch_size):
       part = inputs[first : first + batch_size]
-      rows = _pad(part, -(-min(batch_size, len(inputs)) // len(predictor.devices)) * len(predictor.devices))
+      rows = _pad(part, _filled(batch_size, len(inputs), predictor.devices))
       found.append(np.exp(predictor.step(predictor.carries(len(rows)), rows)[1][: len(part)]))
       bar.advance(len(part))
   shape = (0, *inputs.shape[1 : 2 if predictor.spec.kind == "tokens" else 1], predictor.spec.num_classes)
@@ -123,11 +123,12 @@ def log_probabilities(
   batch_size = check_whole("batch_size", batch_size, 1)
   if isinstance(sentences, str):
     raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
-  if not isinstance(sentences, Iterable):
-    raise DataError(f"log_probabilities takes a sequence of sentences, not {type(sentences).__name__}")
+  try:
+    texts = list(sentences)
+  except TypeError as error:
+    raise DataError(f"log_probabilities takes a sequence of sentences, not {type(sentences).__name__}") from error
   tokens = [
-    np.array([*_ids(predictor.spec, EOS), *_ids(predictor.spec, text), *_ids(predictor.spec, EOS)])
-    for text in sentences
+    np.array([*_ids(predictor.spec, EOS), *_ids(predictor.spec, text), *_ids(predictor.spec, EOS)]) for text in texts
   ]
   found = []
   for first in range(0, len(tokens), batch_size):
@@ -136,7 +137,7 @@ def log_probabilities(
     rows = np.zeros((len(part), longest), np.int32)  # what follows a sentence does not change what is said of it
     for row, own in zip(rows, part, strict=True):
       row[: len(own)] = own
-    rows = _pad(rows, -(-batch_size // len(predictor.devices)) * len(predictor.devices))
+    rows = _pad(rows, _filled(batch_size, len(tokens), predictor.devices))
     logs = predictor.step(predictor.carries(len(rows)), rows)[1]
     found += [row[np.arange(len(own) - 1), own[1:]] for row, own in zip(logs, part, strict=False)]
   return found
@@ -238,6 +239,11 @@ def _network_of(member: Any, number: int, dataset: Dataset | None) -> Network:
 
 def _inputs(spec: InputSpec, dtype: str) -> str:
   return f"{dtype} {spec.kind} {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
+
+
+def _filled(batch_size: int, count: int, devices: Devices) -> int:
+  """Returns the rows of each batch of `count` inputs: as many for every device."""
+  return -(-min(batch_size, count) // len(devices)) * len(devices)
 
 
 def _pad(rows: np.ndarray, count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import metrics, optim, preemption, processes, profiling, replay, report, storage, trees
-from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
+from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, check_flag
 from ban_jax.evaluate import Subject, measure
 from ban_jax.job import Job, Own, Setup
 from ban_jax.step import TrainStep, initial_state, make_train_step
@@ -75,6 +75,7 @@ def train_generation(
   cannot be written any more, and Preempted, after a checkpoint, on SIGTERM or Ctrl-C (in a notebook: interrupt); a
   second Ctrl-C is a KeyboardInterrupt at once. Without `workdir`, Ctrl-C is a KeyboardInterrupt after the step.
   """
+  progress = check_flag("progress", progress)
   setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model))
   job = job_lib.prepare(setup, params_prev, generation, initial)
   with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
@@ -100,6 +101,7 @@ def run(
   Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations of the
   workdir. Other arguments and errors are those of `train_generation`.
   """
+  progress = check_flag("progress", progress)
   setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model))
   with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
     return run_generations([setup], [held], progress, params_prev)[0]

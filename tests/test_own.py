@@ -155,6 +155,8 @@ LABELS = np.array([0, 1, 2, 1])
   ("changes", "message"),
   [
     ({"train": PIXELS}, "arrays: train must be a pair (images, labels), not ndarray of 4"),
+    ({"train": np.array("x")}, "arrays: train must be a pair (images, labels), not ndarray"),
+    ({"test": dict}, "arrays: test must be a pair (images, labels), not type"),
     ({"train": (PIXELS, LABELS[:3])}, "arrays, train: 4 images and 3 labels; expected as many of each"),
     ({"train": (PIXELS, LABELS - 1)}, "arrays, train: a label is -1; expected classes from 0 to 2"),
     ({"num_classes": 2}, "arrays, train: a label is 2; expected classes from 0 to 1"),

@@ -81,6 +81,7 @@ def test_samples_follow_the_seed_the_prompt_and_the_temperature(run):
       "temperature=0: expected a number above 0",
     ),
     (lambda run: ban_jax.log_probabilities(run, None), ban_jax.DataError, "a sequence of sentences, not NoneType"),
+    (lambda run: ban_jax.log_probabilities(run, np.array(None)), ban_jax.DataError, "of sentences, not ndarray"),
     (lambda run: ban_jax.log_probabilities(run, [3]), ban_jax.DataError, "a text must be a string .*, not int"),
     (lambda run: ban_jax.sample(run, 1, prompt=("a",)), ban_jax.DataError, "a text must be a string .*, not tuple"),
     (lambda run: ban_jax.sample(run, 1, seed=[1]), ban_jax.ConfigError, r"seed=\[1\]: expected a whole number of at"),

@@ -116,4 +116,8 @@ def _examples(name: str, split: str, pair: Pair) -> images.Examples:
 
 
 def _describe(value: Any) -> str:
-  return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+  kind = type(value).__name__
+  try:
+    return f"{kind} of {len(value)}"
+  except TypeError:  # no length: a number, an array without axes, a class
+    return kind
