@@ -4,7 +4,8 @@
     python experiments/text.py --dataset=ptb --data_dir=PTB --workdir=runs/ptb
 
 Per seed a teacher, BAN+L generations, and the controls: a second network from the labels, one trained for twice as
-long, one with more dropout, and an ensemble of teacher and second network beside that of the two generations.
+long, one with more dropout (and its student), and an ensemble of teacher and second network beside that of the two
+generations.
 Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with ptb.train.txt,
 ptb.valid.txt and ptb.test.txt.
 Finished results are shown at once, an interrupted run is resumed, and several processes may share a workdir.
@@ -42,9 +43,11 @@ def columns(builder: Builder, network: str, dropout: float) -> Columns:
   if len(students) > 1:
     found[f"Ens*{len(students)}"] = students
   dropped = builder._replace(changes={**builder.changes, "model.dropout": dropout})
+  rival = dropped.teacher(network)
   controls = {
     "second teacher": [second],
-    f"dropout {dropout:g}": [dropped.teacher(network)],
+    f"teacher, dropout {dropout:g}": [rival],
+    f"BAN-1, dropout {dropout:g}": [dropped.student(rival, network, "ban_label")],
     "labels, twice as long": [builder.teacher(network, variant=1, longer=2)],
     "independent*2": [teacher, second],
   }
@@ -56,10 +59,12 @@ def main() -> None:
   workdir = study.check_workdir(WORKDIR.value)
   network, changes, dropout = SETTINGS[study.SCALE.value][DATASET.value]
   by_seed = [columns(study.builder(DATASET.value, seed, SHARED | changes), network, dropout) for seed in study.seeds()]
-  rivals = ("second teacher", f"dropout {dropout:g}", "labels, twice as long")
-  students = [column for column in by_seed[0] if column.startswith("BAN-")]
+  more = f"dropout {dropout:g}"
+  rivals = ("second teacher", f"teacher, {more}", "labels, twice as long")
+  students = [f"BAN-{number}" for number in range(1, STUDENTS.value + 1)]
   comparisons = [(student, rival) for student in students for rival in rivals]
-  panel = study.Panel(DATASET.value, by_seed, [*comparisons, ("Ens*2", "independent*2")])
+  comparisons += [(f"BAN-1, {more}", f"teacher, {more}"), ("BAN-1", f"BAN-1, {more}"), ("Ens*2", "independent*2")]
+  panel = study.Panel(DATASET.value, by_seed, comparisons)
   found = study.train([panel], workdir)
   cfg = by_seed[0]["BAN-1"][0].cfg
   examples = f"{cfg.data.train_examples:,}" if cfg.data.train_examples else "all"

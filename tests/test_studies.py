@@ -38,10 +38,16 @@ def test_the_effect_on_text_is_tabled_and_plotted_and_every_number_is_a_generati
   text = (tmp_path / "text.md").read_text()
   assert text.strip() in done.stdout
   lines = lines_of(tmp_path / "text.jsonl")
-  assert [line["seed"] for line in lines] == [0, 1]
+  assert [line["seed"] for line in lines] == [0, 0, 1, 1]
   assert all(line.keys() == KEYS for line in lines)
   assert lines[0]["words"] == "pydoc,lstm_32,smoke"
   assert lines[0]["changes"] == {"loss.name": "ban_label"}
+  assert lines[1]["changes"] == {"loss.name": "ban_label", "model.dropout": 0.3}
+  assert list(lines[1]["results"]) == ["teacher", "BAN-1"]
+  assert cells_of(text, "BAN-1, dropout 0.3")[1].split(" ")[0] == (
+    f"{sum(line['results']['BAN-1']['test_perplexity'] for line in lines[1::2]) / 2:.2f}"
+  )
+  assert "- BAN-1, dropout 0.3 minus teacher, dropout 0.3: " in text
   runs = [
     run for run in tmp_path.glob("runs/*") if json.loads((run / "config.json").read_text())["model.dropout"] == 0.2
   ]
@@ -52,7 +58,7 @@ def test_the_effect_on_text_is_tabled_and_plotted_and_every_number_is_a_generati
     for own, teacher in zip(students, teachers, strict=True)
   ]
   assert cells_of(text, "BAN-2")[-1].startswith(f"{sum(differences) / 2:+.2f} [")
-  for seed, line in enumerate(lines):
+  for seed, line in enumerate(lines[::2]):
     assert list(line["results"]) == ["teacher", "BAN-1", "BAN-2"]
     assert line["results"]["BAN-2"]["test_perplexity"] == round(students[seed][1].metrics["test_perplexity"], 4)
   (second,) = found["seed2000label"]
@@ -85,6 +91,13 @@ def test_with_wrong_labels_the_effect_on_images_is_compared_with_an_earlier_stop
   test = f"{lines[errors.index(min(errors))]['results']['teacher']['test_error']:.2f}"
   assert f"the teacher's best stop by the validation split: {best}, test error {test} %" in done.stdout
   assert "- BAN-1 minus entropy-matched smoothing: " in done.stdout
+  weighted = {run: json.loads((run / "config.json").read_text()) for run in tmp_path.glob("runs/*-ban_label-*")}
+  assert sorted((own["loss.teacher_weight"], own["loss.label_weight"]) for own in weighted.values()) == [
+    (0.5, 0.5), (1.25, -0.25), (1.5, -0.5),
+  ]  # fmt: skip
+  run = next(run for run, own in weighted.items() if own["loss.teacher_weight"] == 1.5)
+  assert cells_of(done.stdout, "BAN+L, teacher 1.5")[0] == f"{loading.load(run / 'gen_1').metrics['test_error']:.2f}"
+  assert "- BAN+L, teacher 1.5 minus BAN-1: " in done.stdout
   assert matplotlib.image.imread(tmp_path / "images.png").std() > 0.05, "the plot is blank"
 
 
