@@ -34,7 +34,7 @@ CIFAR = {"data.validation": 0.04, "data.pad": 0, "data.flip": False, "train.batc
 SETTINGS = {
   "cpu": {
     "cifar10": ({**CIFAR, "data.train_examples": 1000, "train.epochs": 15}, (8, 11)),
-    "cifar100": ({**CIFAR, "data.train_examples": 1000, "train.epochs": 40}, (20, 28)),
+    "cifar100": ({**CIFAR, "data.train_examples": 2500, "train.epochs": 30}, (18,)),
     # All 400 training digits but the 80 of the validation split.
     "digits": ({**SHARED, "data.train_examples": 0, "data.validation": 0.2, "train.epochs": 60}, (20, 30)),
   },

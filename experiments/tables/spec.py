@@ -25,7 +25,7 @@ SCALES: dict[str, tuple[int, Mapping[str, Mapping[str, object]]]] = {
     3,
     {
       "cifar10": {**FITTED, "data.train_examples": 1000, "train.epochs": 15},
-      "cifar100": {**FITTED, "data.train_examples": 1000, "train.epochs": 40},
+      "cifar100": {**FITTED, "data.train_examples": 1000, "train.epochs": 28},
       "ptb": {"train.epochs": 3},
     },
   ),
