@@ -27,6 +27,9 @@ NOISE = flags.DEFINE_list("noise", ["0", "0.4"], "Shares of wrong labels, a pane
 DATASET = flags.DEFINE_enum(
   "dataset", "cifar10", ["cifar10", "cifar100", "digits"], "The images; CIFAR needs --data_dir."
 )
+TRAIN_EXAMPLES = flags.DEFINE_integer(
+  "train_examples", None, "Number of training images, by default that of the setting.", lower_bound=0
+)
 # Epochs are few, so the evaluations between them would take a third of the time.
 SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 200}
 CIFAR = {"data.validation": 0.04, "data.pad": 0, "data.flip": False, "train.batch_size": 50, **SHARED}
@@ -96,6 +99,8 @@ def main() -> None:
   """Trains what is missing, then prints the tables and the path of the plot."""
   workdir = study.check_workdir(WORKDIR.value)
   changes, stops = SETTINGS[study.SCALE.value][DATASET.value]
+  if TRAIN_EXAMPLES.value is not None:
+    changes = {**changes, "data.train_examples": TRAIN_EXAMPLES.value}
   dataset = "digits" if study.SCALE.value == "smoke" else DATASET.value
   panels = []
   for noise in study.numbers("noise", NOISE.value):
