@@ -3,8 +3,8 @@
     python experiments/gains.py --lines=docs/enough.jsonl,docs/images.jsonl,docs/text.jsonl,docs/searched.jsonl
 
 Reads the lines that enough.py, images.py, text.py and search.py write, averages each setting over its seeds, and writes
-a table and a plot: images by the teacher's error on its training labels, text by its training perplexity. Settings with
-one seed, which are searches, are hollow.
+a table and a plot of BAN-1: images by the teacher's error on its training labels, text by its training perplexity.
+Settings with one seed, which are searches, are hollow. The table has the last student, too.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -31,15 +31,16 @@ OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and t
 
 
 class Point(NamedTuple):
-  """A setting: how well its teacher fits, and what the last student gains over it."""
+  """A setting: how well its teacher fits, and what its students gain over it."""
 
-  kind: str  # data set, share of wrong labels, loss
-  setting: str
+  kind: str  # data set and share of wrong labels
+  setting: tuple[str, ...]  # the network, and the values that differ from the preset's
   is_text: bool
   fit: float  # teacher: training error [%], or training perplexity for text
   teacher: float  # test error [%] or test perplexity
-  student: str
-  gain: results.Difference
+  gain: results.Difference  # of BAN-1
+  last: str  # the last student
+  last_gain: results.Difference
 
 
 def read(paths: Sequence[str]) -> list[dict]:
@@ -71,29 +72,38 @@ def _point(lines: Sequence[dict]) -> Point:
   is_text = "test_perplexity" in teachers[0]
   metric = "test_perplexity" if is_text else "test_error"
   common = set.intersection(*(set(line["results"]) for line in lines))
-  student = max((name for name in common if name.startswith("BAN-")), key=lambda name: int(name[4:]))
+  last = max((name for name in common if name.startswith("BAN-")), key=lambda name: int(name[4:]))
   if is_text:
     fit = [math.exp(own["train_loss"]) for own in teachers]
   else:  # with wrong labels, the finished network's error on the labels it saw
     fit = [own.get("train_seen_error", own["train_error"]) for own in teachers]
-  gains = [line["results"][student][metric] - line["results"]["teacher"][metric] for line in lines]
   noise = changes.get("data.label_noise", 0)
   kind = words.split(",")[0] + (f", {noise:.0%} wrong labels" if noise else "")
-  shown = [f"{key.rpartition('.')[2]} {value}" for key, value in changes.items() if key != "data.label_noise"]
-  mean = results.mean_and_error
-  return Point(
-    kind, f"{words.split(',')[1]}, {', '.join(shown)}", is_text, mean(fit)[0],
-    mean([own[metric] for own in teachers])[0], student, results.mean_difference(gains),
-  )  # fmt: skip
+  shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key != "data.label_noise"]
+
+  def gain(student: str) -> results.Difference:
+    return results.mean_difference(
+      [own["results"][student][metric] - own["results"]["teacher"][metric] for own in lines]
+    )
+
+  teacher = results.mean_and_error([own[metric] for own in teachers])[0]
+  fit = results.mean_and_error(fit)[0]
+  return Point(kind, (words.split(",")[1], *shown), is_text, fit, teacher, gain("BAN-1"), last, gain(last))
 
 
 def table(found: Sequence[Point]) -> str:
-  """Returns a line a setting, those whose teacher fits best first."""
-  rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "student", "minus teacher"]]
+  """Returns a line a setting, those whose teacher fits best first, and below what all settings of a data set share."""
+  shared: dict[str, list[str]] = {}
+  for point in found:
+    dataset = point.kind.partition(",")[0]
+    shared[dataset] = [value for value in shared.get(dataset, point.setting) if value in point.setting]
+  rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "BAN-1 minus", "last", "minus teacher"]]
   for point in sorted(found, key=lambda point: (point.kind, point.fit)):
-    numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.student, point.gain.text]
-    rows.append([point.kind, point.setting, str(point.gain.seeds), *numbers])
-  return results.markdown(rows)
+    own = ", ".join(value for value in point.setting if value not in shared[point.kind.partition(",")[0]])
+    numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.gain.text, point.last, point.last_gain.text]
+    rows.append([point.kind, own, str(point.gain.seeds), *numbers])
+  below = [f"- {dataset}, in all settings: {', '.join(values)}" for dataset, values in shared.items() if values]
+  return "\n".join([results.markdown(rows), "", *below])
 
 
 def plot(found: Sequence[Point]) -> "matplotlib.figure.Figure":
@@ -108,9 +118,7 @@ def plot(found: Sequence[Point]) -> "matplotlib.figure.Figure":
     axes.set_xlabel(
       "teacher's training perplexity, dropout on" if is_text else "teacher's error on its training labels, %"
     )
-    axes.set_ylabel(
-      f"last student minus teacher,\ntest {'perplexity' if is_text else 'error in points'} (95% interval)"
-    )
+    axes.set_ylabel(f"BAN-1 minus teacher,\ntest {'perplexity' if is_text else 'error in points'} (95% interval)")
     axes.legend(frameon=False, fontsize="small")
     plots.tidy(axes, grid=True)
   return figure

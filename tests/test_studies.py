@@ -156,7 +156,7 @@ def line(seed, teacher, student, words="cifar10,wrn_10_1,cpu", **changes):
     "words": words,
     "changes": changes,
     "seed": seed,
-    "results": {"teacher": teacher, "BAN-1": {}, "BAN-2": student},
+    "results": {"teacher": teacher, "BAN-1": {key: 2 + value for key, value in student.items()}, "BAN-2": student},
   }
 
 
@@ -172,22 +172,31 @@ def test_a_setting_is_a_point_that_averages_its_seeds():
   del searched["results"]["BAN-2"]
   first, second, third, fourth = gains.points([clean[0], noisy, alone, clean[1], text, searched])
   assert (first.kind, first.is_text, first.fit, first.teacher) == ("cifar10", False, 2.5, 50.0)
-  assert (first.student, first.gain.seeds, first.gain.mean) == ("BAN-2", 2, -1.5)
-  assert first.gain.low == pytest.approx(-1.5 - 12.7062 * 0.5, rel=1e-4)  # Student's t with one degree of freedom
-  assert (second.kind, second.fit, second.gain.mean) == ("cifar10, 40% wrong labels", 20.0, -5.0)
-  assert (fourth.student, fourth.gain.seeds, fourth.gain.mean) == ("BAN-1", 1, 1.0)
-  assert (third.is_text, third.fit, third.gain.mean) == (True, pytest.approx(math.exp(3)), -3.0)
+  assert (first.last, first.gain.seeds, first.gain.mean, first.last_gain.mean) == ("BAN-2", 2, 0.5, -1.5)
+  assert first.last_gain.low == pytest.approx(-1.5 - 12.7062 * 0.5, rel=1e-4)  # Student's t with one degree of freedom
+  assert (second.kind, second.fit, second.last_gain.mean) == ("cifar10, 40% wrong labels", 20.0, -5.0)
+  assert (fourth.last, fourth.gain.seeds, fourth.gain.mean) == ("BAN-1", 1, 1.0)
+  assert (third.is_text, third.fit, third.last_gain.mean) == (True, pytest.approx(math.exp(3)), -3.0)
 
 
 def test_gains_are_tabled_and_plotted(tmp_path):
   lines = [line(seed, {"train_error": 2.0, "test_error": 50.0}, {"test_error": 49.0 - seed}) for seed in (0, 1)] + [
-    line(0, {"train_loss": 3.0, "test_perplexity": 57.0}, {"test_perplexity": 54.0}, "pydoc,lstm_200,cpu")
+    line(100, {"train_error": 9.0, "test_error": 60.0}, {"test_error": 61.0}, **{"train.epochs": 3}),
+    line(0, {"train_loss": 3.0, "test_perplexity": 57.0}, {"test_perplexity": 54.0}, "pydoc,lstm_200,cpu"),
   ]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
   done = make("gains.py", f"--lines={tmp_path}/a.jsonl", f"--outdir={tmp_path}/out")
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "out" / "gains.md").read_text() in done.stdout
-  assert cells_of(done.stdout, "cifar10")[-3:] == ["50.00", "BAN-2", "-1.50 [-7.85, +4.85]"]
+  fitted, searched = [row.split(" | ")[1:] for row in done.stdout.splitlines() if row.startswith("| cifar10 ")]
+  assert [cell.strip(" |") for cell in fitted[-4:]] == [
+    "50.00",
+    "+0.50 [-5.85, +6.85]",
+    "BAN-2",
+    "-1.50 [-7.85, +4.85]",
+  ]
+  assert [row[0].strip() for row in (fitted, searched)] == ["", "train.epochs 3"]
+  assert "- cifar10, in all settings: wrn_10_1\n" in done.stdout
   picture = matplotlib.image.imread(tmp_path / "out" / "gains.png")
   assert picture[:, : picture.shape[1] // 2].std() > 0.05 < picture[:, picture.shape[1] // 2 :].std(), (
     "a panel is blank"
