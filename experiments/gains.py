@@ -130,12 +130,11 @@ def _plot_kind(axes: "matplotlib.axes.Axes", points: Sequence[Point], color: str
     own = [point for point in points if (point.gain.seeds > 1) == several]
     if not own:
       continue
-    half = [0 if math.isnan(point.gain.high) else point.gain.high - point.gain.mean for point in own]
-    place = [point.fit for point in own]
-    fill = color if several else "none"
+    half = [point.gain.high - point.gain.mean for point in own] if several else None
     axes.errorbar(
-      place, [p.gain.mean for p in own], half, fmt="o", color=color, markerfacecolor=fill, capsize=3, label=label
-    )
+      [point.fit for point in own], [point.gain.mean for point in own], half,
+      fmt="o", color=color, markerfacecolor=color if several else "none", capsize=3, label=label,
+    )  # fmt: skip
     label = None  # once a kind
 
 

@@ -24,7 +24,7 @@ DATASET = flags.DEFINE_enum("dataset", "pydoc", ["pydoc", "ptb"], "pydoc (embedd
 # A plateau schedule needs the validation split after each epoch; the test split is read once, at the end.
 SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 250}
 # Scale -> data set -> network, configuration values, and the dropout of the control that has more. Chosen by the
-# validation split on seeds from 100 on, for pydoc alone; what was tried is in docs/searched.jsonl.
+# validation split on seeds from 100 on (for ptb only the control's dropout); docs/searched.jsonl has what was tried.
 SETTINGS = {
   "cpu": {
     "pydoc": ("lstm_200", {"model.units": 100, "model.dropout": 0.2, "train.epochs": 30}, 0.3),

@@ -9,8 +9,8 @@ from experiments.tables.graph import Node
 
 # Seed s of a table gives its variant v the configuration's seed s + v * VARIANT, for independent networks of one seed.
 VARIANT = 1000
-# Few images, seen often and as they are: so a small network fits what it is given, and a minute of a core is enough
-# (docs/searched.jsonl has what else was tried). Evaluated only at the end, since that takes a third of the time.
+# Few images, seen often and as they are: so a small network fits what it is given, and a minute or two of a core are
+# enough (docs/searched.jsonl has what else was tried). Evaluated only at the end, since that takes a third of the time.
 FITTED: dict[str, object] = {
   "data.pad": 0,
   "data.flip": False,
@@ -24,8 +24,8 @@ SCALES: dict[str, tuple[int, Mapping[str, Mapping[str, object]]]] = {
   "cpu": (
     3,
     {
-      "cifar10": {**FITTED, "data.train_examples": 1000, "train.epochs": 15},
-      "cifar100": {**FITTED, "data.train_examples": 1000, "train.epochs": 28},
+      "cifar10": {**FITTED, "data.train_examples": 2000, "train.epochs": 15},
+      "cifar100": {**FITTED, "data.train_examples": 2500, "train.epochs": 30},
       "ptb": {"train.epochs": 3},
     },
   ),
