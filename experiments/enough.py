@@ -134,12 +134,15 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
     ]
     bars = [[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]]
     color = f"C{number}"
-    label = f"{noise:.0%} wrong labels"
+    label = f"{noise:.0%} wrong labels" if noise else "true labels"
     axes.errorbar(errors, [gain.mean for gain in gains], bars, fmt="o-", color=color, capsize=3, label=label)
+    width, height, before = max(errors) - min(errors), 5, None
     for error, gain, (setting, _) in zip(errors, gains, own, strict=True):
-      axes.annotate(
-        str(setting.epochs), (error, gain.mean), xytext=(5, 5), textcoords="offset points", fontsize="x-small"
-      )
+      # Where settings crowd, each number is above the one before it.
+      height = height + 9 if before is not None and abs(error - before) < 0.15 * width else 5
+      before = error
+      place = {"xytext": (5, height), "textcoords": "offset points", "fontsize": "x-small"}
+      axes.annotate(str(setting.epochs), (error, gain.mean), **place)
   plots.zero_line(axes)
   axes.set_xlabel("teacher's error on the training labels it saw, % (numbers: epochs)")
   axes.set_ylabel(f"BAN-{GENERATIONS.value} minus teacher,\ntest error in points (95% interval)")
