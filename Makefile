@@ -9,8 +9,9 @@
 # make clean        removes the virtual environment (runs and results stay)
 
 PYTHON ?= python3
-# How many tests run side by side, file by file; 1 is the way to follow one of them.
-WORKERS ?= 2
+# How many tests run side by side, file by file: one more than two cores, since some wait for processes that they start.
+# 1 is the way to follow one of them.
+WORKERS ?= 3
 # Each Python has an environment of its own: .venv, and with PYTHON=python3.13 .venv-python3.13.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,_,$(PYTHON)))
 BIN := $(VENV)/bin
