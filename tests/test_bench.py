@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import jax
@@ -13,7 +12,7 @@ from conftest import ROOT
 from ban_jax import data, trees
 from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
-from experiments import bench
+from experiments import bench, forks
 from experiments.analysis import cases
 from experiments.analysis.cases import KINDS, Row
 from experiments.analysis.programs import count_flops
@@ -43,7 +42,7 @@ def place():
 
 def bench_py(*arguments):
   command = [sys.executable, str(ROOT / "experiments" / "bench.py"), "--noprogress", *arguments]
-  return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, timeout=300)
+  return forks.run(command)
 
 
 def test_steps_of_every_kind_are_timed_and_their_operations_counted(place):

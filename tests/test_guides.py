@@ -6,7 +6,6 @@ import io
 import math
 import re
 import shlex
-import subprocess
 import sys
 
 import jax
@@ -16,6 +15,7 @@ from conftest import ROOT
 from test_own import arrays, cnn, dataset, run  # noqa: F401  fixtures
 
 import ban_jax
+from experiments import forks
 
 GUIDES = ROOT / "docs" / "guides"
 BLOCK = re.compile(r"^```([a-z]+)([a-z ]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -84,14 +84,10 @@ COMMANDS = [
 def test_its_commands_have_flags_and_keys_that_exist(name, command):
   program, *arguments = shlex.split(command)
   assert program == ".venv/bin/python"
-  done = subprocess.run(
-    [sys.executable, *arguments, "--only_check_args"], cwd=ROOT, capture_output=True, text=True, check=False
-  )
+  checked = [sys.executable, *arguments, "--only_check_args"]
+  done = forks.run(checked, cwd=ROOT)
   assert done.returncode == 0, done.stderr
-  wrong = subprocess.run(
-    [sys.executable, *arguments, "--only_check_args", "--config.train.epoch=1"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  wrong = forks.run([*checked, "--config.train.epoch=1"], cwd=ROOT)
   assert wrong.returncode == 2, "the flags were not parsed"
 
 

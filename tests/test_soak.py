@@ -12,7 +12,7 @@ COMMAND = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--devices=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
   "flags",
   [
