@@ -134,7 +134,7 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
     ]
     bars = [[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]]
     color = f"C{number}"
-    label = f"{noise:.0%} wrong labels" if noise else "true labels"
+    label = results.labels(noise)
     axes.errorbar(errors, [gain.mean for gain in gains], bars, fmt="o-", color=color, capsize=3, label=label)
     width, height, before = max(errors) - min(errors), 5, None
     for error, gain, (setting, _) in zip(errors, gains, own, strict=True):

@@ -1,6 +1,6 @@
 """How much training is enough: what students gain against how well their teacher fits its training set, over all runs.
 
-    python experiments/gains.py --lines=docs/enough.jsonl,docs/images.jsonl,docs/text.jsonl,docs/searched.jsonl
+    python experiments/gains.py --outdir=runs/gains
 
 Reads the lines that enough.py, images.py, text.py and search.py write, averages each setting over its seeds, and writes
 a table and a plot of BAN-1: images by the teacher's error on its training labels, text by its training perplexity.
@@ -22,18 +22,16 @@ from ban_jax import storage
 from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
-LINES = flags.DEFINE_list(
-  "lines",
-  [f"docs/{name}.jsonl" for name in ("enough", "images", "text", "ptb", "searched")],
-  "Files to read.",
-)
+FILES = [f"docs/{name}.jsonl" for name in ("enough", "images", "text", "ptb", "searched")]
+LINES = flags.DEFINE_list("lines", FILES, "Files to read.")
 OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and the plot.")
 
 
 class Point(NamedTuple):
   """A setting: how well its teacher fits, and what its students gain over it."""
 
-  kind: str  # data set and share of wrong labels
+  dataset: str
+  noise: float  # share of wrong labels
   setting: tuple[str, ...]  # the network, and the values that differ from the preset's
   is_text: bool
   fit: float  # teacher: training error [%], or training perplexity for text
@@ -41,6 +39,11 @@ class Point(NamedTuple):
   gain: results.Difference  # of BAN-1
   last: str  # the last student
   last_gain: results.Difference
+
+  @property
+  def kind(self) -> str:
+    """The data set, and its labels if some are wrong."""
+    return f"{self.dataset}, {results.labels(self.noise)}" if self.noise else self.dataset
 
 
 def read(paths: Sequence[str]) -> list[dict]:
@@ -77,8 +80,7 @@ def _point(lines: Sequence[dict]) -> Point:
     fit = [math.exp(own["train_loss"]) for own in teachers]
   else:  # with wrong labels, the finished network's error on the labels it saw
     fit = [own.get("train_seen_error", own["train_error"]) for own in teachers]
-  noise = changes.get("data.label_noise", 0)
-  kind = words.split(",")[0] + (f", {noise:.0%} wrong labels" if noise else "")
+  dataset, network, _ = words.split(",")
   shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key != "data.label_noise"]
 
   def gain(student: str) -> results.Difference:
@@ -88,18 +90,19 @@ def _point(lines: Sequence[dict]) -> Point:
 
   teacher = results.mean_and_error([own[metric] for own in teachers])[0]
   fit = results.mean_and_error(fit)[0]
-  return Point(kind, (words.split(",")[1], *shown), is_text, fit, teacher, gain("BAN-1"), last, gain(last))
+  noise, setting = changes.get("data.label_noise", 0), (network, *shown)
+  return Point(dataset, noise, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last))
 
 
 def table(found: Sequence[Point]) -> str:
   """Returns a line a setting, those whose teacher fits best first, and below what all settings of a data set share."""
   shared: dict[str, list[str]] = {}
   for point in found:
-    dataset = point.kind.partition(",")[0]
-    shared[dataset] = [value for value in shared.get(dataset, point.setting) if value in point.setting]
+    before = shared.get(point.dataset, point.setting)
+    shared[point.dataset] = [value for value in before if value in point.setting]
   rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "BAN-1 minus", "last", "minus teacher"]]
   for point in sorted(found, key=lambda point: (point.kind, point.fit)):
-    own = ", ".join(value for value in point.setting if value not in shared[point.kind.partition(",")[0]])
+    own = ", ".join(value for value in point.setting if value not in shared[point.dataset])
     numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.gain.text, point.last, point.last_gain.text]
     rows.append([point.kind, own, str(point.gain.seeds), *numbers])
   below = [f"- {dataset}, in all settings: {', '.join(values)}" for dataset, values in shared.items() if values]

@@ -14,39 +14,34 @@ a workdir.
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
 
 from experiments import cli, results, study
-from experiments.tables.spec import Builder, Columns, Row, independent_ensembles, label_controls
+from experiments.tables.spec import EMBEDDED, FITTED, Builder, Columns, Row, independent_ensembles, label_controls
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/images", "Directory for the runs, the table and the plot.")
 NOISE = flags.DEFINE_list("noise", ["0", "0.4"], "Shares of wrong labels, a panel each.")
-DATASET = flags.DEFINE_enum(
-  "dataset", "cifar10", ["cifar10", "cifar100", "digits"], "The images; CIFAR needs --data_dir."
-)
+DATASETS = ("cifar10", "cifar100", "digits")
+DATASET = flags.DEFINE_enum("dataset", "cifar10", DATASETS, "The images; CIFAR needs --data_dir.")
 TRAIN_EXAMPLES = flags.DEFINE_integer(
   "train_examples", None, "Number of training images, by default that of the setting.", lower_bound=0
 )
-# Epochs are few, so the evaluations between them would take a third of the time.
-SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 200}
-CIFAR = {"data.validation": 0.04, "data.pad": 0, "data.flip": False, "train.batch_size": 50, **SHARED}
+CIFAR = {**FITTED, "data.validation": 0.04, "train.checkpoint_every": 200}
 # Scale -> data set -> configuration values, and the earlier stops, in epochs.
 SETTINGS = {
   "cpu": {
     "cifar10": ({**CIFAR, "data.train_examples": 1000, "train.epochs": 15}, (8, 11)),
     "cifar100": ({**CIFAR, "data.train_examples": 2500, "train.epochs": 30}, (18,)),
     # All 400 training digits but the 80 of the validation split.
-    "digits": ({**SHARED, "data.train_examples": 0, "data.validation": 0.2, "train.epochs": 60}, (20, 30)),
+    "digits": ({"data.train_examples": 0, "data.validation": 0.2, "train.evaluate_every": 0}, (20, 30)),
   },
-  "smoke": dict.fromkeys(
-    ("cifar10", "cifar100", "digits"), ({"data.validation": 0.2, "train.checkpoint_every": 100}, (1,))
-  ),
+  "smoke": dict.fromkeys(DATASETS, ({"data.validation": 0.2, "train.checkpoint_every": 100}, (1,))),
 }
 # The teacher's weight in BAN+L; the label's is what is left of 1. Beyond 1 it takes back a part of what the teacher
-# believes of the label, which is best under strong noise (Das and Sanghavi 2023, arXiv:2301.13304).
+# believes of the label, which Das and Sanghavi (2023, arXiv:2301.13304) find best under strong noise.
 WEIGHTS = (0.5, 1.25, 1.5)
 NETWORK = "wrn_10_1"
 
@@ -57,19 +52,14 @@ def columns(builder: Builder, stops: Sequence[int]) -> Columns:
   students = builder.sequence(teacher, NETWORK, "ban", 2)
   found = {"teacher": [teacher], "BAN-1": students[:1], "BAN-2": students[1:], "Ens*2": students}
   for epochs in stops:
-    found[f"teacher, {epochs} epochs"] = [changed(builder, {"train.epochs": epochs}).teacher(NETWORK)]
+    found[f"teacher, {epochs} epochs"] = [builder.changed({"train.epochs": epochs}).teacher(NETWORK)]
   row = Row("", NETWORK, {})
   controls = label_controls(builder, row)
   for weight in WEIGHTS:
-    weighted = changed(builder, {"loss.teacher_weight": weight, "loss.label_weight": 1 - weight})
+    weighted = builder.changed({"loss.teacher_weight": weight, "loss.label_weight": 1 - weight})
     controls[f"BAN+L, teacher {weight:g}"] = [weighted.student(teacher, NETWORK, "ban_label")]
   controls |= independent_ensembles(builder, row, (2,))
   return study.with_controls(found, controls)
-
-
-def changed(builder: Builder, changes: Mapping[str, object]) -> Builder:
-  """Returns a builder with other configuration values."""
-  return builder._replace(changes={**builder.changes, **changes})
 
 
 def best_stop(panel: study.Panel, per_seed: Sequence[results.Results], workdir: epath.Path) -> str:
@@ -101,12 +91,12 @@ def main() -> None:
   changes, stops = SETTINGS[study.SCALE.value][DATASET.value]
   if TRAIN_EXAMPLES.value is not None:
     changes = {**changes, "data.train_examples": TRAIN_EXAMPLES.value}
-  dataset = "digits" if study.SCALE.value == "smoke" else DATASET.value
+  dataset = EMBEDDED.get(DATASET.value, DATASET.value) if study.SCALE.value == "smoke" else DATASET.value
   panels = []
   for noise in study.numbers("noise", NOISE.value):
     own = {**changes, "data.label_noise": noise}
     by_seed = [columns(study.builder(dataset, seed, own), stops) for seed in study.seeds()]
-    panels.append(study.Panel(f"{noise:.0%} wrong labels" if noise else "true labels", by_seed, COMPARISONS))
+    panels.append(study.Panel(results.labels(noise), by_seed, COMPARISONS))
   found = study.train(panels, workdir)
   notes = [best_stop(panel, per_seed, workdir) for panel, per_seed in zip(panels, found, strict=True)]
   cfg = panels[0].columns[0]["BAN-1"][0].cfg

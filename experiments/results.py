@@ -112,6 +112,11 @@ def network(model: ConfigDict) -> str:
   return f"{model.name}({', '.join(f'{name}={value}' for name, value in model.items() if name != 'name')})"
 
 
+def labels(noise: float) -> str:
+  """Returns what the training labels of a share of wrong ones are called."""
+  return f"{noise:.0%} wrong labels" if noise else "true labels"
+
+
 def describe(cfg: ConfigDict, loss: str | None = None) -> str:
   """Returns what was trained on what, how and for how long: the line above a table."""
   teacher = f" taught by {network(cfg.teacher.model)}" if cfg.teacher.model else ""

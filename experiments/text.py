@@ -5,10 +5,9 @@
 
 Per seed a teacher, BAN+L generations, and the controls: a second network from the labels, one trained for twice as
 long, one with more dropout (and its student), and an ensemble of teacher and second network beside that of the two
-generations.
-Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with ptb.train.txt,
-ptb.valid.txt and ptb.test.txt.
-Finished results are shown at once, an interrupted run is resumed, and several processes may share a workdir.
+generations. Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with
+ptb.train.txt, ptb.valid.txt and ptb.test.txt. Finished results are shown at once, an interrupted run is resumed, and
+several processes may share a workdir.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -42,7 +41,7 @@ def columns(builder: Builder, network: str, dropout: float) -> Columns:
   found = {"teacher": [teacher], **{f"BAN-{number}": [student] for number, student in enumerate(students, 1)}}
   if len(students) > 1:
     found[f"Ens*{len(students)}"] = students
-  dropped = builder._replace(changes={**builder.changes, "model.dropout": dropout})
+  dropped = builder.changed({"model.dropout": dropout})
   rival = dropped.teacher(network)
   controls = {
     "second teacher": [second],

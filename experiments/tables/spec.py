@@ -86,6 +86,10 @@ class Builder(NamedTuple):
     """Returns whether a network is part of the table at this scale."""
     return network is not None and (self.substitutes is None or network in self.substitutes)
 
+  def changed(self, changes: Mapping[str, object]) -> "Builder":
+    """Returns a builder with other configuration values."""
+    return self._replace(changes={**self.changes, **changes})
+
   def teacher(self, network: str, *, variant: int = 0, longer: int = 1) -> Node:
     """Returns a network that learns from the labels; `longer` multiplies its epochs."""
     words = self._words(network)
