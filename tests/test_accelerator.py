@@ -2,21 +2,19 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
 from ban_jax.trees import json_digest
+from experiments import forks
 
 COMMAND = [sys.executable, str(ROOT / "experiments" / "accelerator.py"), "--scale=smoke", "--seeds=1", "--devices=1"]
 
 
-def run(workdir, *given, command=COMMAND):
-  return subprocess.run(
-    [*command, f"--workdir={workdir}", *given], capture_output=True, text=True, cwd="/", check=False
-  )
+def run(workdir, *given):
+  return forks.run([*COMMAND, f"--workdir={workdir}", *given])
 
 
 def replace(path, change):
@@ -79,7 +77,7 @@ accelerator.parts = parts
 cli.run(accelerator.main)
 """
   command = [sys.executable, "-c", code, *COMMAND[2:], f"--workdir={workdir}", *given]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+  return forks.run(command, cwd=ROOT)
 
 
 @pytest.mark.soak  # it waits for a slice of time
