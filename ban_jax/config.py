@@ -140,6 +140,7 @@ FREE = (
 NEUTRAL: dict[str, Any] = {
   **{"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0},
   "loss.class_weights": [],
+  "model.tied": True,
 }
 
 

@@ -166,13 +166,14 @@ def numpy_logits(name, params, carry, inputs):
       x = sigmoid(gate) * np.maximum(change, 0) + (1 - sigmoid(gate)) * x
   x, last = numpy_lstm([params["lstm"]["layer1"], params["lstm"]["layer2"]], carry, x)
   if name == "lstm":
-    return x @ params["embedding"]["embedding"].T + params["bias"], last
+    kernel = params.get("output_kernel", np.transpose(params["embedding"]["embedding"]))
+    return x @ kernel + params["bias"], last
   return x @ params["classifier"]["kernel"] + params["classifier"]["bias"], last
 
 
-@BOTH
-def test_a_window_is_the_formula(name):
-  model = build(name)
+@pytest.mark.parametrize(("name", "changes"), [("lstm", {}), ("lstm", {"tied": False}), ("char_cnn_lstm", {})])
+def test_a_window_is_the_formula(name, changes):
+  model = build(name, **changes)
   carry, inputs = random_carry(model), np.arange(24).reshape(4, 6) % len(WORDS)  # every word
   logits, last = run(model, initial(model), carry, inputs)
   expected, expected_last = numpy_logits(name, initial(model)["params"], carry, inputs)
@@ -534,7 +535,8 @@ def test_a_word_s_vector_does_not_depend_on_how_long_other_words_are():
     ("lstm", {"init_scale": 0.0}, "model.init_scale=0.0: a finite number above 0 is expected"),
     ("lstm", {"init_scale": float("inf")}, "model.init_scale=inf: a finite number above 0 is expected"),
     ("lstm", {"cudnn": "yes"}, "model.cudnn=yes: True or False is expected"),
-    ("lstm", {"unit": 5}, "takes the options units, layers, dropout, init_scale, cudnn; the configuration gives"),
+    ("lstm", {"tied": 0}, "model.tied=0: True or False is expected"),
+    ("lstm", {"unit": 5}, "takes the options units, layers, dropout, init_scale, cudnn, tied; the configuration gives"),
     ("char_cnn_lstm", {"dropout": -0.5}, "model.dropout=-0.5: a dropout rate lies in [0, 1)"),
     ("char_cnn_lstm", {"layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
     ("char_cnn_lstm", {"init_scale": -1.0}, "model.init_scale=-1.0: a finite number above 0 is expected"),

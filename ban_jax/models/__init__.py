@@ -56,8 +56,8 @@ def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callabl
   values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
   name = values.pop("name")
   kind = look_up(MODELS, name, key)
-  accepted = [field.name for field in dataclasses.fields(kind.options)]
-  if sorted(values) != sorted(accepted):
+  accepted = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind.options)}
+  if not {option for option, needed in accepted.items() if needed} <= values.keys() <= accepted.keys():
     raise ConfigError(
       f"model {name!r} takes the options {', '.join(accepted)}; the configuration gives {', '.join(values) or 'none'}"
     )

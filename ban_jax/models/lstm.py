@@ -1,4 +1,4 @@
-"""The word-level LSTM language model of Table 6 (Zaremba et al. 2014, large), with tied input and output embeddings."""
+"""The word-level LSTM language model (Zaremba et al. 2014), in Table 6 with tied input and output embeddings."""
 
 import dataclasses
 from typing import Any
@@ -15,9 +15,16 @@ from ban_jax.types import InputSpec, Model
 class LSTMOptions(recurrent.StackOptions):
   """Options of `lstm`; embeddings have `units` dimensions, and `dropout` also follows the input embedding."""
 
+  # Whether the output kernel is the embedding matrix (Table 6), or one of its own (Zaremba et al. 2014).
+  tied: bool = True
 
-class TiedLSTM(nn.Module):
-  """Embedding, dropout, LSTM layers with dropout after each, and the embedding matrix again as the output kernel."""
+  def __post_init__(self):
+    super().__post_init__()
+    common.check_bool(tied=self.tied)
+
+
+class LSTM(nn.Module):
+  """Embedding, dropout, LSTM layers with dropout after each, and an output kernel, the embedding matrix if tied."""
 
   options: LSTMOptions
   num_classes: int
@@ -39,7 +46,12 @@ class TiedLSTM(nn.Module):
     stack = recurrent.LSTMStack(self.options, self.dtype, name="lstm")
     x, carry = stack(x, carry, train=train, positions=positions)
     # Batch and time are merged: on CPUs, XLA takes twice as long for the kernel's gradient if it contracts two axes.
-    logits = embedding.attend(x.reshape(-1, units)).astype(jnp.float32) + bias  # [B T, n]
+    x = x.reshape(-1, units)
+    if self.options.tied:
+      logits = embedding.attend(x)  # [B T, n]
+    else:
+      logits = x @ self.param("output_kernel", init, (units, self.num_classes)).astype(self.dtype)
+    logits = logits.astype(jnp.float32) + bias
     return logits.reshape(*inputs.shape, -1), carry
 
 
@@ -50,4 +62,4 @@ def lstm(spec: InputSpec, options: LSTMOptions, *, dtype: Any, axis_name: str | 
     recurrent.check_cudnn(dtype)
   name = f"lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
-  return recurrent.from_token_module(name, TiedLSTM(options, spec.num_classes, dtype), spec, options)
+  return recurrent.from_token_module(name, LSTM(options, spec.num_classes, dtype), spec, options)

@@ -83,10 +83,9 @@ def _matched_wide_resnet(units: int, ratio: float, widths: dict) -> ConfigDict:
   return ConfigDict({"name": "matched_wide_resnet", "units": units, "ratio": ratio, "dropout": 0.0, **widths})
 
 
-def _lstm(units: int, layers: int, dropout: float, init_scale: float) -> ConfigDict:
-  return ConfigDict(
-    {"name": "lstm", "units": units, "layers": layers, "dropout": dropout, "init_scale": init_scale, "cudnn": False}
-  )
+def _lstm(units: int, layers: int, dropout: float, init_scale: float, tied: bool = True) -> ConfigDict:
+  options = {"units": units, "layers": layers, "dropout": dropout, "init_scale": init_scale}
+  return ConfigDict({"name": "lstm", **options, "cudnn": False, "tied": tied})
 
 
 # Kim et al. 2016, large.
@@ -165,6 +164,9 @@ MODELS = {
   "lstm_1": _lstm(1500, 1, dropout=0.65, init_scale=0.04),
   "lstm_200": _lstm(200, 2, dropout=0.2, init_scale=0.1),
   "lstm_32": _lstm(32, 2, dropout=0.2, init_scale=0.1),
+  # Zaremba et al. 2014: the networks of their "non-regularized" and "medium regularized" rows.
+  "zaremba_small": _lstm(200, 2, dropout=0.0, init_scale=0.1, tied=False),
+  "zaremba_medium": _lstm(650, 2, dropout=0.5, init_scale=0.05, tied=False),
   "cnn_lstm": ConfigDict(_CNN_LSTM),
   "cnn_lstm_32": ConfigDict({**_CNN_LSTM, "filters_per_width": 4, "filters_at_most": 16, "units": 32}),
 }
