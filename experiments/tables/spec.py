@@ -120,9 +120,9 @@ Columns = Mapping[str, Sequence[Node]]
 
 
 class Table(NamedTuple):
-  """A table of the paper."""
+  """A table of the paper, or of numbers that others published."""
 
-  number: int
+  number: int | str  # the paper's, or a name
   title: str
   dataset: str
   rows: tuple[Row, ...]
@@ -134,6 +134,7 @@ class Table(NamedTuple):
   unit: str = "test error, %"
   reference: str = "teacher"  # the column that the others are compared with
   by_row: bool = True  # the plot groups by row; otherwise it has a panel for each row
+  published: str = "paper"  # what the numbers are called that ours stand beside
 
   def parameters(self) -> dict[str, str]:
     """Returns the trained parameters that the paper's table prints, by network."""
