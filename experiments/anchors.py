@@ -74,7 +74,7 @@ def anchor(
   smoke: str = "wrn_10_1",
   **more: object,
 ) -> Table:
-  """Returns an anchor as a table: its published numbers stand where a table has the paper's."""
+  """Returns an anchor as a table: its published numbers stand where a table of the paper has the paper's."""
   return Table(
     number=name,
     title=title,
@@ -83,7 +83,7 @@ def anchor(
     columns=functools.partial(columns, changes, loss, students),
     controls=functools.partial(controls, changes),
     substitutes={"smoke": {row.network: smoke for row in rows}},
-    published="published",
+    source="the published",
     **more,
   )
 

@@ -569,9 +569,9 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
     (("--scale=big",), "unknown scale 'big'; choose one of: cpu, paper, quick, smoke"),
     (
       ("--rows=Wide-ResNet-28-2",),
-      "--rows: table 1 has no row 'Wide-ResNet-28-2' at the scale smoke; choose from: Wide-ResNet-28-1",
+      "--rows: Table 1 has no row 'Wide-ResNet-28-2' at the scale smoke; choose from: Wide-ResNet-28-1",
     ),
-    (("--rows=",), "--rows: table 1 has no row '' at the scale smoke; choose from: Wide-ResNet-28-1"),
+    (("--rows=",), "--rows: Table 1 has no row '' at the scale smoke; choose from: Wide-ResNet-28-1"),
     (("--columns=ban,Ens*2",), "--columns: there is no column 'ens*2'; choose from: BAN, teacher"),
     (("--seeds=-1",), "--seeds must be from 1 to 1000, not -1"),
     (("--seeds=0",), "--seeds must be from 1 to 1000, not 0"),

@@ -20,6 +20,7 @@ class Panel(NamedTuple):
   below: "matplotlib.axes.Axes"
   entries: Sequence[Entry]
   absolute: bool  # whether the paper's numbers are plotted above, too
+  source: str  # whose numbers they are
 
 
 def _names(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
@@ -38,9 +39,9 @@ def plot_table(table: Table, scale: str, setting: str, entries: Sequence[Entry])
   width = max(1.1 * len(rows) * len(columns) ** 0.5, 7) if table.by_row else max(0.75 * len(columns), 5) * len(groups)
   figure = plots.figure(min(width, 20), 7.5)
   grid = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row" if table.by_row else False)
-  figure.suptitle(f"Table {table.number}: {table.title}\n{setting}", fontsize="medium")
+  figure.suptitle(f"{table.label}: {table.title}\n{setting}", fontsize="medium")
   for (above, below), group in zip(grid.T, groups, strict=True):
-    panel = Panel(above, below, [entry for entry in trained if entry.cell.row in group], scale == "paper")
+    panel = Panel(above, below, [entry for entry in trained if entry.cell.row in group], scale == "paper", table.source)
     if table.by_row:
       _plot_rows(panel)
     else:
@@ -104,7 +105,7 @@ def _plot_entry(
   if entry.difference is not None:
     half = np.nan_to_num(entry.difference.high - entry.difference.mean)
     panel.below.errorbar(place, entry.difference.mean, half, **style)
-  diamond = {"marker": "D", "color": color, "markerfacecolor": "none", "linestyle": "none", "label": "the paper's"}
+  diamond = {"marker": "D", "color": color, "markerfacecolor": "none", "linestyle": "none", "label": panel.source}
   if panel.absolute and entry.cell.paper is not None:
     panel.above.plot(place, entry.cell.paper, **diamond)
   if not math.isnan(entry.paper_difference):

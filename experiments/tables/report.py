@@ -55,7 +55,7 @@ class Output(NamedTuple):
 
   def paths(self) -> list[epath.Path]:
     """Returns the paths of the Markdown table, the CSV file and the plot."""
-    return [self.workdir / f"table{self.table.number}.{suffix}" for suffix in ("md", "csv", "png")]
+    return [self.workdir / f"{self.table.stem}.{suffix}" for suffix in ("md", "csv", "png")]
 
   def existing(self) -> Existing:
     """Returns what the workdir holds of this table; raises a ConfigError if that is of another scale."""
@@ -85,20 +85,21 @@ class Output(NamedTuple):
   def _text(self, entries: Sequence[Entry], seeds: int) -> str:
     table, cells = self.table, [entry.cell for entry in entries]
     minus = f"minus {table.reference}"
-    rows = [["", "", "paper", f"ours, {self.scale}", "difference", f"paper {minus}", f"ours {minus}"]]
+    source = table.source.removeprefix("the ").removesuffix("'s")
+    rows = [["", "", source, f"ours, {self.scale}", "difference", f"{source} {minus}", f"ours {minus}"]]
     shown = None
     for entry in entries:
       row = entry.cell.row
       rows.append(["" if row == shown else row, *_entry(entry, seeds)])
       shown = row
     return "\n\n".join([
-      f"# Table {table.number}: {table.title}",
+      f"# {table.label}: {table.title}",
       f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {seeds} "
-      f"seed{'s' * (seeds > 1)}. The paper's: {table.dataset}, one number a cell, no error bars. The difference "
-      f"is ours minus the paper's. Ours {minus} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
+      f"seed{'s' * (seeds > 1)}. {table.source.capitalize()}: {table.dataset}, one number per cell, no error bars. "
+      f"The difference is ours minus {table.source}. Ours {minus} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
       "interval, Student's t].",
       results.markdown(rows),
-      f"![Table {table.number}](table{table.number}.png)",
+      f"![{table.label}]({table.stem}.png)",
       "## Networks",
       results.markdown(_networks(table, cells)),
       "## Where the numbers come from",

@@ -65,7 +65,7 @@ def check_flags(table: Table) -> Request:
   if unknown or not given:
     known = choices(names.values())
     name = unknown[0] if unknown else ""
-    raise ConfigError(f"--rows: table {table.number} has no row {name!r} at the scale {scale}; choose from: {known}")
+    raise ConfigError(f"--rows: {table.label} has no row {name!r} at the scale {scale}; choose from: {known}")
   seeds = SCALES[scale][0] if flags.FLAGS.seeds is None else flags.FLAGS.seeds
   if not 0 < seeds <= VARIANT:
     raise ConfigError(f"--seeds must be from 1 to {VARIANT}, not {seeds}")
@@ -99,11 +99,12 @@ def shard_of(cells: Sequence[Cell], rows: Sequence[str], seeds: int, shard: tupl
 
 def overview(table: Table, scale: str) -> str:
   """Returns a table's cells with their networks at a scale and the paper's numbers."""
-  rows = [["row", "column", f"network at the scale {scale}", "paper"]]
+  rows = [["row", "column", f"network at the scale {scale}", table.source.removeprefix("the ").removesuffix("'s")]]
   for cell in table.cells(scale, 1, "", controls=False):
     network = cell.members[0][-1].network if cell.members else "quoted only"
     rows.append([cell.row, cell.column, network, "" if cell.paper is None else f"{cell.paper:g}"])
-  title = f"Table {table.number}: {table.title}. The paper's {table.unit}, on {table.dataset}"
+  source = table.source.capitalize()
+  title = f"{table.label}: {table.title}. {source} {table.unit}, on {table.dataset}"
   return f"{title}:\n\n{results.markdown(rows)}"
 
 

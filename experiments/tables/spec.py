@@ -134,7 +134,17 @@ class Table(NamedTuple):
   unit: str = "test error, %"
   reference: str = "teacher"  # the column that the others are compared with
   by_row: bool = True  # the plot groups by row; otherwise it has a panel for each row
-  published: str = "paper"  # what the numbers are called that ours stand beside
+  source: str = "the paper's"  # whose numbers ours stand beside
+
+  @property
+  def label(self) -> str:
+    """What headings call it."""
+    return f"Table {self.number}" if isinstance(self.number, int) else f"Anchor {self.number}"
+
+  @property
+  def stem(self) -> str:
+    """What its files are called."""
+    return f"table{self.number}" if isinstance(self.number, int) else f"anchor_{self.number}"
 
   def parameters(self) -> dict[str, str]:
     """Returns the trained parameters that the paper's table prints, by network."""
