@@ -85,9 +85,16 @@ def run(dataset, cnn, tmp_path_factory):
   return workdir, ban_jax.run(own(), workdir, dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
 
 
-def readme_script() -> str:
-  section = (ROOT / "README.md").read_text().split("## Your own data and network\n")[1]
+def readme_script(heading="Your own data and network") -> str:
+  section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
   return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+
+
+def test_the_readme_s_first_lines_train_a_teacher_and_its_students(capsys, monkeypatch):
+  small = ban_jax.get_config("digits,wrn_10_1,smoke")
+  monkeypatch.setattr(ban_jax, "get_config", lambda words: small)
+  exec(readme_script("Ten lines"), {})
+  assert re.fullmatch(r"0 [\d.]+ %\n1 [\d.]+ %\n", capsys.readouterr().out)
 
 
 @pytest.mark.slow
