@@ -20,7 +20,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import metrics, optim, preemption, processes, profiling, replay, report, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, check_flag
-from ban_jax.evaluate import Subject, measure
+from ban_jax.evaluating import Subject, measure
 from ban_jax.job import Job, Own, Setup
 from ban_jax.step import TrainStep, initial_state, make_train_step
 from ban_jax.trees import Member

@@ -12,7 +12,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.config import check_dataset
 from ban_jax.errors import CheckpointError, ConfigError, TrainingError
-from ban_jax.evaluate import Subject, measure
+from ban_jax.evaluating import Subject, measure
 from ban_jax.job import make_models
 from configs import digits, pydoc
 
