@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ban_jax.errors import look_up
+from ban_jax.registry import Registry
 
 
 def piecewise(learning_rate: float, total: int, *, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
@@ -33,14 +32,9 @@ def plateau(learning_rate: float, total: int, *, factor: float, threshold: float
   return optax.constant_schedule(learning_rate)
 
 
-# A schedule's keyword-only arguments are the options of the `optim` group that it takes.
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"steps": piecewise, "cosine": cosine, "plateau": plateau}
-
-
-def options(schedule: Callable[..., optax.Schedule]) -> tuple[str, ...]:
-  """Returns the options of the `optim` group that a schedule takes."""
-  parameters = inspect.signature(schedule).parameters.values()
-  return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+SCHEDULES: Registry[Callable[..., optax.Schedule]] = Registry(
+  "optim.schedule", "optim.schedule", {"steps": piecewise, "cosine": cosine, "plateau": plateau}
+)
 
 
 def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
@@ -66,9 +60,8 @@ def set_rate(opt_state: PyTree, rate: float) -> PyTree:
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
   """Returns the learning rate as a function of the step, for a run of `total` steps; `optim` is a checked group."""
-  schedule = look_up(SCHEDULES, optim["schedule"], "optim.schedule")
-  own = {name: optim[name] for name in options(schedule)}
-  return schedule(optim["learning_rate"], total, **own)
+  name = optim["schedule"]
+  return SCHEDULES.find(name)(optim["learning_rate"], total, **SCHEDULES.arguments(name, optim))
 
 
 def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:

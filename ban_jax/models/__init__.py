@@ -1,7 +1,6 @@
 """The networks; a new one is one file and one entry in MODELS."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ban_jax.models.matched_resnet import (
 )
 from ban_jax.models.own import OwnOptions, own
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
+from ban_jax.registry import Registry
 from ban_jax.types import InputSpec, Model
 
 
@@ -32,7 +32,7 @@ class ModelKind(NamedTuple):
   make: Callable[..., Model]  # (spec, options, *, dtype, axis_name) -> Model
 
 
-MODELS = {
+_ENTRIES = {
   "char_cnn_lstm": ModelKind(CharCNNLSTMOptions, char_cnn_lstm),
   "densenet": ModelKind(DenseNetOptions, densenet),
   "lstm": ModelKind(LSTMOptions, lstm),
@@ -41,6 +41,7 @@ MODELS = {
   "own": ModelKind(OwnOptions, own),
   "wide_resnet": ModelKind(WideResNetOptions, wide_resnet),
 }
+MODELS = Registry("model.name", "model", _ENTRIES)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -56,7 +57,7 @@ def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callabl
   values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
   name = values.pop("name")
   kind = look_up(MODELS, name, key)
-  accepted = [field.name for field in dataclasses.fields(kind.options)]
+  accepted = MODELS.options(name)
   if sorted(values) != sorted(accepted):
     raise ConfigError(
       f"model {name!r} takes the options {', '.join(accepted)}; the configuration gives {', '.join(values) or 'none'}"

@@ -265,7 +265,7 @@ def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   """Returns the locked configuration for the words `dataset,network,scale[,loss][,teacher=network]`.
 
   It is what the configuration files of a checkout return. "own" stands for data, or a network, that the caller gives as
-  `dataset=` and `model=`. base.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
+  `dataset=` and `model=`. ban_jax/keys.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
   ConfigError that lists the choices for an unknown word.
   """
   return compose(words)
