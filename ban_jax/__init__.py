@@ -18,6 +18,7 @@ from ban_jax.exporting import export, export_parameters
 from ban_jax.loading import load, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
+from ban_jax.optim import Optimizer, from_optax
 from ban_jax.predicting import log_probabilities, predict, sample
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
@@ -34,6 +35,7 @@ __all__ = [
   "Generation",
   "InUseError",
   "Model",
+  "Optimizer",
   "PeerError",
   "Preempted",
   "StorageError",
@@ -47,6 +49,7 @@ __all__ = [
   "from_arrays",
   "from_flax",
   "from_function",
+  "from_optax",
   "get_config",
   "keep_freed_memory",
   "load",

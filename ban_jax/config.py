@@ -20,7 +20,7 @@ from ban_jax.trees import json_digest
 from ban_jax.types import Dataset, Devices
 
 # The registries that a configuration's names are looked up in; networks' options are checked in their files.
-REGISTRIES = (data.DATASETS, losses.LOSSES, optim.SCHEDULES)
+REGISTRIES = (data.DATASETS, losses.LOSSES, optim.SCHEDULES, optim.OPTIMIZERS)
 
 
 def check(cfg: ConfigDict) -> None:
@@ -41,13 +41,14 @@ def check(cfg: ConfigDict) -> None:
   if "label_weight" in options and given["loss.label_weight"] == given["loss.teacher_weight"] == 0:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
   look_up(models.DTYPES, given["compute_dtype"], "compute_dtype")
+  look_up(optim.DECAYS, given["optim.decay"], "optim.decay")
   models.check_options(cfg.model, "model")
   if cfg.teacher.model is not None:
     models.check_options(cfg.teacher.model, "teacher.model")
 
 
 def _options() -> set[str]:
-  """Returns the keys that are options: of some data set, loss or schedule, and not of all."""
+  """Returns the keys that are options: of some data set, loss, schedule or optimizer, and not of all."""
   return set().union(*(registry.taken(*registry) for registry in REGISTRIES))
 
 
@@ -84,12 +85,16 @@ def check_data(group: Mapping[str, Any]) -> None:
     raise ConfigError(f"data.window=0: expected at least 1, the tokens of a window of {name}")
 
 
-def check_dataset(cfg: ConfigDict, dataset: Dataset) -> None:
-  """Raises a ConfigError where a configuration cannot be run, or evaluated, on the data set that was loaded."""
-  if cfg.optim.schedule == "plateau" and "validation" not in dataset.splits:
-    others = choices(set(optim.SCHEDULES) - {"plateau"})
+def check_dataset(cfg: ConfigDict, dataset: Dataset, own_optimizer: bool = False) -> None:
+  """Raises a ConfigError where a configuration cannot be run, or evaluated, on the data set that was loaded.
+
+  With `own_optimizer`, the caller's, the configuration's schedule is not used.
+  """
+  schedule = cfg.optim.schedule
+  if optim.SCHEDULES[schedule].adapt and not own_optimizer and "validation" not in dataset.splits:
+    others = choices(name for name, kind in optim.SCHEDULES.items() if not kind.adapt)
     raise ConfigError(
-      "optim.schedule='plateau' decides by a validation split, and there is none; hold out a share with "
+      f"optim.schedule={schedule!r} decides by a validation split, and there is none; hold out a share with "
       f"data.validation, or choose another of: {others}"
     )
   weights, classes = cfg.loss.class_weights, dataset.spec.num_classes
@@ -135,13 +140,14 @@ def record(cfg: ConfigDict) -> dict[str, Any]:
 def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   """Returns those of a `record`'s values that the bytes of its `generation` depend on, its teacher and data aside.
 
-  A group keeps the options that the chosen data set, loss and schedule take. Generation 0 has the teacher's network,
-  under "model", and the loss of the labels, with the students' class weights. Raises a ConfigError for a name that is
-  not registered any more.
+  A group keeps the options that the chosen data set, loss, schedule and optimizer take. Generation 0 has the teacher's
+  network, under "model", and the loss of the labels, with the students' class weights. Raises a ConfigError for a name
+  that is not registered any more.
   """
   neutral = neutral_values()
   values = {**neutral, **values, **({} if generation else {"loss.name": "label"})}
-  taken = set().union(*(registry.taken(values[registry.key]) for registry in REGISTRIES))
+  # The optimizer that the caller gave has no schedule on record.
+  taken = set().union(*(registry.taken(values.get(registry.key, OWN)) for registry in REGISTRIES))
   options = _options()
   network = "teacher.model." if not generation and "teacher.model.name" in values else "model."
   own = {}
@@ -150,7 +156,7 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
       own[f"model.{key.removeprefix(network)}"] = value
     elif not key.startswith(("model.", "teacher.")) and _belongs(key, taken, options):
       own[key] = value
-  if values["optim.schedule"] == "plateau":  # evaluations in training decide the rate
+  if values["optim.name"] != OWN and optim.SCHEDULES[values["optim.schedule"]].adapt:  # by evaluations in training
     own["evaluate.training_batch_size"] = values["evaluate.training_batch_size"] or values["evaluate.batch_size"]
   return {key: value for key, value in own.items() if key not in neutral or neutral[key] != value}
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
 from ban_jax import config, data, losses, optim, trees
@@ -15,6 +14,7 @@ from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
 from ban_jax.models import make_model
+from ban_jax.optim import Optimizer
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
@@ -30,6 +30,7 @@ class Own(NamedTuple):
   dataset: Dataset | None = None
   model: Model | None = None  # the students' network, and generation 0's where nothing else names one
   teacher_model: Model | None = None  # generation 0's network
+  optimizer: Optimizer | None = None
 
 
 NOTHING = Own()
@@ -37,11 +38,13 @@ NOTHING = Own()
 
 def check_own(own: Own) -> None:
   """Raises a ConfigError where the caller gave something of another type."""
-  for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
+  makers = {Dataset: "from_arrays", Model: "from_flax", Optimizer: "from_optax"}
+  kinds = {"dataset": Dataset, "model": Model, "teacher_model": Model, "optimizer": Optimizer}
+  for name, kind in kinds.items():
     value = getattr(own, name)
     if value is not None and not isinstance(value, kind):
-      maker = "ban_jax.from_arrays" if kind is Dataset else "ban_jax.from_flax"
-      raise ConfigError(f"{name} must be a {kind.__name__}, as {maker} returns it, not {type(value).__name__}")
+      made = f"as ban_jax.{makers[kind]} returns it"
+      raise ConfigError(f"{name} must be a {kind.__name__}, {made}, not {type(value).__name__}")
 
 
 class Setup(NamedTuple):
@@ -78,8 +81,7 @@ class Job(NamedTuple):
   student: Model
   teacher: Teacher
   loss: Loss
-  schedule: optax.Schedule
-  optimizer: optax.GradientTransformation
+  optimizer: Optimizer
   steps_per_epoch: int
   steps_per_dispatch: int
   values: dict[str, Any]  # the record of the configuration
@@ -122,9 +124,9 @@ class Job(NamedTuple):
 
 
 def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
-  """Returns `config.record`, with "own" and their options for the data set and the networks that the caller gave."""
+  """Returns `config.record`, with "own" and their options for what the caller gave in place of a group."""
   values = config.record(cfg)
-  given = {"data.": own.dataset, "model.": own.model, "teacher.model.": own.teacher_model}
+  given = {"data.": own.dataset, "model.": own.model, "teacher.model.": own.teacher_model, "optim.": own.optimizer}
   for prefix, value in given.items():
     if value is not None:
       values = {key: kept for key, kept in values.items() if not f"{key}.".startswith(prefix)}
@@ -135,6 +137,8 @@ def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
   for prefix, model in (("model.", own.model), ("teacher.model.", own.teacher_model)):
     if model is not None:
       values |= {f"{prefix}{key}": value for key, value in (("own", model.name), *model.options)}
+  if own.optimizer is not None:
+    values |= {"optim.own": own.optimizer.name}
   return json.loads(json.dumps(values))
 
 
@@ -159,7 +163,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   check_own(own)
   config.check(cfg)
   dataset = own.dataset or data.load(cfg.data)
-  config.check_dataset(cfg, dataset)
+  config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), found, own)
 
 
@@ -274,7 +278,6 @@ def prepare(
     labels = dataset.splits["train"]["labels"]
     loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
-  total = steps_per_epoch * cfg.train.epochs
   teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps_per_epoch)
@@ -287,8 +290,7 @@ def prepare(
     student=student,
     teacher=teacher,
     loss=loss,
-    schedule=optim.make_schedule(cfg.optim, total),
-    optimizer=optim.make_optimizer(cfg.optim, total),
+    optimizer=setup.own.optimizer or optim.make(cfg.optim, steps_per_epoch * cfg.train.epochs),
     steps_per_epoch=steps_per_epoch,
     steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
     values=setup.values,

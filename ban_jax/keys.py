@@ -207,12 +207,19 @@ KEYS = {
     neutral=[],
     several_types=True,
   ),
+  "optim.name": Key("sgd", NAME, "The optimizer, a key of ban_jax.optim.OPTIMIZERS.", neutral="sgd"),
   "optim.learning_rate": Key(0.1, POSITIVE, "Peak learning rate."),
   "optim.schedule": Key("steps", NAME, "How the learning rate changes over the run, a key of ban_jax.optim.SCHEDULES."),
+  "optim.warmup": Key(
+    0.0,
+    SHARE,
+    "Share of the run in which the rate rises linearly to its peak; the schedule spans the rest.",
+    neutral=0.0,
+  ),
   "optim.boundaries": Key(
     (0.3, 0.6, 0.8),
     Rule(_is_rising, "rising shares of the run, each between 0 and 1"),
-    "Fractions of the run after which the rate is multiplied by `optim.factor` (epochs 60, 120 and 160 of 200).",
+    "Fractions of the schedule after which the rate is multiplied by `optim.factor` (epochs 60, 120 and 160 of 200).",
   ),
   "optim.factor": Key(0.2, POSITIVE, "What the rate is multiplied by, each time that it falls."),
   "optim.threshold": Key(
@@ -222,11 +229,22 @@ KEYS = {
     "improves on the best one so far by less than this.",
   ),
   "optim.momentum": Key(0.9, SHARE, "Share of the velocity that is kept from step to step."),
+  "optim.b1": Key(0.9, SHARE, "Share of the mean gradient that is kept from step to step."),
+  "optim.b2": Key(
+    0.999, SHARE, "Share of the mean squared gradient that is kept from step to step; of Lion's momentum usually 0.99."
+  ),
   "optim.nesterov": Key(True, FLAG, "Whether the momentum is Nesterov's."),
   "optim.weight_decay": Key(
     5e-4,
     NOT_NEGATIVE,
-    "Weight decay: added to the gradient of every parameter (coupled, the only way in which it is no AdamW's).",
+    "Weight decay. For sgd it is added to the gradient; the others shrink the parameters themselves by it, times the "
+    "learning rate.",
+  ),
+  "optim.decay": Key(
+    "all",
+    NAME,
+    'Which parameters decay: "all", or "kernels", which leaves out biases, scales of normalisations and embeddings.',
+    neutral="all",
   ),
   "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "Maximum global norm of the gradient; 0 for no clipping."),
   "train.epochs": Key(200, whole(1), "Number of passes over the training examples."),

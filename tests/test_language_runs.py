@@ -50,7 +50,7 @@ def teacher():
   ],
 )
 def test_the_rate_falls_where_an_epoch_brings_too_little(factor, threshold, metrics, rate):
-  assert optim.plateau_rate({"learning_rate": 8.0, "factor": factor, "threshold": threshold}, metrics) == rate
+  assert optim.plateau_rate(8.0, metrics, factor=factor, threshold=threshold) == rate
 
 
 def test_the_rate_that_a_run_reports_is_the_one_that_it_trains_with():
