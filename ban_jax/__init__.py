@@ -15,6 +15,7 @@ from ban_jax.errors import (
 )
 from ban_jax.evaluating import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
+from ban_jax.job import Setup, setup
 from ban_jax.loading import load, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
@@ -38,6 +39,7 @@ __all__ = [
   "Optimizer",
   "PeerError",
   "Preempted",
+  "Setup",
   "StorageError",
   "TrainingError",
   "__version__",
@@ -59,6 +61,7 @@ __all__ = [
   "reliability",
   "run",
   "sample",
+  "setup",
   "trace_steps",
   "train_generation",
   "with_network",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ban_jax import config, data, losses, optim, trees
 from ban_jax import devices as devices_lib
@@ -48,13 +48,18 @@ def check_own(own: Own) -> None:
 
 
 class Setup(NamedTuple):
-  """What the generations of a run share: the configuration, checked once, and what it names."""
+  """What the generations of a run share: the configuration, checked once, and what it names. `setup` returns it."""
 
   cfg: ConfigDict
   dataset: Dataset
   models: tuple[Model, Model]  # generation 0's network, the students' network
   devices: Devices
   own: Own = NOTHING
+
+  def __repr__(self) -> str:
+    """Returns one line."""
+    names = " and ".join(dict.fromkeys(model.name for model in self.models))
+    return f"Setup({self.dataset!r}, {names}, {len(self.devices)} devices)"
 
   @property
   def values(self) -> dict[str, Any]:
@@ -147,11 +152,39 @@ def _group(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
   return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
-def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
-  """Returns what a configuration names, or the caller gives in its place.
+def setup(
+  cfg: ConfigDict,
+  *,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
+  optimizer: Optimizer | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Setup:
+  """Returns a configuration with what the caller gives in place of its parts, checked, to be used in place of `cfg`.
 
-  Raises a ConfigError or a DataError where it cannot be run or evaluated.
+  `train_generation`, `run`, `evaluate`, `reliability`, `compare`, `average` and `with_network` take it. The data are
+  loaded once, and a later change of `cfg` does not reach it. Arguments are those of `train_generation`; raises a
+  ConfigError or a DataError if the configuration cannot be run or evaluated.
+
+    task = ban_jax.setup(cfg, dataset=data, model=cnn)
+    teacher = ban_jax.train_generation(None, task)
+    print(ban_jax.evaluate(teacher, task))
   """
+  found = resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
+  return found._replace(cfg=FrozenConfigDict(found.cfg))
+
+
+def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+  """Returns what a configuration names, or the caller gives in its place; a Setup as it is.
+
+  Raises a ConfigError or a DataError if it cannot be run or evaluated.
+  """
+  if isinstance(cfg, Setup):
+    twice = [name for name, value in {**own._asdict(), "devices": devices}.items() if value is not None]
+    if twice:
+      raise ConfigError(f"{', '.join(twice)}: a Setup was given in place of cfg; give this to ban_jax.setup instead")
+    return cfg
   if devices_lib.SETTINGS.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
   if not isinstance(cfg, ConfigDict):
@@ -235,15 +268,15 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
   )
 
 
-def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+def resolve_run(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
   """Returns `resolve`'s Setup, for training; raises whatever any generation of the run would raise at its start."""
-  setup = resolve(cfg, devices, own)
-  config.check_batch_size(cfg.train.batch_size, setup.devices)
-  setup.dataset.train_order(jax.random.key(0), cfg.train.batch_size)
-  if cfg.generations:
-    teacher = setup.models[0].shapes
-    _check_inherits(setup.models[1], [teacher])
-  return setup
+  found = resolve(cfg, devices, own)
+  config.check_batch_size(found.cfg.train.batch_size, found.devices)
+  found.dataset.train_order(jax.random.key(0), found.cfg.train.batch_size)
+  if found.cfg.generations:
+    teacher = found.models[0].shapes
+    _check_inherits(found.models[1], [teacher])
+  return found
 
 
 def prepare(

@@ -45,7 +45,7 @@ _training = threading.Lock()
 
 def train_generation(
   params_prev: Member | Sequence[Member] | None,
-  cfg: ConfigDict,
+  cfg: ConfigDict | Setup,
   *,
   generation: int | None = None,
   workdir: epath.PathLike | None = None,
@@ -86,7 +86,7 @@ def train_generation(
 
 
 def run(
-  cfg: ConfigDict,
+  cfg: ConfigDict | Setup,
   workdir: epath.PathLike,
   *,
   params_prev: Member | Sequence[Member] | None = None,

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import config
-from flax import linen as nn
 
 import ban_jax
 from ban_jax import config as config_lib
@@ -188,22 +187,6 @@ def test_the_identity_has_what_the_optimizer_takes():
 # --- In training ------------------------------------------------------------------------------------------------------
 
 
-class Linear(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(4)(x.reshape(x.shape[0], -1))
-
-
-@pytest.fixture(scope="module")
-def given():
-  """A data set of four stripes and a network that compiles in no time."""
-  rng = np.random.default_rng(0)
-  labels = np.arange(80) % 4
-  pixels = rng.normal(size=(80, 4, 4)) + labels[:, None, None]
-  dataset = ban_jax.from_arrays((pixels[:60], labels[:60]), (pixels[60:], labels[60:]), 0.2)
-  return {"dataset": dataset, "model": ban_jax.from_flax(Linear(), dataset), "devices": jax.devices()[:2]}
-
-
 def short(*words, **changes):
   changes = {"optim__warmup": 0.2, "train__batch_size": 8, "train__checkpoint_every": 5} | changes
   return config(",".join(["digits,own,smoke", *words]), generations=1, **changes)
@@ -217,15 +200,15 @@ def interrupted(*_):
   ("word", "changes"),
   [("adamw", {}), ("muon", {}), ("adamw", {"optim__schedule": "plateau", "optim__threshold": 100.0})],
 )
-def test_a_killed_run_ends_with_the_bytes_of_one_left_alone(word, changes, given, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_bytes_of_one_left_alone(word, changes, tiny, tmp_path, monkeypatch):
   cfg = short(word, train__epochs=3, **changes)
-  alone = ban_jax.train_generation(None, cfg, **given, **QUIET)
+  alone = ban_jax.train_generation(None, cfg, **tiny, **QUIET)
   with monkeypatch.context() as patch:
     patch.setattr(storage, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
-      ban_jax.train_generation(None, cfg, workdir=tmp_path, **given, **QUIET)
+      ban_jax.train_generation(None, cfg, workdir=tmp_path, **tiny, **QUIET)
   assert {path.name for path in (tmp_path / "gen_0" / "steps").glob("[0-9]*")} == {"10", "15"}
-  resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, **given, **QUIET)
+  resumed = ban_jax.train_generation(None, cfg, workdir=tmp_path, **tiny, **QUIET)
   assert trees.digest(resumed.params) == trees.digest(alone.params)
   rates = [row["learning_rate"] for row in resumed.history]
   assert rates == [row["learning_rate"] for row in alone.history]
@@ -233,24 +216,24 @@ def test_a_killed_run_ends_with_the_bytes_of_one_left_alone(word, changes, given
     np.testing.assert_allclose(rates, [1e-3, 1e-3, 2e-4])
 
 
-def test_an_optax_transformation_of_ones_own_trains_and_is_known_by_its_name(given, tmp_path):
+def test_an_optax_transformation_of_ones_own_trains_and_is_known_by_its_name(tiny, tmp_path):
   rate = optax.cosine_decay_schedule(1e-2, 12)
   one = ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate)
   plateau = short(optim__schedule="plateau")  # which is not used, so it needs no validation split
-  splits = {name: split for name, split in given["dataset"].splits.items() if name != "validation"}
-  given = given | {"dataset": given["dataset"]._replace(splits=splits)}
-  teacher, student = ban_jax.run(plateau, tmp_path, **given, **QUIET, optimizer=one)
+  splits = {name: split for name, split in tiny["dataset"].splits.items() if name != "validation"}
+  tiny = tiny | {"dataset": tiny["dataset"]._replace(splits=splits)}
+  teacher, student = ban_jax.run(plateau, tmp_path, **tiny, **QUIET, optimizer=one)
   assert [row["learning_rate"] for row in student.history] == [float(rate(5)), float(rate(11))]
   manifest = storage.load(storage.resolve_workdir(tmp_path) / "gen_1")[1]
   recorded = {key: value for key, value in manifest["config"].items() if key.startswith("optim.")}
   assert recorded == {"optim.name": "own", "optim.own": "adabelief"}
   unnamed = ban_jax.from_optax(optax.adabelief(rate), name="adabelief")  # the same, its rate unknown
-  again = ban_jax.train_generation(teacher, short(), **given, **QUIET, optimizer=unnamed)
+  again = ban_jax.train_generation(teacher, short(), **tiny, **QUIET, optimizer=unnamed)
   assert trees.digest(again.params) == trees.digest(student.params)
   assert "learning_rate" not in again.history[0]
   for other, there in ((unnamed._replace(name="belief"), '"adabelief"'), (None, '"own"')):
     with pytest.raises(CheckpointError, match=f"holds a .* of another .*optim.(own|name): {there} there"):
-      ban_jax.run(short(), tmp_path, **given, **QUIET, optimizer=other)
+      ban_jax.run(short(), tmp_path, **tiny, **QUIET, optimizer=other)
 
 
 @pytest.mark.parametrize(
