@@ -13,12 +13,14 @@ from ban_jax.errors import (
   StorageError,
   TrainingError,
 )
-from ban_jax.evaluate import compare, evaluate, reliability
+from ban_jax.evaluating import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
+from ban_jax.job import Setup, setup
 from ban_jax.loading import load, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
-from ban_jax.predict import log_probabilities, predict, sample
+from ban_jax.optim import Optimizer, from_optax
+from ban_jax.predicting import log_probabilities, predict, sample
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
 from ban_jax.train import run, train_generation
@@ -34,8 +36,10 @@ __all__ = [
   "Generation",
   "InUseError",
   "Model",
+  "Optimizer",
   "PeerError",
   "Preempted",
+  "Setup",
   "StorageError",
   "TrainingError",
   "__version__",
@@ -47,6 +51,7 @@ __all__ = [
   "from_arrays",
   "from_flax",
   "from_function",
+  "from_optax",
   "get_config",
   "keep_freed_memory",
   "load",
@@ -56,6 +61,7 @@ __all__ = [
   "reliability",
   "run",
   "sample",
+  "setup",
   "trace_steps",
   "train_generation",
   "with_network",

@@ -21,7 +21,7 @@ BATCHES = 100
 
 def average(
   generations: Sequence[Member],
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   *,
   weights: Sequence[float] | None = None,
   devices: Sequence[jax.Device] | None = None,

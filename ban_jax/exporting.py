@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax import export as jax_export
 
-from ban_jax import predict, storage, trees
+from ban_jax import predicting, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, check_whole, choices
 from ban_jax.types import Generation
 
@@ -42,14 +42,14 @@ def export(
   if batch_size is not None:
     batch_size = check_whole("batch_size", batch_size, 1, ", or None")
   target = _file(path)
-  predictor = predict.prepare(generations, weights, jax.local_devices()[:1])
+  predictor = predicting.prepare(generations, weights, jax.local_devices()[:1])
   if predictor.spec.kind != "images":
     raise ConfigError("export takes networks of images; these are language models")
   variables, scaling, log_weights = jax.device_get((predictor.variables, predictor.scaling, predictor.log_weights))
 
   def probabilities(images: jax.Array) -> jax.Array:
     carries = tuple(model.init_carry(1) for model in predictor.models)
-    return jnp.exp(predict.log_mean(predictor.models, variables, scaling, carries, images, log_weights)[1])
+    return jnp.exp(predicting.log_mean(predictor.models, variables, scaling, carries, images, log_weights)[1])
 
   (rows,) = jax_export.symbolic_shape("rows") if batch_size is None else (batch_size,)
   inputs = jax.ShapeDtypeStruct((rows, *predictor.spec.shape), np.dtype(predictor.dtype))

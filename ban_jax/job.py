@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ban_jax import config, data, losses, optim, trees
 from ban_jax import devices as devices_lib
@@ -15,6 +14,7 @@ from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
 from ban_jax.models import make_model
+from ban_jax.optim import Optimizer
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
@@ -30,6 +30,7 @@ class Own(NamedTuple):
   dataset: Dataset | None = None
   model: Model | None = None  # the students' network, and generation 0's where nothing else names one
   teacher_model: Model | None = None  # generation 0's network
+  optimizer: Optimizer | None = None
 
 
 NOTHING = Own()
@@ -37,21 +38,28 @@ NOTHING = Own()
 
 def check_own(own: Own) -> None:
   """Raises a ConfigError where the caller gave something of another type."""
-  for name, kind in {"dataset": Dataset, "model": Model, "teacher_model": Model}.items():
+  makers = {Dataset: "from_arrays", Model: "from_flax", Optimizer: "from_optax"}
+  kinds = {"dataset": Dataset, "model": Model, "teacher_model": Model, "optimizer": Optimizer}
+  for name, kind in kinds.items():
     value = getattr(own, name)
     if value is not None and not isinstance(value, kind):
-      maker = "ban_jax.from_arrays" if kind is Dataset else "ban_jax.from_flax"
-      raise ConfigError(f"{name} must be a {kind.__name__}, as {maker} returns it, not {type(value).__name__}")
+      made = f"as ban_jax.{makers[kind]} returns it"
+      raise ConfigError(f"{name} must be a {kind.__name__}, {made}, not {type(value).__name__}")
 
 
 class Setup(NamedTuple):
-  """What the generations of a run share: the configuration, checked once, and what it names."""
+  """What the generations of a run share: the configuration, checked once, and what it names. `setup` returns it."""
 
   cfg: ConfigDict
   dataset: Dataset
   models: tuple[Model, Model]  # generation 0's network, the students' network
   devices: Devices
   own: Own = NOTHING
+
+  def __repr__(self) -> str:
+    """Returns one line."""
+    names = " and ".join(dict.fromkeys(model.name for model in self.models))
+    return f"Setup({self.dataset!r}, {names}, {len(self.devices)} devices)"
 
   @property
   def values(self) -> dict[str, Any]:
@@ -78,8 +86,7 @@ class Job(NamedTuple):
   student: Model
   teacher: Teacher
   loss: Loss
-  schedule: optax.Schedule
-  optimizer: optax.GradientTransformation
+  optimizer: Optimizer
   steps_per_epoch: int
   steps_per_dispatch: int
   values: dict[str, Any]  # the record of the configuration
@@ -122,9 +129,9 @@ class Job(NamedTuple):
 
 
 def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
-  """Returns `config.record`, with "own" and their options for the data set and the networks that the caller gave."""
+  """Returns `config.record`, with "own" and their options for what the caller gave in place of a group."""
   values = config.record(cfg)
-  given = {"data.": own.dataset, "model.": own.model, "teacher.model.": own.teacher_model}
+  given = {"data.": own.dataset, "model.": own.model, "teacher.model.": own.teacher_model, "optim.": own.optimizer}
   for prefix, value in given.items():
     if value is not None:
       values = {key: kept for key, kept in values.items() if not f"{key}.".startswith(prefix)}
@@ -135,6 +142,8 @@ def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
   for prefix, model in (("model.", own.model), ("teacher.model.", own.teacher_model)):
     if model is not None:
       values |= {f"{prefix}{key}": value for key, value in (("own", model.name), *model.options)}
+  if own.optimizer is not None:
+    values |= {"optim.own": own.optimizer.name}
   return json.loads(json.dumps(values))
 
 
@@ -143,11 +152,39 @@ def _group(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
   return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
-def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
-  """Returns what a configuration names, or the caller gives in its place.
+def setup(
+  cfg: ConfigDict,
+  *,
+  dataset: Dataset | None = None,
+  model: Model | None = None,
+  teacher_model: Model | None = None,
+  optimizer: Optimizer | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Setup:
+  """Returns a configuration with what the caller gives in place of its parts, checked, to be used in place of `cfg`.
 
-  Raises a ConfigError or a DataError where it cannot be run or evaluated.
+  `train_generation`, `run`, `evaluate`, `reliability`, `compare`, `average` and `with_network` take it. The data are
+  loaded once, and a later change of `cfg` does not reach it. Arguments are those of `train_generation`; raises a
+  ConfigError or a DataError if the configuration cannot be run or evaluated.
+
+    task = ban_jax.setup(cfg, dataset=data, model=cnn)
+    teacher = ban_jax.train_generation(None, task)
+    print(ban_jax.evaluate(teacher, task))
   """
+  found = resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
+  return found._replace(cfg=FrozenConfigDict(found.cfg))
+
+
+def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+  """Returns what a configuration names, or the caller gives in its place; a Setup as it is.
+
+  Raises a ConfigError or a DataError if it cannot be run or evaluated.
+  """
+  if isinstance(cfg, Setup):
+    twice = [name for name, value in {**own._asdict(), "devices": devices}.items() if value is not None]
+    if twice:
+      raise ConfigError(f"{', '.join(twice)}: a Setup was given in place of cfg; give this to ban_jax.setup instead")
+    return cfg
   if devices_lib.SETTINGS.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
   if not isinstance(cfg, ConfigDict):
@@ -159,7 +196,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   check_own(own)
   config.check(cfg)
   dataset = own.dataset or data.load(cfg.data)
-  config.check_dataset(cfg, dataset)
+  config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), found, own)
 
 
@@ -231,15 +268,15 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
   )
 
 
-def resolve_run(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+def resolve_run(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
   """Returns `resolve`'s Setup, for training; raises whatever any generation of the run would raise at its start."""
-  setup = resolve(cfg, devices, own)
-  config.check_batch_size(cfg.train.batch_size, setup.devices)
-  setup.dataset.train_order(jax.random.key(0), cfg.train.batch_size)
-  if cfg.generations:
-    teacher = setup.models[0].shapes
-    _check_inherits(setup.models[1], [teacher])
-  return setup
+  found = resolve(cfg, devices, own)
+  config.check_batch_size(found.cfg.train.batch_size, found.devices)
+  found.dataset.train_order(jax.random.key(0), found.cfg.train.batch_size)
+  if found.cfg.generations:
+    teacher = found.models[0].shapes
+    _check_inherits(found.models[1], [teacher])
+  return found
 
 
 def prepare(
@@ -274,7 +311,6 @@ def prepare(
     labels = dataset.splits["train"]["labels"]
     loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
-  total = steps_per_epoch * cfg.train.epochs
   teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps_per_epoch)
@@ -287,8 +323,7 @@ def prepare(
     student=student,
     teacher=teacher,
     loss=loss,
-    schedule=optim.make_schedule(cfg.optim, total),
-    optimizer=optim.make_optimizer(cfg.optim, total),
+    optimizer=setup.own.optimizer or optim.make(cfg.optim, steps_per_epoch * cfg.train.epochs),
     steps_per_epoch=steps_per_epoch,
     steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
     values=setup.values,

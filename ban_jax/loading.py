@@ -60,7 +60,7 @@ def load_run(workdir: epath.PathLike, *, model: Model | None = None) -> list[Gen
 
 def with_network(
   member: Member,
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   *,
   dataset: Dataset | None = None,
   model: Model | None = None,

@@ -5,7 +5,6 @@ batch-wide weights of CWTM are right on any number of devices.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from ban_jax.errors import look_up
+from ban_jax.registry import Registry, options_of
+
+# The keyword-only arguments of a loss that the training step gives.
+GIVEN = ("key", "positions")
 
 Logits = Float[Array, "B *T n"]
 Labels = Int[Array, "B *T"]
@@ -40,8 +42,7 @@ class Loss(NamedTuple):
   @property
   def options(self) -> tuple[str, ...]:
     """The options of the configuration's `loss` group that it takes."""
-    parameters = inspect.signature(self.apply).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "positions"))
+    return options_of(self, GIVEN)
 
 
 def cross_entropy(logits: Logits, targets: Logits) -> PerExample:
@@ -149,7 +150,7 @@ def smoothing_of_entropy(entropy: PerExample, num_classes: int) -> PerExample:
   return (low + high) / 2
 
 
-LOSSES = {
+_ENTRIES = {
   "label": Loss(label, needs_teacher=False),
   "ban": Loss(ban),
   "ban_label": Loss(ban_label),
@@ -158,6 +159,7 @@ LOSSES = {
   "label_smoothing": Loss(label_smoothing, needs_teacher=False),
   "entropy_matched_smoothing": Loss(entropy_matched_smoothing),
 }
+LOSSES = Registry("loss.name", "loss", _ENTRIES, given=GIVEN)
 
 
 def class_weights(
@@ -191,8 +193,8 @@ def make_loss(group: Mapping[str, Any] | ConfigDict) -> Loss:
 
   Raises a ConfigError for an unknown name.
   """
-  loss = look_up(LOSSES, group["name"], "loss")
-  return _make(loss, group["name"], tuple((name, group[name]) for name in loss.options))
+  name = group["name"]
+  return _make(LOSSES.find(name), name, tuple(LOSSES.arguments(name, group).items()))
 
 
 @functools.lru_cache

@@ -122,6 +122,6 @@ def comparison_sums(logits: list[Float[Array, "B *T n"]], batch: Batch) -> Mappi
 
 
 def compared(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Returns `evaluate.compare`'s numbers from summed `comparison_sums`."""
+  """Returns `evaluating.compare`'s numbers from summed `comparison_sums`."""
   count = sums["count"]
   return {"agreement": sums["agreement"] / count, "kl": sums["kl"] / count, "count": int(count)}

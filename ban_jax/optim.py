@@ -1,22 +1,87 @@
-"""Learning-rate schedules and optimizers from the `optim` group of a configuration."""
+"""Optimizers and learning-rate schedules from the `optim` group of a configuration, or from the caller's own optax."""
 
 import collections
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ban_jax.errors import look_up
+from ban_jax.errors import ConfigError
+from ban_jax.registry import Registry
+
+# Which parameters decay, as optax takes it: a function of the parameters' tree; None for all.
+Mask = Callable[[PyTree], PyTree] | None
+
+
+class Optimizer(NamedTuple):
+  """How a generation's parameters are updated; equal configurations give the same object, so that nothing recompiles.
+
+  `rate(step, metrics)` is the learning rate of a step, from 0, given the validation metric of each epoch before it;
+  None if it is not known. `between_epochs(state, metrics)` returns the optimizer's state with the rate that the metrics
+  so far ask for; None for a schedule that does not look at them.
+  """
+
+  transformation: optax.GradientTransformation
+  rate: Callable[[int, Sequence[float]], float] | None = None
+  between_epochs: Callable[[PyTree, Sequence[float]], PyTree] | None = None
+  name: str = ""
+
+
+def from_optax(
+  transformation: optax.GradientTransformation, *, name: str, schedule: optax.Schedule | None = None
+) -> Optimizer:
+  """Returns an optax transformation as the argument `optimizer` of `train_generation`, `run` and `setup`.
+
+  It takes the place of the configuration's `optim` group. `name` identifies it in run directories: give changed
+  settings another name. `schedule`, a function of the step, is only recorded, as the history's learning rate; it must
+  be the one that the transformation was made with. Make it once and give the same object to all generations: another
+  one, even if made alike, compiles anew. Raises a ConfigError for something else than an optax transformation.
+
+    rate = optax.cosine_decay_schedule(1e-3, total)
+    optimizer = ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate)
+  """
+  if not isinstance(transformation, optax.GradientTransformation):
+    kind = type(transformation).__name__
+    raise ConfigError(f"from_optax takes an optax.GradientTransformation, as optax.adamw(1e-3), not {kind}")
+  if not (isinstance(name, str) and name and name.isprintable()):
+    raise ConfigError(f"name={name!r}: expected a printable word, because it names the optimizer in run directories")
+  if schedule is not None and not callable(schedule):
+    raise ConfigError(f"schedule must be a function of the step, or None, not {type(schedule).__name__}")
+  rate = None if schedule is None else _without_metrics(schedule)
+  return Optimizer(transformation, rate, name=name)
+
+
+def _without_metrics(schedule: optax.Schedule) -> Callable[[int, Sequence[float]], float]:
+  return lambda step, metrics: float(schedule(step))
+
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+class ScheduleKind(NamedTuple):
+  """A learning-rate schedule, an entry of SCHEDULES.
+
+  `make(learning_rate, total, **options)` returns the rate as a function of the step, for `total` steps. If there is an
+  `adapt(learning_rate, metrics, **options)`, it returns the rate after epochs with these validation metrics, the lower
+  the better, and the options are those of both.
+  """
+
+  make: Callable[..., optax.Schedule]
+  adapt: Callable[..., float] | None = None
+
+
+def constant(learning_rate: float, total: int) -> optax.Schedule:
+  """The same rate from the first step to the last."""
+  return optax.constant_schedule(learning_rate)
 
 
 def piecewise(learning_rate: float, total: int, *, boundaries: tuple[float, ...], factor: float) -> optax.Schedule:
-  """Returns the rate multiplied by `factor` at each boundary, a share of the `total` steps (the paper's schedule)."""
+  """The rate is multiplied by `factor` at each boundary, a share of the steps (the paper's schedule for images)."""
   scales: dict[int, float] = collections.defaultdict(lambda: 1.0)
   for share in boundaries:
     scales[round(share * total)] *= factor  # in a very short run two of them are one step
@@ -24,69 +89,180 @@ def piecewise(learning_rate: float, total: int, *, boundaries: tuple[float, ...]
 
 
 def cosine(learning_rate: float, total: int) -> optax.Schedule:
-  """Returns half a cosine from the rate at the first step to zero after the last of `total`."""
+  """Half a cosine from the rate at the first step to zero after the last."""
   return optax.cosine_decay_schedule(learning_rate, total)
 
 
 def plateau(learning_rate: float, total: int, *, factor: float, threshold: float) -> optax.Schedule:
-  """Returns the constant rate that `plateau_rate` changes between epochs, by `factor` and `threshold`."""
+  """The rate is multiplied by `factor` after each epoch that improves on the best one by less than `threshold`."""
   return optax.constant_schedule(learning_rate)
 
 
-# A schedule's keyword-only arguments are the options of the `optim` group that it takes.
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"steps": piecewise, "cosine": cosine, "plateau": plateau}
-
-
-def options(schedule: Callable[..., optax.Schedule]) -> tuple[str, ...]:
-  """Returns the options of the `optim` group that a schedule takes."""
-  parameters = inspect.signature(schedule).parameters.values()
-  return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-
-
-def plateau_rate(optim: Mapping[str, Any], metrics: Sequence[float]) -> float:
-  """Returns the learning rate after epochs whose validation metric, the lower the better, was `metrics`.
-
-  The rate is multiplied by `optim.factor` after each epoch that does not improve on the best one before it by at least
-  `optim.threshold`.
-  """
-  rate, best = optim["learning_rate"], math.inf
+def plateau_rate(learning_rate: float, metrics: Sequence[float], *, factor: float, threshold: float) -> float:
+  """Returns the rate of `plateau` after epochs whose validation metric, the lower the better, was `metrics`."""
+  rate, best = learning_rate, math.inf
   for metric in metrics:
-    if not (metric < best and best - metric >= optim["threshold"]):
-      rate *= optim["factor"]
+    if not (metric < best and best - metric >= threshold):
+      rate *= factor
     best = min(best, metric)
   return rate
 
 
-def set_rate(opt_state: PyTree, rate: float) -> PyTree:
-  """Returns a plateau optimizer's state with another learning rate, placed where the old one is."""
-  old = optax.tree.get(opt_state, "learning_rate")
-  # With the same sharding, because the step is compiled for it.
-  return optax.tree.set(opt_state, learning_rate=jax.device_put(np.full(old.shape, rate, old.dtype), old.sharding))
+SCHEDULES = Registry(
+  "optim.schedule",
+  "optim.schedule",
+  {
+    "constant": ScheduleKind(constant),
+    "cosine": ScheduleKind(cosine),
+    "plateau": ScheduleKind(plateau, adapt=plateau_rate),
+    "steps": ScheduleKind(piecewise),
+  },
+)
 
 
 def make_schedule(optim: Mapping[str, Any], total: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step, for a run of `total` steps; `optim` is a checked group."""
-  schedule = look_up(SCHEDULES, optim["schedule"], "optim.schedule")
-  own = {name: optim[name] for name in options(schedule)}
-  return schedule(optim["learning_rate"], total, **own)
+  """Returns the learning rate as a function of the step, for a run of `total` steps; `optim` is a checked group.
+
+  In the first `optim.warmup` of the steps it rises linearly to the peak; the schedule spans the others.
+  """
+  name, warmup = optim["schedule"], _warmup_steps(optim, total)
+  rest = SCHEDULES.find(name).make(optim["learning_rate"], total - warmup, **SCHEDULES.arguments(name, optim))
+  return optax.join_schedules([_rise(optim["learning_rate"], warmup), rest], [warmup]) if warmup else rest
 
 
-def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
-  """Returns SGD with coupled weight decay on all parameters; equal arguments give the same object.
+def _warmup_steps(optim: Mapping[str, Any], total: int) -> int:
+  return round(optim["warmup"] * total)
 
-  `optim` is a checked group and `total` the number of steps that the schedule spans. Weight decay is added before the
-  Nesterov trace, as in the reference Wide-ResNet; `clip_norm` 0 does not clip. Under a plateau schedule the learning
-  rate is a number in the optimizer's state, changed by `set_rate`.
+
+def _rise(peak: float, steps: int) -> optax.Schedule:
+  return optax.linear_schedule(peak / (steps + 1), peak, steps)  # not from 0: the first step is to move, too
+
+
+# --- Optimizers -------------------------------------------------------------------------------------------------------
+
+# An optimizer, an entry of OPTIMIZERS, takes the learning rate (a number or a schedule) and the Mask of what decays,
+# and its options. It returns the transformations to be chained, of which the last one takes the rate.
+Transformations = tuple[optax.GradientTransformation, ...]
+
+
+def sgd(
+  rate: optax.ScalarOrSchedule, mask: Mask, *, momentum: float, nesterov: bool, weight_decay: float
+) -> Transformations:
+  """SGD with momentum and coupled weight decay, added before the momentum, as in the reference Wide-ResNet."""
+  decay = (optax.add_decayed_weights(weight_decay, mask),) if weight_decay else ()
+  return *decay, optax.sgd(rate, momentum=momentum or None, nesterov=nesterov)
+
+
+def adamw(rate: optax.ScalarOrSchedule, mask: Mask, *, b1: float, b2: float, weight_decay: float) -> Transformations:
+  """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+  return (optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=mask),)
+
+
+def lion(rate: optax.ScalarOrSchedule, mask: Mask, *, b1: float, b2: float, weight_decay: float) -> Transformations:
+  """The sign of an interpolated momentum, with decoupled weight decay (Chen et al. 2023)."""
+  return (optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=mask),)
+
+
+def lamb(rate: optax.ScalarOrSchedule, mask: Mask, *, b1: float, b2: float, weight_decay: float) -> Transformations:
+  """Adam with a trust ratio per array, for large mini-batches (You et al. 2020)."""
+  return (optax.lamb(rate, b1, b2, weight_decay=weight_decay, mask=mask),)
+
+
+def muon(
+  rate: optax.ScalarOrSchedule,
+  mask: Mask,
+  *,
+  momentum: float,
+  nesterov: bool,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+) -> Transformations:
+  """Orthogonalised momentum for kernels, AdamW for all else, with one rate for both (Liu et al. 2025)."""
+  transformation = optax.contrib.muon(
+    rate,
+    beta=momentum,
+    nesterov=nesterov,
+    weight_decay=weight_decay,
+    weight_decay_mask=mask,
+    adam_b1=b1,
+    adam_b2=b2,
+    adam_weight_decay=0.0 if mask else weight_decay,  # what a mask leaves out is what Adam updates
+    muon_weight_dimension_numbers=_matrices,
+    consistent_rms=0.2,  # AdamW's usual size of an update
+  )
+  return (transformation,)
+
+
+OPTIMIZERS: Registry[Callable[..., Transformations]] = Registry(
+  "optim.name", "optim.name", {"adamw": adamw, "lamb": lamb, "lion": lion, "muon": muon, "sgd": sgd}
+)
+
+
+def kernels(params: PyTree) -> PyTree:
+  """Returns, for each parameter, whether it is a kernel: not a bias, a scale of a normalisation, or an embedding."""
+  return jax.tree_util.tree_map_with_path(_is_kernel, params)
+
+
+def _is_kernel(path: tuple[Any, ...], parameter: Any) -> bool:
+  name = str(getattr(path[-1], "key", path[-1]))
+  return parameter.ndim > 1 and name not in ("bias", "scale") and "embed" not in name
+
+
+def _matrices(params: PyTree) -> PyTree:
+  """Returns how Muon reads each kernel as a matrix, all axes but the last as its rows; None for what Adam updates."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if _is_kernel(path, x) else None
+    ),
+    params,
+  )
+
+
+# What `optim.decay` names.
+DECAYS: Mapping[str, Mask] = {"all": None, "kernels": kernels}
+
+
+def make(optim: Mapping[str, Any], total: int) -> Optimizer:
+  """Returns the Optimizer of a checked `optim` group, for `total` steps; equal arguments give the same object.
+
+  Gradients are clipped first; `clip_norm` 0 does not clip. Under a schedule that looks at validation metrics, the
+  learning rate is a number in the optimizer's state, changed by `set_rate`.
   """
   return _make(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(optim.items())), total)
 
 
+def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
+  """Returns the transformation of `make`'s Optimizer."""
+  return make(optim, total).transformation
+
+
 @functools.lru_cache
-def _make(group: tuple, total: int) -> optax.GradientTransformation:
+def _make(group: tuple, total: int) -> Optimizer:
   optim = dict(group)
-  clip = [optax.clip_by_global_norm(optim["clip_norm"])] if optim["clip_norm"] else []
-  decay = [optax.add_decayed_weights(optim["weight_decay"])] if optim["weight_decay"] else []
-  sgd, rate = optax.sgd, make_schedule(optim, total)
-  if optim["schedule"] == "plateau":
-    sgd, rate = optax.inject_hyperparams(optax.sgd, static_args=("momentum", "nesterov")), optim["learning_rate"]
-  return optax.chain(*clip, *decay, sgd(rate, momentum=optim["momentum"] or None, nesterov=optim["nesterov"]))
+  name, clip = optim["name"], [optax.clip_by_global_norm(optim["clip_norm"])] if optim["clip_norm"] else []
+  make = functools.partial(OPTIMIZERS.find(name), mask=DECAYS[optim["decay"]], **OPTIMIZERS.arguments(name, optim))
+  schedule, adapt = make_schedule(optim, total), SCHEDULES.find(optim["schedule"]).adapt
+  if adapt is None:
+    return Optimizer(optax.chain(*clip, *make(schedule)), _without_metrics(schedule), name=name)
+  peak, warmup = optim["learning_rate"], _warmup_steps(optim, total)
+  rate_after = functools.partial(adapt, peak, **SCHEDULES.arguments(optim["schedule"], optim))
+  before = make(peak)[:-1]
+  injected = optax.inject_hyperparams(lambda learning_rate: make(learning_rate)[-1])(learning_rate=peak)
+  rise = optax.join_schedules([_rise(1.0, warmup), optax.constant_schedule(1.0)], [warmup])
+  warming = [optax.scale_by_schedule(rise)] if warmup else []
+
+  def rate(step: int, metrics: Sequence[float]) -> float:
+    return rate_after(metrics) * (float(rise(step)) if warmup else 1.0)
+
+  def between_epochs(state: PyTree, metrics: Sequence[float]) -> PyTree:
+    return set_rate(state, rate_after(metrics))
+
+  return Optimizer(optax.chain(*clip, *before, injected, *warming), rate, between_epochs, name)
+
+
+def set_rate(opt_state: PyTree, rate: float) -> PyTree:
+  """Returns the state of an optimizer whose rate is a number in it, with another rate, placed where the old one is."""
+  old = optax.tree.get(opt_state, "learning_rate")
+  # With the same sharding, because the step is compiled for it.
+  return optax.tree.set(opt_state, learning_rate=jax.device_put(np.full(old.shape, rate, old.dtype), old.sharding))

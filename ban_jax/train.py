@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
-from ban_jax import metrics, optim, preemption, processes, profiling, replay, report, storage, trees
+from ban_jax import metrics, preemption, processes, profiling, replay, report, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, check_flag
-from ban_jax.evaluate import Subject, measure
+from ban_jax.evaluating import Subject, measure
 from ban_jax.job import Job, Own, Setup
+from ban_jax.optim import Optimizer
 from ban_jax.step import TrainStep, initial_state, make_train_step
 from ban_jax.trees import Member
 from ban_jax.types import Carry, Dataset, Generation, Model, TrainState
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 # Steps dispatched ahead of the one whose sums are read: enough to keep an accelerator busy, while unbounded dispatch to
 # several CPU devices deadlocks. At least one dispatch, however many its steps.
 IN_FLIGHT = 8
-# The metric, the lower the better, by which a plateau schedule decides.
-PLATEAU_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
+# The metric, the lower the better, that a schedule may look at.
+VALIDATION_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
 # The metrics that the progress bar shows after an epoch.
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
@@ -44,7 +45,7 @@ _training = threading.Lock()
 
 def train_generation(
   params_prev: Member | Sequence[Member] | None,
-  cfg: ConfigDict,
+  cfg: ConfigDict | Setup,
   *,
   generation: int | None = None,
   workdir: epath.PathLike | None = None,
@@ -53,6 +54,7 @@ def train_generation(
   dataset: Dataset | None = None,
   model: Model | None = None,
   teacher_model: Model | None = None,
+  optimizer: Optimizer | None = None,
   initial: Member | None = None,
 ) -> Generation:
   """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
@@ -61,9 +63,10 @@ def train_generation(
   `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
   random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
 
-  `dataset`, `model` and `teacher_model` take the place of the configuration's `data`, `model` and `teacher.model`: what
-  `from_arrays` and `from_flax` return. `initial`, a Generation or a variables tree of the student's network, is what
-  the student begins with, in place of random parameters: to fine-tune, or to train a finished generation longer.
+  `dataset`, `model`, `teacher_model` and `optimizer` take the place of the configuration's `data`, `model`,
+  `teacher.model` and `optim`: what `from_arrays`, `from_flax` and `from_optax` return. `initial`, a Generation or a
+  variables tree of the student's network, is what the student begins with, in place of random parameters: to fine-tune,
+  or to train a finished generation longer.
 
   With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
   only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
@@ -76,14 +79,14 @@ def train_generation(
   second Ctrl-C is a KeyboardInterrupt at once. Without `workdir`, Ctrl-C is a KeyboardInterrupt after the step.
   """
   progress = check_flag("progress", progress)
-  setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model))
+  setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
   job = job_lib.prepare(setup, params_prev, generation, initial)
   with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
     return finished_or_trained([job], [held], progress)[0]
 
 
 def run(
-  cfg: ConfigDict,
+  cfg: ConfigDict | Setup,
   workdir: epath.PathLike,
   *,
   params_prev: Member | Sequence[Member] | None = None,
@@ -92,6 +95,7 @@ def run(
   dataset: Dataset | None = None,
   model: Model | None = None,
   teacher_model: Model | None = None,
+  optimizer: Optimizer | None = None,
 ) -> list[Generation]:
   """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
 
@@ -102,7 +106,7 @@ def run(
   workdir. Other arguments and errors are those of `train_generation`.
   """
   progress = check_flag("progress", progress)
-  setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model))
+  setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model, optimizer))
   with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
     return run_generations([setup], [held], progress, params_prev)[0]
 
@@ -293,7 +297,7 @@ def initial(job: Job) -> tuple[TrainState, Carry]:
   """Returns a generation's state and carry before its first step, as NumPy arrays on the host, rows in global order."""
   key = jax.random.fold_in(job.key, INIT)
   variables = job.student.init(key) if job.initial is None else trees.to_plain(job.initial)
-  state = initial_state(variables, job.optimizer, job.teacher.copied)
+  state = initial_state(variables, job.optimizer.transformation, job.teacher.copied)
   rows = job.cfg.train.batch_size
   carry = (job.student.init_carry(rows), job.teacher.teaching.init_carry(rows))
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
@@ -306,7 +310,7 @@ def step_of(job: Job) -> TrainStep:
     teaching=job.teacher.teaching,
     frozen=tuple(job.teacher.copied),
     loss=job.loss,
-    optimizer=job.optimizer,
+    optimizer=job.optimizer.transformation,
     fetch=job.dataset.fetch,
     devices=job.devices,
     sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
@@ -400,28 +404,27 @@ def _diverged(lane: Lane, live: Live, number: int, mean: float) -> TrainingError
 
 
 def _end_epoch(lane: Lane, live: Live) -> Live:
-  """Adds the epoch's row to the history, evaluates where that is due, and sets a plateau schedule's rate."""
+  """Adds the epoch's row to the history, evaluates where that is due, and sets the rate where it depends on that."""
   job, live = lane.job, _read(lane, live, keep=0)
   epoch, state = live.done // job.steps_per_epoch, live.state
+  rate = job.optimizer.rate
   values = {
-    "learning_rate": learning_rate(job, live.done, live.history),
+    **({"learning_rate": rate(live.done - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
     **_evaluate(job, state, epoch),
   }
   history = (*live.history, {"epoch": epoch, "step": live.done, **values})
-  if job.cfg.optim.schedule == "plateau":
-    state = state._replace(opt_state=optim.set_rate(state.opt_state, learning_rate(job, live.done, history)))
+  if job.optimizer.between_epochs:
+    state = state._replace(opt_state=job.optimizer.between_epochs(state.opt_state, _validated(job, history)))
   lane.write(live.done, values)
   lane.bar.note(**{name: values[name] for name in SHOWN if name in values})
   return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic())
 
 
-def learning_rate(job: Job, step: int, history: Sequence[Mapping[str, float]]) -> float:
-  """Returns the learning rate of a step, given the epochs so far."""
-  if job.cfg.optim.schedule != "plateau":
-    return float(job.schedule(step - 1))
-  return optim.plateau_rate(job.cfg.optim, [row[PLATEAU_METRICS[job.dataset.spec.kind]] for row in history])
+def _validated(job: Job, history: Sequence[Mapping[str, float]]) -> list[float]:
+  """Returns the validation metric of the epochs so far, if the optimizer looks at it."""
+  return [row[VALIDATION_METRICS[job.dataset.spec.kind]] for row in history] if job.optimizer.between_epochs else []
 
 
 def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
@@ -431,7 +434,7 @@ def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
   # Splits beside these three show what a finished generation made of its training examples.
   splits = [split for split in job.dataset.splits if split in ("validation", "test") or last and split != "train"]
   if not (last or every and epoch % every == 0):
-    splits = ["validation"] if cfg.optim.schedule == "plateau" else []
+    splits = ["validation"] if job.optimizer.between_epochs else []
   # After the last epoch as `evaluate` does it, because these metrics are reported.
   batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:

@@ -1,4 +1,4 @@
-"""The base configuration, with all keys: ban_jax/presets/base.py documents them."""
+"""The base configuration, with all keys: ban_jax/keys.py documents them."""
 
 from ban_jax.presets.base import get_config
 

@@ -280,7 +280,7 @@ def usage() -> str:
   parts.insert(1, "Flags of this script:" if len(parts) > 1 else "It has no flags of its own.")
   if "config" in flags.FLAGS:
     parts.append(
-      "  --config.KEY=VALUE\n      Changes a value of the configuration; configs/base.py documents every key."
+      "  --config.KEY=VALUE\n      Changes a value of the configuration; ban_jax/keys.py documents every key."
     )
   return "\n\n".join([*(part.strip("\n") for part in parts), "Flags of all scripts:", *shared])
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import data, metrics, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.evaluate import Subject, measure_pairs, sum_predictions
+from ban_jax.evaluating import Subject, measure_pairs, sum_predictions
 from ban_jax.job import make_models
 from ban_jax.processes import is_primary
 from ban_jax.types import Dataset, Generation, Model

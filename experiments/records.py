@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ban_jax import config, presets
+from ban_jax.keys import KEYS
 from ban_jax.types import Generation
 
 # The first seed of searches; smaller ones are for what is reported.
@@ -47,7 +48,7 @@ def differences(cfg: ConfigDict, words: str) -> dict[str, Any]:
   The loss is always among them, the seeds are not.
   """
   own, known = config.record(cfg), config.record(presets.compose(words))
-  left_out = {*config.FREE, "seed", "data.noise_seed"}
+  left_out = {*(name for name, key in KEYS.items() if not key.in_identity), "seed", "data.noise_seed"}
   return {
     key: value for key, value in own.items() if key not in left_out and (known.get(key) != value or key == "loss.name")
   }

@@ -9,6 +9,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 # Where arrays are computed, the shapes and dtypes of annotations are checked whenever a test calls a function.
@@ -19,6 +20,7 @@ CHECKED = [
 ]
 jaxtyping.Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays too, and tests give them
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
+  import ban_jax
   from configs import digits
   from experiments import cli
 
@@ -40,6 +42,24 @@ def config(words: str = "digits,wrn_10_1,smoke", **changes) -> ConfigDict:
   cfg = digits.get_config(words)
   cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   return cfg
+
+
+class Linear(nn.Module):
+  """A network that compiles in no time."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(4)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """Returns the arguments of a training that takes a second: four noisy stripes, a linear network, two devices."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(80) % 4
+  pixels = rng.normal(size=(80, 4, 4)) + labels[:, None, None]
+  dataset = ban_jax.from_arrays((pixels[:60], labels[:60]), (pixels[60:], labels[60:]), 0.2)
+  return {"dataset": dataset, "model": ban_jax.from_flax(Linear(), dataset), "devices": jax.devices()[:2]}
 
 
 def pytest_collection_modifyitems(items):

@@ -738,16 +738,16 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
 
 def test_keys_are_those_that_the_loader_takes():
   images_keys = ("validation", "train_examples", "pad", "flip", "label_noise", "noise_kind", "noise_seed")
-  assert data.keys_of("cifar10") == data.keys_of("cifar100") == ("dir", *images_keys)
-  assert data.keys_of("digits") == images_keys
+  assert data.DATASETS.options("cifar10") == data.DATASETS.options("cifar100") == ("dir", *images_keys)
+  assert data.DATASETS.options("digits") == images_keys
   tfds_keys = ("dataset", "size", "train_split", "test_split", "validation_split")
-  assert data.keys_of("tfds") == ("dir", *tfds_keys, *images_keys)
-  assert data.keys_of("ptb") == ("dir", "train_examples", "window")
-  assert data.keys_of("pydoc") == ("train_examples", "window")
+  assert data.DATASETS.options("tfds") == ("dir", *tfds_keys, *images_keys)
+  assert data.DATASETS.options("ptb") == ("dir", "train_examples", "window")
+  assert data.DATASETS.options("pydoc") == ("train_examples", "window")
 
 
 @pytest.mark.parametrize(
-  "ask", [data.keys_of, lambda name: data.load(group(name=name)), lambda name: data.describe(group(name=name))]
+  "ask", [data.DATASETS.options, lambda name: data.load(group(name=name)), lambda name: data.describe(group(name=name))]
 )
 def test_unknown_data_set_is_reported(ask):
   with pytest.raises(ConfigError) as error:
@@ -770,8 +770,8 @@ def test_embedded_data_sets_are_one_of_each_kind():
   for name, source in data.DATASETS.items():
     if name == "own":  # the caller's
       continue
-    assert ("window" in data.keys_of(name)) == (source.kind == "tokens")
-    assert source.embedded == ("dir" not in data.keys_of(name))
+    assert ("window" in data.DATASETS.options(name)) == (source.kind == "tokens")
+    assert source.embedded == ("dir" not in data.DATASETS.options(name))
     assert (source.describe is None) == (source.embedded or name == "tfds")
 
 

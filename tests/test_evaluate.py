@@ -15,7 +15,7 @@ import ban_jax
 from ban_jax import data, job, metrics, models, presets
 from ban_jax.data import text
 from ban_jax.errors import CheckpointError, ConfigError
-from ban_jax.evaluate import Subject, measure, measure_pairs, sum_predictions
+from ban_jax.evaluating import Subject, measure, measure_pairs, sum_predictions
 from ban_jax.step import make_eval_step
 from ban_jax.types import Batch
 

@@ -1,16 +1,19 @@
-"""Adding a loss, a network, a data set or a table touches one place: its own module and one registry entry."""
+"""Adding a loss, an optimizer, a network, a data set or a table is its own module and one registry entry."""
 
 import dataclasses
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import config
 from flax import linen as nn
 
 import ban_jax
-from ban_jax import data, losses, models, presets
+from ban_jax import config as config_lib
+from ban_jax import data, losses, models, optim, presets
 from ban_jax.data import images
 from ban_jax.models import common
 from experiments.tables import graph
@@ -30,6 +33,26 @@ def test_a_loss_is_a_function_and_an_entry(monkeypatch):
   student = ban_jax.train_generation(teacher, cfg, **QUIET)
   assert student.index == 1
   assert losses.make_loss({**cfg.loss, "temperature": 2.0}).options == ("temperature",)
+
+
+def test_an_optimizer_is_a_function_and_an_entry(monkeypatch, tiny):
+  def signed(rate, mask, *, momentum):
+    return (
+      optax.trace(momentum),
+      optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)),
+      optax.scale_by_learning_rate(rate),
+    )
+
+  monkeypatch.setitem(optim.OPTIMIZERS, "signed", signed)
+  cfg = config(
+    "digits,own,smoke,signed", train__batch_size=8, optim__learning_rate=0.5, optim__schedule="constant", **SHORT
+  )
+  teacher = ban_jax.train_generation(None, cfg, **tiny, **QUIET)
+  student = ban_jax.train_generation(teacher, cfg, **tiny, **QUIET)
+  assert student.history[0]["learning_rate"] == 0.5
+  identity = config_lib.identity(config_lib.record(cfg), 1)
+  assert identity["optim.momentum"] == 0.9
+  assert "optim.weight_decay" not in identity
 
 
 def test_a_network_is_a_file_and_an_entry(monkeypatch):

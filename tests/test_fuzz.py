@@ -110,7 +110,7 @@ def trace(job):
   """Traces a generation's training step and evaluation steps, with the arguments that `train` gives them."""
   config, devices = job.cfg, job.devices
   assert job.lineage["identity"]
-  train.learning_rate(job, job.total_steps, [])
+  job.optimizer.rate(job.total_steps - 1, [])
 
   def carries(rows, models):
     return jax.eval_shape(lambda: tuple(model.init_carry(rows) for model in models))

@@ -8,14 +8,14 @@ from conftest import config
 
 import ban_jax
 from ban_jax import config as config_lib
-from ban_jax import presets, storage, trees
+from ban_jax import keys, presets, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 
 QUIET = {"progress": False}
 TINY = {"train__epochs": 1, "train__evaluate_every": 0}
 
 # Digests for teacher and students. If one of them changes, users' run directories and tables are not found any more:
-# give a new key a neutral value in config.NEUTRAL instead.
+# give a new key a neutral value in ban_jax/keys.py instead.
 KNOWN = {
   "cifar100,wrn_28_10,paper": ("94ba99", "03007f"),
   "cifar10,densenet_90_60,quick,cwtm": ("711731", "2fc7c0"),
@@ -39,18 +39,8 @@ def test_identities_are_those_of_earlier_versions(words):
 @pytest.fixture
 def later_key(monkeypatch):
   """Makes every new configuration have a key `train.fancy`, whose neutral value is 0."""
-  base = presets.base.get_config
-
-  def with_key():
-    cfg = base()
-    cfg.train.fancy = 0
-    return cfg
-
-  def add():
-    monkeypatch.setattr(presets.base, "get_config", with_key)
-    monkeypatch.setitem(config_lib.NEUTRAL, "train.fancy", 0)
-
-  return add
+  key = keys.Key(0, keys.whole(0), "How fancy.", neutral=0)
+  return lambda: monkeypatch.setitem(keys.KEYS, "train.fancy", key)
 
 
 def test_a_later_key_with_its_neutral_value_finds_earlier_runs(later_key, tmp_path):
@@ -75,9 +65,7 @@ def test_an_unknown_key_is_refused():
   with cfg.unlocked():
     del cfg.train.fancy
     del cfg.loss.temperature
-  with pytest.raises(
-    ConfigError, match=r"the configuration lacks loss.temperature; ban_jax/presets/base.py documents every"
-  ):
+  with pytest.raises(ConfigError, match=r"the configuration lacks loss.temperature; ban_jax/keys.py documents every"):
     ban_jax.train_generation(None, cfg, **QUIET)
 
 

@@ -12,7 +12,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.config import check_dataset
 from ban_jax.errors import CheckpointError, ConfigError, TrainingError
-from ban_jax.evaluate import Subject, measure
+from ban_jax.evaluating import Subject, measure
 from ban_jax.job import make_models
 from configs import digits, pydoc
 
@@ -50,7 +50,7 @@ def teacher():
   ],
 )
 def test_the_rate_falls_where_an_epoch_brings_too_little(factor, threshold, metrics, rate):
-  assert optim.plateau_rate({"learning_rate": 8.0, "factor": factor, "threshold": threshold}, metrics) == rate
+  assert optim.plateau_rate(8.0, metrics, factor=factor, threshold=threshold) == rate
 
 
 def test_the_rate_that_a_run_reports_is_the_one_that_it_trains_with():

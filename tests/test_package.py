@@ -1,6 +1,7 @@
 """The package as it is installed: import time and weight, the quickstart."""
 
 import fnmatch
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ import jaxtyping
 import pytest
 from conftest import ROOT
 
+import ban_jax
 from ban_jax import losses
 from experiments import forks
 
@@ -75,6 +77,10 @@ def test_an_installation_takes_no_other_name_than_ban_jax(monkeypatch):
   runpy.run_path(str(ROOT / "setup.py"))
   assert {name.partition(".")[0] for name in given["packages"]} == {"ban_jax"}
   assert {"ban_jax.presets", "ban_jax.models", "ban_jax.data", "ban_jax.storage"} < set(given["packages"])
+
+
+def test_no_module_hides_behind_a_function_of_its_name():
+  assert [name for name in ban_jax.__all__ if importlib.util.find_spec(f"ban_jax.{name}")] == []
 
 
 def test_wrong_shapes_are_noticed_in_the_tests():

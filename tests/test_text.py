@@ -15,7 +15,7 @@ import pytest
 from ban_jax import data
 from ban_jax.data import ptb, pydoc, text
 from ban_jax.errors import ConfigError, DataError
-from ban_jax.evaluate import Subject, measure
+from ban_jax.evaluating import Subject, measure
 from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
 from ban_jax.types import InputSpec, Model
 

@@ -8,17 +8,17 @@ TRAIN, SHAPE = 50_000, (32, 32, 3)
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def load_cifar10(directory: str, options: images.Options) -> Dataset:
-  """Returns CIFAR-10, read from `directory` or prepared there; "" is the default of TensorFlow Datasets.
+def load_cifar10(*, dir: str, options: images.Options) -> Dataset:
+  """Returns CIFAR-10, read from the directory `dir` or prepared there; "" is the default of TensorFlow Datasets.
 
   Raises ConfigError for options that do not fit the data, and DataError where they are missing or broken.
   """
-  return _load("cifar10", directory, options)
+  return _load("cifar10", dir, options)
 
 
-def load_cifar100(directory: str, options: images.Options) -> Dataset:
+def load_cifar100(*, dir: str, options: images.Options) -> Dataset:
   """Returns CIFAR-100 with its 100 fine classes; arguments and errors are those of `load_cifar10`."""
-  return _load("cifar100", directory, options)
+  return _load("cifar100", dir, options)
 
 
 def _load(name: str, directory: str, options: images.Options) -> Dataset:

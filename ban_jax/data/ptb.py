@@ -19,21 +19,21 @@ SIZES = {"train": 929_589, "validation": 73_760, "test": 82_430}
 WORDS, CHARACTERS = 10_000, 46
 
 
-def load(directory: str, options: text.Options) -> Dataset:
+def load(*, dir: str, options: text.Options) -> Dataset:
   """Returns the Penn Treebank: 929,589, 73,760 and 82,430 tokens of 10,000 words.
 
-  Reads the three files in `directory`: words between white space, with `<eos>` at each line's end. The vocabulary is
-  that of the training file. Raises ConfigError if no directory is named or the options do not fit the text, and
-  DataError, naming file and line, for a file that is missing, blank, not UTF-8 or unreadable, and for a word that is
-  not in the vocabulary.
+  Reads the three files in the directory `dir`: words between white space, with `<eos>` at each line's end. The
+  vocabulary is that of the training file. Raises ConfigError if no directory is named or the options do not fit the
+  text, and DataError, naming file and line, for a file that is missing, blank, not UTF-8 or unreadable, and for a word
+  that is not in the vocabulary.
   """
   expected = (
     f"ptb is read from {', '.join(FILES.values())} in the directory that data.dir names; nothing is downloaded: the"
     " files (the Penn Treebank in Mikolov's split) have to be supplied by the user"
   )
-  if not directory:
-    raise ConfigError(f"data.dir={directory!r}: {expected}")
-  paths = {split: pathlib.Path(os.path.expanduser(directory)) / file for split, file in FILES.items()}
+  if not dir:
+    raise ConfigError(f"data.dir={dir!r}: {expected}")
+  paths = {split: pathlib.Path(os.path.expanduser(dir)) / file for split, file in FILES.items()}
   missing = [str(path) for path in paths.values() if _is_missing(path)]
   if missing:
     raise DataError(f"ptb: missing: {', '.join(missing)}; {expected}")
@@ -50,7 +50,7 @@ def load(directory: str, options: text.Options) -> Dataset:
   sizes = {split: text.count_tokens(part) for split, part in lines.items()}
   if sizes != SIZES:
     logger.warning(
-      "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", directory, sizes, SIZES
+      "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", dir, sizes, SIZES
     )
   return text.build("ptb", lines, words, options=options)
 

@@ -21,8 +21,8 @@ _FIELDS: Any = [*Asked.__annotations__.items(), *images.Options.__annotations__.
 Options: Any = NamedTuple("Options", _FIELDS)  # type: ignore[misc]  # whose fields are not written out
 
 
-def load(directory: str, options: Options) -> Dataset:
-  """Returns a data set of TFDS, read from `directory` or prepared there; "" is TFDS's default.
+def load(*, dir: str, options: Options) -> Dataset:
+  """Returns a data set of TFDS, read from the directory `dir` or prepared there; "" is TFDS's default.
 
   Raises ConfigError for what is no image classification set or options that do not fit it, and DataError where it is
   neither prepared in a format that can be read nor can be prepared.
@@ -32,7 +32,7 @@ def load(directory: str, options: Options) -> Dataset:
   asked = Asked(*(getattr(options, key) for key in Asked._fields))
   own = images.Options(*(getattr(options, key) for key in images.Options._fields))
   wanted = tuple((key, split) for key, split in asked._asdict().items() if key.endswith("_split") and split)
-  parts, num_classes = tfds_images.read(asked.dataset, asked.size, wanted, directory)
+  parts, num_classes = tfds_images.read(asked.dataset, asked.size, wanted, dir)
   return images.build(
     asked.dataset,
     parts["train_split"],

@@ -22,6 +22,7 @@ from ban_jax.models.matched_resnet import (
 )
 from ban_jax.models.own import OwnOptions, own
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
+from ban_jax.registry import Registry
 from ban_jax.types import InputSpec, Model
 
 
@@ -32,7 +33,7 @@ class ModelKind(NamedTuple):
   make: Callable[..., Model]  # (spec, options, *, dtype, axis_name) -> Model
 
 
-MODELS = {
+_ENTRIES = {
   "char_cnn_lstm": ModelKind(CharCNNLSTMOptions, char_cnn_lstm),
   "densenet": ModelKind(DenseNetOptions, densenet),
   "lstm": ModelKind(LSTMOptions, lstm),
@@ -41,8 +42,15 @@ MODELS = {
   "own": ModelKind(OwnOptions, own),
   "wide_resnet": ModelKind(WideResNetOptions, wide_resnet),
 }
+MODELS = Registry("model.name", "model", _ENTRIES)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def defaults(name: str) -> dict[str, Any]:
+  """Returns those options of a network that have a default: they came later, and earlier records lack them."""
+  fields = dataclasses.fields(MODELS[name].options) if name in MODELS else ()
+  return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callable[..., Model], Any]:
@@ -56,8 +64,8 @@ def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callabl
   values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
   name = values.pop("name")
   kind = look_up(MODELS, name, key)
-  accepted = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind.options)}
-  if not {option for option, needed in accepted.items() if needed} <= values.keys() <= accepted.keys():
+  accepted = MODELS.options(name)
+  if not set(accepted) - defaults(name).keys() <= values.keys() <= set(accepted):
     raise ConfigError(
       f"model {name!r} takes the options {', '.join(accepted)}; the configuration gives {', '.join(values) or 'none'}"
     )

@@ -1,8 +1,8 @@
 """Presets of data sets, networks and scales.
 
 `compose("cifar10,wrn_16_1,cpu")` applies the presets of a data set, a network and a scale to the base, in this order.
-Further words may follow: the name of a loss, or `teacher=NETWORK` for another network as generation 0, which is trained
-with the students' settings.
+Further words may follow: the name of a loss, the name of an optimizer, with its usual learning rate and decay, or
+`teacher=NETWORK` for another network as generation 0, which is trained with the students' settings.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ban_jax.errors import ConfigError, choices
 from ban_jax.losses import LOSSES
+from ban_jax.optim import OPTIMIZERS
 from ban_jax.presets import base
 
 Preset = Callable[[ConfigDict], None]
@@ -193,6 +194,15 @@ TRAINING = {
   },
 }
 
+# Settings of an optimizer that is named by a word, where they differ from the base's, which are SGD's. Lion's rate is a
+# tenth of AdamW's, and its decay ten times as large (Chen et al. 2023); Muon's updates have the size of AdamW's.
+OPTIMIZER_SETTINGS = {
+  "adamw": {"learning_rate": 1e-3, "weight_decay": 0.01, "decay": "kernels"},
+  "lamb": {"learning_rate": 3e-3, "weight_decay": 0.01, "decay": "kernels"},
+  "lion": {"learning_rate": 1e-4, "weight_decay": 0.1, "decay": "kernels", "b2": 0.99},
+  "muon": {"learning_rate": 1e-3, "weight_decay": 0.01, "decay": "kernels", "momentum": 0.95},
+}
+
 
 def _is_text(config: ConfigDict) -> bool:
   return config.data.window > 0
@@ -238,7 +248,7 @@ SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
 
 
 def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDict:
-  """Returns the locked configuration for the words `dataset,network,scale[,loss][,teacher=network]`.
+  """Returns the locked configuration for the words `dataset,network,scale[,loss][,optimizer][,teacher=network]`.
 
   The word tfds=NAME is the data set NAME of TensorFlow Datasets. `datasets` are the data sets that the calling
   configuration file accepts. Raises a ConfigError that lists the choices for an unknown word.
@@ -264,10 +274,10 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
 
 
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
-  """Returns the locked configuration for the words `dataset,network,scale[,loss][,teacher=network]`.
+  """Returns the locked configuration for the words `dataset,network,scale[,loss][,optimizer][,teacher=network]`.
 
   It is what the configuration files of a checkout return. "own" stands for data, or a network, that the caller gives as
-  `dataset=` and `model=`. base.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
+  `dataset=` and `model=`. ban_jax/keys.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
   ConfigError that lists the choices for an unknown word.
   """
   return compose(words)
@@ -281,10 +291,12 @@ def _apply_more(config: ConfigDict, word: str) -> None:
   name, _, value = word.partition("=")
   if word in LOSSES:
     config.loss.name = word
+  elif word in OPTIMIZERS:
+    config.optim.update({"name": word, **OPTIMIZER_SETTINGS.get(word, {})})
   elif name == "teacher" and value in MODELS:
     config.teacher.model = _copy(value)
   else:
     raise ConfigError(
-      f"unknown word {word!r}; the scale may be followed by a loss ({choices(LOSSES)}) or by teacher=NETWORK, where "
-      f"NETWORK is one of: {choices(MODELS)}"
+      f"unknown word {word!r}; the scale may be followed by a loss ({choices(LOSSES)}), an optimizer "
+      f"({choices(OPTIMIZERS)}), or teacher=NETWORK, where NETWORK is one of: {choices(MODELS)}"
     )

@@ -26,7 +26,7 @@ class Subject(NamedTuple):
 
 def evaluate(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -41,16 +41,13 @@ def evaluate(
   before any work: ConfigError for an unknown split, no members or a configuration that cannot be evaluated,
   CheckpointError for a tree that does not fit its network.
   """
-  return measure(
-    _resolve("evaluate", generations, cfg, devices, job.Own(dataset, model, teacher_model)),
-    split,
-    cfg.evaluate.batch_size,
-  )
+  subject, rows = _resolve("evaluate", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  return measure(subject, split, rows)
 
 
 def reliability(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -64,13 +61,13 @@ def reliability(
   their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
   Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
   """
-  subject = _resolve("reliability", generations, cfg, devices, job.Own(dataset, model, teacher_model))
-  return metrics.bins(sum_predictions(subject, split, cfg.evaluate.batch_size))
+  subject, rows = _resolve("reliability", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  return metrics.bins(sum_predictions(subject, split, rows))
 
 
 def compare(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -84,26 +81,24 @@ def compare(
   float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
   row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
   """
-  return measure_pairs(
-    _resolve("compare", generations, cfg, devices, job.Own(dataset, model, teacher_model)),
-    split,
-    cfg.evaluate.batch_size,
-  )
+  subject, rows = _resolve("compare", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  return measure_pairs(subject, split, rows)
 
 
 def _resolve(
   what: str,
   generations: Member | Sequence[Member],
-  cfg: ConfigDict,
+  cfg: ConfigDict | job.Setup,
   devices: Sequence[jax.Device] | None,
   own: job.Own,
-) -> Subject:
-  """Returns what the function named `what` was given, checked: trees with the networks they fit, data and devices."""
+) -> tuple[Subject, int]:
+  """Returns what the function named `what` was given, checked, and the evaluation batch."""
   setup = job.resolve(cfg, devices, own)
   members, models = job.members(generations, setup, "member")
   if not members:
     raise ConfigError(f"{what} needs at least one network")
-  return Subject(tuple(models), tuple(map(trees.to_plain, members)), setup.dataset, setup.devices)
+  subject = Subject(tuple(models), tuple(map(trees.to_plain, members)), setup.dataset, setup.devices)
+  return subject, setup.cfg.evaluate.batch_size
 
 
 def measure(subject: Subject, split: str, batch_size: int) -> dict[str, float]:
