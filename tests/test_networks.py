@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from test_models import initial, randomised
 
-from ban_jax import losses, presets
+import ban_jax
+from ban_jax import data, losses, presets
 from ban_jax.errors import ConfigError
 from ban_jax.models import check_options, common, make_model
 from ban_jax.types import InputSpec
@@ -236,3 +237,67 @@ def test_cudnn_is_refused_where_it_is_not_available(case):
 def test_networks_refuse_the_other_kind_of_data(case, spec):
   with pytest.raises(ConfigError, match=r"reads (images|tokens); the data set holds (images|tokens)"):
     make_model(CASES[case][0], spec)
+
+
+# ---- Training, evaluation, prediction.
+
+QUIET = {"progress": False}
+
+
+def with_model(words, group, **changes):
+  cfg = ban_jax.get_config(words).copy_and_resolve_references()
+  cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  with cfg.unlocked():
+    cfg.model = group
+  return cfg
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+  """A configuration, and a GPT with dropout and its student, read from disk."""
+  small = GPT | {"layers": 1, "dropout": 0.1, "drop_path": 0.1, "positions": "rotary"}
+  cfg = with_model("pydoc,gpt_64,smoke", small, train__epochs=1, train__evaluate_every=0)
+  workdir = tmp_path_factory.mktemp("gpt")
+  ban_jax.run(cfg, workdir, devices=jax.devices()[:1], **QUIET)
+  return cfg, ban_jax.load_run(workdir)
+
+
+def test_a_gpt_is_evaluated_alike_in_any_batch(gpt):
+  cfg, generations = gpt
+  alone, many = (ban_jax.evaluate(generations, _batch(cfg, rows), devices=jax.devices()[:1]) for rows in (1, 64))
+  assert many["count"] == alone["count"] == data.load(cfg.data).sizes["test"]
+  assert many["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+  assert many["perplexity"] < 1500
+
+
+def _batch(cfg, rows):
+  cfg = cfg.copy_and_resolve_references()
+  cfg.evaluate.batch_size = rows
+  return cfg
+
+
+def test_a_gpt_reads_a_long_sentence_in_windows_and_samples_from_the_last_one(gpt):
+  _, generations = gpt
+  spec = generations[0].network.spec
+  window, words = spec.shape[0], spec.words
+  tokens = np.random.default_rng(0).integers(2, len(words), 2 * window + 3)
+  text = [words[token] for token in tokens]
+  (logs,) = ban_jax.log_probabilities(generations, [" ".join(text)])
+  read = [words.index("<eos>"), *tokens, words.index("<eos>")]
+  for first in (0, window, 2 * window):
+    part = np.array(read[first : first + window + 1])
+    found = np.log(ban_jax.predict(generations, part[None, :-1])[0][np.arange(len(part) - 1), part[1:]])
+    np.testing.assert_allclose(logs[first : first + window], found, rtol=1e-4)
+  likely = words[int(ban_jax.predict(generations, [read[-window - 1 : -1]])[0, -1].argmax())]
+  assert ban_jax.sample(generations, 1, prompt=" ".join(text), temperature=1e-3) == likely
+  assert ban_jax.sample(generations, 5, seed=1) == ban_jax.sample(generations, 5, seed=1)
+  with pytest.raises(ban_jax.DataError, match="have 11 tokens; a network without a carry reads at most its window, 10"):
+    ban_jax.predict(generations, np.zeros((1, 11), int))
+
+
+def test_a_gpt_and_an_lstm_teach_one_another(gpt):
+  cfg, generations = gpt
+  lstm = with_model("pydoc,lstm_32,smoke", presets.MODELS["lstm_32"], train__epochs=1, train__evaluate_every=0)
+  student = ban_jax.train_generation(generations[0], lstm, devices=jax.devices()[:1], **QUIET)
+  assert student.network.group["name"] == "lstm"
+  assert len(ban_jax.sample([generations[0], student], 3).split()) == 3
