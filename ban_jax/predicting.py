@@ -34,6 +34,12 @@ class Predictor(NamedTuple):
   dtype: str  # of the images that the networks were trained on
   devices: Devices
 
+  @property
+  def window(self) -> int | None:
+    """How many tokens the networks read at once: those of a training window if one of them has no carry, else any."""
+    stateless = self.spec.kind == "tokens" and not all(jax.tree.leaves(model.init_carry(1)) for model in self.models)
+    return self.spec.shape[0] if stateless else None
+
   def carries(self, rows: int) -> Carry:
     """Returns the carries at the beginning of `rows` texts."""
     return devices_lib.split_rows(tuple(model.init_carry(rows) for model in self.models), self.devices)
@@ -117,9 +123,11 @@ def log_probabilities(
 
   A sentence is words of the vocabulary separated by spaces, as the training text has them. Each is read on its own,
   after an `<eos>`; its perplexity is exp of minus the mean. A word that is not in the vocabulary counts as `<unk>`, or
-  raises a DataError where the vocabulary has none. Other arguments and errors are those of `predict`.
+  raises a DataError where the vocabulary has none. A network without a carry reads a longer sentence window by window,
+  as in evaluation. Other arguments and errors are those of `predict`.
   """
   predictor = _language_model(generations, weights, devices, "log_probabilities")
+  unit = predictor.window or PAD_TO
   batch_size = check_whole("batch_size", batch_size, 1)
   if isinstance(sentences, str):
     raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
@@ -133,12 +141,16 @@ def log_probabilities(
   found = []
   for first in range(0, len(tokens), batch_size):
     part = tokens[first : first + batch_size]
-    longest = -(-max(map(len, part)) // PAD_TO) * PAD_TO
+    longest = -(-max(map(len, part)) // unit) * unit
     rows = np.zeros((len(part), longest), np.int32)  # what follows a sentence does not change what is said of it
     for row, own in zip(rows, part, strict=True):
       row[: len(own)] = own
     rows = _pad(rows, _filled(batch_size, len(tokens), predictor.devices))
-    logs = predictor.step(predictor.carries(len(rows)), rows)[1]
+    carries, read = predictor.carries(len(rows)), []
+    for window in np.split(rows, longest // predictor.window if predictor.window else 1, axis=1):
+      carries, logs = predictor.step(carries, window)
+      read.append(logs)
+    logs = np.concatenate(read, axis=1)
     found += [row[np.arange(len(own) - 1), own[1:]] for row, own in zip(logs, part, strict=False)]
   return found
 
@@ -155,22 +167,41 @@ def sample(
   """Returns `length` words sampled from a language model, or from an ensemble, after a `prompt` of words.
 
   Words are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. The same seed gives
-  the same text on the same machine. Errors are those of `log_probabilities`.
+  the same text on the same machine. If a network has no carry, each word follows from the last window of words alone.
+  Errors are those of `log_probabilities`.
   """
   length, seed = check_whole("length", length, 0), check_whole("seed", seed, 0)
   if not isinstance(temperature, numbers.Real) or not temperature > 0:
     raise ConfigError(f"temperature={temperature!r}: expected a number above 0")
   predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
-  rng, carries, words = np.random.default_rng(seed), predictor.carries(1), []
-  for token in (*_ids(predictor.spec, EOS), *_ids(predictor.spec, prompt)):
-    carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+  rng, words, read = np.random.default_rng(seed), [], _reader(predictor)
+  logs = read([*_ids(predictor.spec, EOS), *_ids(predictor.spec, prompt)])
   for _ in range(length):
-    scaled = logs[0, 0].astype(np.float64) / temperature
+    scaled = logs.astype(np.float64) / temperature
     odds = np.exp(scaled - scaled.max())
     token = rng.choice(len(odds), p=odds / odds.sum())
     words.append(predictor.spec.words[token])
-    carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+    logs = read([token])
   return " ".join(words)
+
+
+def _reader(predictor: Predictor) -> Callable[[Sequence[int]], Float32[np.ndarray, " words"]]:
+  """Returns the function that reads a text's further tokens and returns the log-probabilities of the one after them."""
+  text: list[int] = []
+  carries = predictor.carries(1)
+
+  def read(tokens: Sequence[int]) -> np.ndarray:
+    nonlocal carries
+    if predictor.window is None:
+      for token in tokens:
+        carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+      return logs[0, 0]
+    text.extend(tokens)
+    last = text[-predictor.window :]
+    row = np.array([last + [0] * (predictor.window - len(last))], np.int32)  # what follows does not change the past
+    return predictor.step(carries, row)[1][0, len(last) - 1]
+
+  return read
 
 
 def prepare(
@@ -266,6 +297,11 @@ def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
     if inputs.size and not 0 <= inputs.min() <= inputs.max() < spec.num_classes:
       raise DataError(
         f"a token is {inputs.max() if inputs.min() >= 0 else inputs.min()}; expected 0 to {spec.num_classes - 1}"
+      )
+    if predictor.window and inputs.shape[1] > predictor.window:
+      raise DataError(
+        f"the inputs have {inputs.shape[1]} tokens; a network without a carry reads at most its window, "
+        f"{predictor.window}"
       )
     return inputs.astype(np.int32)
   if inputs.ndim == 3 and spec.shape[-1] == 1:

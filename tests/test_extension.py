@@ -70,7 +70,7 @@ def test_a_network_is_a_file_and_an_entry(monkeypatch):
       return common.classifier(nn.BatchNorm(use_running_average=not train)(x), self.num_classes, jnp.float32)
 
   def linear(spec, options, *, dtype, axis_name):
-    return common.from_image_module("linear", Linear(options, spec.num_classes), spec)
+    return common.from_module("linear", Linear(options, spec.num_classes), spec)
 
   monkeypatch.setitem(models.MODELS, "linear", models.ModelKind(LinearOptions, linear))
   cfg = config(**SHORT).copy_and_resolve_references()

@@ -12,7 +12,7 @@ from jax.experimental import rnn
 from ban_jax import devices as devices_lib
 from ban_jax import losses, step, teacher
 from ban_jax.errors import ConfigError
-from ban_jax.models import make_model, recurrent
+from ban_jax.models import common, make_model, recurrent
 from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, CharCNNLSTMOptions, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
 from experiments import parameters
@@ -428,7 +428,7 @@ def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size
 
 @BOTH
 def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
-  monkeypatch.setattr(recurrent, "check_cudnn", lambda dtype: None)
+  monkeypatch.setattr(common, "check_cudnn", lambda *dtypes: None)
   monkeypatch.setattr(rnn, "lstm", reference_lstm)
   plain, packed = build(name), build(name, cudnn=True)
   assert jax.tree.map(np.shape, initial(plain)) == jax.tree.map(np.shape, initial(packed))
@@ -469,10 +469,10 @@ def test_cudnn_is_refused_in_bfloat16(name, monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda: [Gpu])
   with pytest.raises(ConfigError, match="computes in float32 only, not in bfloat16; choose compute_dtype float32"):
     build(name, cudnn=True, compute_dtype="bfloat16")
-  recurrent.check_cudnn(jnp.float32)
+  common.check_cudnn(jnp.float32, jnp.float32)
   Client.platform_version = "rocm 60300"
   with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
-    recurrent.check_cudnn(jnp.float32)
+    common.check_cudnn(jnp.float32, jnp.float32)
 
 
 # ---- Characters.

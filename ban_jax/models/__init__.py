@@ -13,6 +13,7 @@ from ban_jax import devices
 from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.models.char_cnn_lstm import CharCNNLSTMOptions, char_cnn_lstm
 from ban_jax.models.densenet import DenseNetOptions, densenet
+from ban_jax.models.gpt import GPTOptions, gpt
 from ban_jax.models.lstm import LSTMOptions, lstm
 from ban_jax.models.matched_resnet import (
   MatchedPreResNetOptions,
@@ -21,6 +22,8 @@ from ban_jax.models.matched_resnet import (
   matched_wide_resnet,
 )
 from ban_jax.models.own import OwnOptions, own
+from ban_jax.models.resnet import ResNetOptions, resnet
+from ban_jax.models.vit import ViTOptions, vit
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
 from ban_jax.registry import Registry
 from ban_jax.types import InputSpec, Model
@@ -36,10 +39,13 @@ class ModelKind(NamedTuple):
 _ENTRIES = {
   "char_cnn_lstm": ModelKind(CharCNNLSTMOptions, char_cnn_lstm),
   "densenet": ModelKind(DenseNetOptions, densenet),
+  "gpt": ModelKind(GPTOptions, gpt),
   "lstm": ModelKind(LSTMOptions, lstm),
   "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_pre_resnet),
   "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_wide_resnet),
   "own": ModelKind(OwnOptions, own),
+  "resnet": ModelKind(ResNetOptions, resnet),
+  "vit": ModelKind(ViTOptions, vit),
   "wide_resnet": ModelKind(WideResNetOptions, wide_resnet),
 }
 MODELS = Registry("model.name", "model", _ENTRIES)

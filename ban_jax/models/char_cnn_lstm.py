@@ -157,7 +157,7 @@ def char_cnn_lstm(spec: InputSpec, options: CharCNNLSTMOptions, *, dtype: Any, a
   """
   del axis_name  # no batch norm
   if options.cudnn:
-    recurrent.check_cudnn(dtype)
+    common.check_cudnn(dtype, jnp.float32)
   name = f"char_cnn_lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
   if len(spec.words) != spec.num_classes:

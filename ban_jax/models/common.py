@@ -17,7 +17,14 @@ from ban_jax.types import InputSpec, Model
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
+def norm(
+  *,
+  train: bool,
+  dtype: Any,
+  axis_name: str | None,
+  name: str,
+  scale: nn.initializers.Initializer = nn.initializers.ones,
+) -> nn.BatchNorm:
   """Returns batch normalisation with momentum 0.9 and epsilon 1e-5, which the paper does not state (docs/design.md).
 
   Statistics are float32; with `axis_name` they are those of the global mini-batch. The variance is E[x^2] - E[x]^2,
@@ -25,17 +32,24 @@ def norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.Bat
   4 % at 300 standard deviations, half at 1,000; in networks trained here the ratio stayed below 1.8.
   """
   return nn.BatchNorm(
-    use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=dtype,
+    scale_init=scale,
+    axis_name=axis_name,
+    name=name,
   )
 
 
 def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
   """Returns relu(norm(x)); call it in a compact module, where it creates the submodule `name`."""
-  return _computed_once(nn.relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x)))
+  return relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
 
 
-def _computed_once(x: Array) -> Array:
-  """Returns x, behind a barrier on CPU: XLA would compute it anew inside each strided copy that a convolution needs."""
+def relu(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+  """Returns the input of a convolution, behind a barrier on CPU."""
+  x = nn.relu(x)  # XLA would compute it anew inside each strided copy that a convolution needs
   return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
@@ -102,21 +116,38 @@ class Dropout(nn.Module):
     return jnp.where(keep, x * jnp.asarray(65536 / (65536 - dropped), x.dtype), 0)
 
 
-def from_image_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
-  """Wraps a Flax module, called as `module(images, train=, positions=)`, as a Model without a carry."""
+def drop_path(
+  x: Float[Array, "B ..."], rate: float, *, train: bool, positions: Int[Array, " B"] | None, name: str
+) -> Float[Array, "B ..."]:
+  """Leaves out a whole example at the rate, by its position, and scales the others (Huang et al. 2016).
+
+  Call it in a compact module, where it creates the submodule `name`.
+  """
+  kept = jnp.ones((len(x), *(1,) * (x.ndim - 1)), x.dtype)
+  return x * Dropout(rate, name=name)(kept, train=train, positions=positions)
+
+
+def from_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
+  """Wraps a Flax module, called as `module(inputs, train=, positions=)`, as a Model without a carry."""
 
   @jax.jit
   def init(key):
-    return module.init({"params": key}, jnp.zeros((1, *spec.shape)), train=False, positions=None)
+    return module.init({"params": key}, blank(spec), train=False, positions=None)
 
   def apply(variables, carry, inputs, *, train, key=None, positions=None):
     run = functools.partial(module.apply, variables, inputs, train=train, positions=positions)
+    statistics = variables.get("batch_stats", {})
     if not train:
-      return run(), carry, variables["batch_stats"]
+      return run(), carry, statistics
     logits, updated = run(rngs={"dropout": key}, mutable=["batch_stats"])
-    return logits, carry, updated["batch_stats"]
+    return logits, carry, updated.get("batch_stats", statistics)
 
   return Model(name, spec, init, lambda batch: (), apply)
+
+
+def blank(spec: InputSpec) -> Array:
+  """Returns one example of a data set, all zeros: what a network's variables are made for."""
+  return jnp.zeros((1, *spec.shape), jnp.float32 if spec.kind == "images" else jnp.int32)
 
 
 def require_kind(name: str, kind: str, spec: InputSpec) -> None:
@@ -125,12 +156,25 @@ def require_kind(name: str, kind: str, spec: InputSpec) -> None:
     raise ConfigError(f"model {name!r} reads {kind}; the data set holds {spec.kind}")
 
 
-def check_dropout(rate: float) -> None:
+def check_dropout(rate: float, key: str = "dropout") -> None:
   """Raises a ConfigError unless 0 <= rate < 1, also after rounding to 1/65536."""
   if not 0 <= rate < 1:
-    raise ConfigError(f"model.dropout={rate}: a dropout rate lies in [0, 1)")
+    raise ConfigError(f"model.{key}={rate}: a dropout rate lies in [0, 1)")
   if round(rate * 65536) == 65536:
-    raise ConfigError(f"model.dropout={rate}: the largest dropout rate is 65535 / 65536 (16 random bits per unit)")
+    raise ConfigError(f"model.{key}={rate}: the largest dropout rate is 65535 / 65536 (16 random bits per unit)")
+
+
+def check_cudnn(dtype: Any, computes: Any) -> None:
+  """Raises a ConfigError unless cuDNN can compute layers here: on an NVIDIA GPU, in the dtype that it `computes` in."""
+  advice = "choose model.cudnn=False, which runs everywhere"
+  device = jax.devices()[0]
+  if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
+    raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
+  if dtype != computes:
+    raise ConfigError(
+      f"model.cudnn=True computes in {jnp.dtype(computes).name} only, not in {jnp.dtype(dtype).name}; choose "
+      f"compute_dtype {jnp.dtype(computes).name}, or {advice}"
+    )
 
 
 def check_positive(**options: Any) -> None:

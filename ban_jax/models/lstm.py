@@ -59,7 +59,7 @@ def lstm(spec: InputSpec, options: LSTMOptions, *, dtype: Any, axis_name: str | 
   """Returns a language model over words; raises a ConfigError for images, and for cuDNN where it cannot run."""
   del axis_name  # no batch norm
   if options.cudnn:
-    recurrent.check_cudnn(dtype)
+    common.check_cudnn(dtype, jnp.float32)
   name = f"lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
   return recurrent.from_token_module(name, LSTM(options, spec.num_classes, dtype), spec, options)

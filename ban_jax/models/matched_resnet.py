@@ -163,7 +163,7 @@ def matched_pre_resnet(
   name = f"matched_pre_resnet_{options.units}_{options.ratio:g}"
   common.require_kind(name, "images", spec)
   module = MatchedPreResNet(options, spec.num_classes, dtype, axis_name)
-  return common.from_image_module(name, module, spec)._replace(inherits=INHERITS)
+  return common.from_module(name, module, spec)._replace(inherits=INHERITS)
 
 
 def matched_wide_resnet(
@@ -173,4 +173,4 @@ def matched_wide_resnet(
   name = f"matched_wide_resnet_{options.units}_{options.ratio:g}"
   common.require_kind(name, "images", spec)
   module = MatchedWideResNet(options, spec.num_classes, dtype, axis_name)
-  return common.from_image_module(name, module, spec)._replace(inherits=INHERITS)
+  return common.from_module(name, module, spec)._replace(inherits=INHERITS)

@@ -10,7 +10,6 @@ from flax import linen as nn
 from jax.experimental import rnn
 from jaxtyping import Array, Float, Int
 
-from ban_jax.errors import ConfigError
 from ban_jax.models import common
 from ban_jax.types import InputSpec, Model
 
@@ -198,16 +197,3 @@ def from_token_module(
     return logits, carry, {}
 
   return Model(name, spec, init, init_carry, apply)
-
-
-def check_cudnn(dtype: Any) -> None:
-  """Raises a ConfigError unless cuDNN can compute an LSTM here, that is in float32 on an NVIDIA GPU."""
-  advice = "choose model.cudnn=False, which runs everywhere"
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
-    raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
-  if dtype != jnp.float32:
-    raise ConfigError(
-      f"model.cudnn=True computes in float32 only, not in {jnp.dtype(dtype).name}; choose compute_dtype float32, "
-      f"or {advice}"
-    )

@@ -86,4 +86,4 @@ def wide_resnet(spec: InputSpec, options: WideResNetOptions, *, dtype: Any, axis
   """Returns Wide-ResNet-depth-width; raises a ConfigError for a data set of text."""
   name = f"wide_resnet_{options.depth}_{options.width}"
   common.require_kind(name, "images", spec)
-  return common.from_image_module(name, WideResNet(options, spec.num_classes, dtype, axis_name), spec)
+  return common.from_module(name, WideResNet(options, spec.num_classes, dtype, axis_name), spec)

@@ -84,6 +84,26 @@ def _matched_wide_resnet(units: int, ratio: float, widths: dict) -> ConfigDict:
   return ConfigDict({"name": "matched_wide_resnet", "units": units, "ratio": ratio, "dropout": 0.0, **widths})
 
 
+def _resnet(
+  *blocks: int, width: int = 64, bottleneck: bool = False, projection: bool = True, zero_scale: bool = True
+) -> ConfigDict:
+  return ConfigDict(
+    {
+      "name": "resnet",
+      "blocks": blocks,
+      "width": width,
+      "bottleneck": bottleneck,
+      "projection": projection,
+      "zero_scale": zero_scale,
+    }
+  )
+
+
+def _transformer(name: str, width: int, layers: int, heads: int, **options: object) -> ConfigDict:
+  shared = {"width": width, "layers": layers, "heads": heads, "dropout": 0.0, "drop_path": 0.0, "cudnn": False}
+  return ConfigDict({"name": name, **shared, **options})
+
+
 def _lstm(units: int, layers: int, dropout: float, init_scale: float, tied: bool = True) -> ConfigDict:
   options = {"units": units, "layers": layers, "dropout": dropout, "init_scale": init_scale}
   return ConfigDict({"name": "lstm", **options, "cudnn": False, "tied": tied})
@@ -160,6 +180,20 @@ MODELS = {
   "small_wide_match_2_1": _matched_wide_resnet(2, 1.0, _WIDTHS_16_8),
   "small_wide_match_4_0_5": _matched_wide_resnet(4, 0.5, _WIDTHS_16_8),
   "small_wide_match_4_1": _matched_wide_resnet(4, 1.0, _WIDTHS_16_8),
+  # He et al. 2016: of CIFAR, with the shortcuts without parameters (A) that they have there, and of ImageNet.
+  "resnet_20": _resnet(3, 3, 3, width=16, projection=False, zero_scale=False),
+  "resnet_56": _resnet(9, 9, 9, width=16, projection=False, zero_scale=False),
+  "resnet_18": _resnet(2, 2, 2, 2),
+  "resnet_50": _resnet(3, 4, 6, 3, bottleneck=True),
+  # Touvron et al. 2021, and one for 32x32 pixels.
+  "vit_32": _transformer("vit", 128, 6, 4, patch=4, drop_path=0.1),
+  "vit_ti_16": _transformer("vit", 192, 12, 3, patch=16, drop_path=0.1),
+  "vit_s_16": _transformer("vit", 384, 12, 6, patch=16, drop_path=0.1),
+  # By width: 0.2M, 0.8M and 10.6M parameters beside the embedding, and GPT-2 with 124M in all.
+  "gpt_64": _transformer("gpt", 64, 4, 4, positions="rotary", dropout=0.1),
+  "gpt_128": _transformer("gpt", 128, 4, 4, positions="rotary", dropout=0.1),
+  "gpt_384": _transformer("gpt", 384, 6, 6, positions="rotary", dropout=0.1),
+  "gpt_768": _transformer("gpt", 768, 12, 12, positions="learned", dropout=0.1),
   # Table 6. The paper's text says one layer, but 52M parameters fit two layers (51.0M; one layer has 33.0M).
   "lstm": _lstm(1500, 2, dropout=0.65, init_scale=0.04),
   "lstm_1": _lstm(1500, 1, dropout=0.65, init_scale=0.04),
