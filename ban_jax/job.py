@@ -13,7 +13,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
-from ban_jax.models import make_model
+from ban_jax.models import make_model, program
 from ban_jax.optim import Optimizer
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
@@ -73,7 +73,7 @@ class Setup(NamedTuple):
     model, dataset = self.models[min(generation, 1)], self.dataset
     group = student if generation or not teacher else teacher
     own = model if group["name"] == "own" else None
-    return Network(group, self.cfg.compute_dtype, dataset.spec, dataset.scaling, own)
+    return Network(group, self.cfg.compute_dtype, dataset.spec, dataset.scaling, own and own.program, own)
 
 
 class Job(NamedTuple):
@@ -104,9 +104,20 @@ class Job(NamedTuple):
     return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
 
   @property
+  def programs(self) -> tuple[dict[str, str] | None, ...]:
+    """What the student and the networks that teach it compute, of each that is a caller's own."""
+    models = (self.student, *self.teacher.models)
+    return tuple(
+      None if model.program is None else program.record(model.name, model.program, trained=place == 0)
+      for place, model in enumerate(models)
+    )
+
+  @property
   def lineage(self) -> dict[str, Any]:
     """What ties the generation to where it comes from, for its checkpoints and its manifest."""
-    started = {} if self.initial is None else {"initial": trees.digest(self.initial)}
+    more: dict[str, Any] = {} if self.initial is None else {"initial": trees.digest(self.initial)}
+    if any(self.programs):
+      more["programs"] = list(self.programs)
     return {
       "generation": self.generation,
       "seed": self.cfg.seed,
@@ -116,7 +127,7 @@ class Job(NamedTuple):
       "teachers": list(self.teacher.digests),
       "config": self.values,
       "identity": config.identity_digest(self.values, self.generation),
-      **started,
+      **more,
       "dataset": self.dataset.digest,
       "data": dict(self.dataset.record),
       # Bytes depend on it too, but a run may be resumed on another one.
@@ -141,10 +152,15 @@ def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
     values |= {f"dataset.{key}": value for key, value in {"name": own.dataset.name, **own.dataset.options}.items()}
   for prefix, model in (("model.", own.model), ("teacher.model.", own.teacher_model)):
     if model is not None:
-      values |= {f"{prefix}{key}": value for key, value in (("own", model.name), *model.options)}
+      values |= {f"{prefix}{key}": value for key, value in _own_group(model).items()}
   if own.optimizer is not None:
     values |= {"optim.own": own.optimizer.name}
   return json.loads(json.dumps(values))
+
+
+def _own_group(model: Model) -> dict[str, Any]:
+  """Returns the `model` group that stands for a network of the caller's, as JSON holds it."""
+  return json.loads(json.dumps({**dict(model.options), "name": "own", "own": model.name}))
 
 
 def _group(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,12 +265,14 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
     _check_spec(f"the network of {label}, {network.own.name!r},", network.own.spec, setup.dataset.spec)
     return network.own
   if network.group["name"] == "own":
-    for model in (setup.own.teacher_model, setup.own.model):
-      if model is not None and model.name == network.group["own"]:
-        return model
-    raise ConfigError(
-      f"{label} has a network of your own, {network.group['own']!r}: give it as model= or teacher_model=, or to load"
-    )
+    name = network.group["own"]
+    given = [model for model in (setup.own.teacher_model, setup.own.model) if model is not None and model.name == name]
+    if not given:
+      raise ConfigError(f"{label} has a network of your own, {name!r}: give it as model= or teacher_model=, or to load")
+    reasons = [misfit(model, member) for model in given]
+    if all(reasons):
+      raise ConfigError(f"{label}: {reasons[-1]}")
+    return given[reasons.index("")]
   # The configuration's choice of how to compute the same network (dtype, rematerialisation, cuDNN) is kept.
   configured, name = setup.models[generation], setup.network(generation).group["name"]
   if name == network.group["name"] and not trees.first_difference(configured.shapes, member.params):
@@ -266,6 +284,28 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
     sync_batch_stats=setup.cfg.train.sync_batch_stats,
     key=f"the network of {label}",
   )
+
+
+def misfit(model: Model, member: Generation) -> str:
+  """Returns in what a network of one's own is not the one that a generation was trained with; "" for nothing."""
+  network = member.network
+  recorded = {} if network is None else dict(network.group)
+  own, name = _own_group(model), recorded.get("own")
+  if name != model.name:
+    trained = "no network on record" if network is None else repr(name or recorded["name"])
+    return f"model is {model.name!r}, but the generation was trained with {trained}"
+  differing = [key for key in sorted(own.keys() | recorded.keys()) if own.get(key) != recorded.get(key)]
+  if differing:
+    here, there = (", ".join(f"{key}={group.get(key)!r}" for key in differing) for group in (own, recorded))
+    return f"model {name!r} has {here}; the generation was trained with {there}"
+  if difference := trees.first_difference(model.shapes, member.params):
+    path, want, have = difference
+    return f"the generation was trained with another network {name!r}: at {path} the model has {want}, it has {have}"
+  if network is not None and network.program is not None and model.program is not None:
+    programs = (program.record(model.name, each, trained=False) for each in (network.program, model.program))
+    if words := program.changed(*programs):
+      return words
+  return ""
 
 
 def resolve_run(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:

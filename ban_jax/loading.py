@@ -30,32 +30,37 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
 
 def _with_model(generation: Generation, model: Model, directory: epath.Path) -> Generation:
   """Returns a generation that carries the caller's own network; raises where it is not the one that was trained."""
-  network = generation.network
-  recorded = "no network on record" if network is None else repr(network.group.get("own", network.group["name"]))
-  if network is None or network.group.get("own") != model.name:
-    raise ConfigError(f"{directory}: model is {model.name!r}, but the generation was trained with {recorded}")
-  trees.check_fits(generation.params, model, str(directory))
-  return generation._replace(network=network._replace(own=model))
+  if reason := job.misfit(model, generation):
+    raise ConfigError(f"{directory}: {reason}")
+  assert generation.network is not None, "which a network that fits is compared with"
+  return generation._replace(network=generation.network._replace(own=model))
 
 
-def load_run(workdir: epath.PathLike, *, model: Model | None = None) -> list[Generation]:
+def load_run(
+  workdir: epath.PathLike, *, model: Model | None = None, teacher_model: Model | None = None
+) -> list[Generation]:
   """Returns the finished generations of a run directory, in their order; arguments and errors are those of `load`.
 
-  `model` is given to those generations that have a network of that name.
+  `model` and `teacher_model`, in any order, are given to those generations that were trained with them.
   """
-  job.check_own(job.Own(model=model))
+  job.check_own(job.Own(model=model, teacher_model=teacher_model))
   directory = storage.resolve_workdir(workdir)
   names = [name for name in _generations(directory) if (directory / name / "manifest.json").exists()]
   if not names:
     hint = "; it is a generation: read it by load" if (directory / "manifest.json").exists() else ""
     raise CheckpointError(f"{directory} holds no finished generation: there is no gen_K/manifest.json{hint}")
   found = [load(directory / name) for name in names]
-  if model is None:
-    return found
-  named = {place for place, one in enumerate(found) if one.network and one.network.group.get("own") == model.name}
-  if not named:
-    raise ConfigError(f"{directory}: no generation was trained with a network of your own named {model.name!r}")
-  return [_with_model(one, model, directory) if place in named else one for place, one in enumerate(found)]
+  for own in (model, teacher_model):
+    if own is None:
+      continue
+    reasons = [job.misfit(own, one) for one in found]
+    if all(reasons):
+      named = [place for place, one in enumerate(found) if one.network and one.network.group.get("own") == own.name]
+      if not named:
+        raise ConfigError(f"{directory}: no generation was trained with a network of your own named {own.name!r}")
+      raise ConfigError(f"{directory / names[named[-1]]}: {reasons[named[-1]]}")
+    found = [one if reason else _with_model(one, own, directory) for one, reason in zip(found, reasons, strict=True)]
+  return found
 
 
 def with_network(

@@ -52,6 +52,11 @@ def _directory(job: Job) -> epath.Path:
   data = {key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset."))}
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
   stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
+  # Equal variables may be another function's. Left out where they say nothing, so that earlier recordings are found.
+  if job.cfg.compute_dtype != "float32":
+    stream["compute_dtype"] = job.cfg.compute_dtype
+  if any(programs := job.programs[1:]):
+    stream["programs"] = programs
   root = storage.resolve_workdir(job.cfg.train.replay)
   return root / trees.json_digest(stream)[:16] / f"process_{jax.process_index()}"
 

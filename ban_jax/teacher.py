@@ -38,6 +38,7 @@ class Teacher(NamedTuple):
   digests: tuple[str, ...]  # of the networks that the generation depends on, for its manifest
   copied: Mapping[str, PyTree]  # top-level parameters that the student copies and keeps frozen (Table 5)
   recorded: Teaching | None = None  # of a replayed teacher: the live one whose logits are recorded
+  models: tuple[Model, ...] = ()  # that it runs
 
 
 def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, *, needed: bool) -> Teacher:
@@ -50,7 +51,9 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
   copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
   taught = bool(plain) and needed
   digests = tuple(trees.digest(parent) for parent in parents) if taught or copied else ()
-  return Teacher(live(tuple(models)) if taught else none(), tuple(plain) if taught else (), digests, copied)
+  if not taught:
+    return Teacher(none(), (), digests, copied)
+  return Teacher(live(tuple(models)), tuple(plain), digests, copied, models=tuple(models))
 
 
 @functools.cache

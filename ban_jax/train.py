@@ -181,7 +181,7 @@ def _finished(job: Job, directory: epath.Path) -> Generation | None:
 
 def _check_processes(lineage: Mapping[str, Any]) -> None:
   """Raises a ConfigError that names the differences where the processes of a run have other configurations or data."""
-  given = {key: lineage[key] for key in ("generation", "teachers", "dataset")}
+  given = {key: lineage.get(key) for key in ("generation", "teachers", "dataset", "programs")}
   given |= {key: value for key, value in lineage["config"].items() if key != "data.dir"}  # local copies are welcome
   if not processes.is_same(str(given)):
     differing = [key for key, value in given.items() if not processes.is_same(str(value))]

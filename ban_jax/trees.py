@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,19 @@ def digest(tree: PyTree) -> str:
 def json_digest(value: Any) -> str:
   """Returns the SHA-256 of a value's JSON, keys in sorted order."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def standard(value: Any) -> Any:
+  """Returns a copy of a value as standard JSON can hold it.
+
+  Standard JSON has no number that is not finite: such a number becomes "NaN", "Infinity" or "-Infinity", as in JSON
+  made by Protocol Buffers. `storage.numbers` reads them back.
+  """
+  if isinstance(value, Mapping):
+    return {key: standard(part) for key, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [standard(part) for part in value]
+  return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def structure(tree: PyTree) -> str:

@@ -32,6 +32,14 @@ class InputSpec(NamedTuple):
   words: tuple[str, ...] = ()  # of tokens: the vocabulary, token i being words[i]
 
 
+class Program(NamedTuple):
+  """What a caller's own network computes, as digests that tell it from another one of its name (models.program)."""
+
+  predicts: str  # of evaluation mode
+  trains: str  # of initialisation, training mode and gradient; "" where it is never trained
+  versions: str  # of the packages that made the programs: with others, equal code may have other digests
+
+
 class Model(NamedTuple):
   """A network as pure functions, the way an optax transformation is.
 
@@ -53,6 +61,7 @@ class Model(NamedTuple):
   local_batch_stats: bool = False
   # Of a network that the caller gave: its options, (name, plain value) each, for the records.
   options: tuple[tuple[str, Any], ...] = ()
+  program: Program | None = None  # of a network that the caller gave: what it computes
 
   @property
   def shapes(self) -> dict[str, Any]:
@@ -115,6 +124,7 @@ class Network(NamedTuple):
   # Of images: "dtype", "uint8" (taken as x / 255) or "float32" (taken as it is), and then the "mean" and "std" of each
   # channel that inputs are normalised by. Empty for text, and where it is not known.
   scaling: Mapping[str, Any] = {}
+  program: Program | None = None  # of a caller's own network, unless an earlier version wrote none
   own: Model | None = None  # the caller's own network, in the process where it was given; pickle leaves it out
 
   def __reduce__(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,16 @@ from flax import linen as nn
 
 from ban_jax import devices, trees
 from ban_jax.errors import ConfigError
-from ban_jax.types import Dataset, Generation, InputSpec, Model, Network
+from ban_jax.models import program
+from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program
 
 COLLECTIONS = ("params", "batch_stats")
-# What other code calls the argument `train`, or its opposite. Left at its default it would switch dropout off, or stop
-# the batch statistics, without a word.
-OTHER_NAMES = ("training", "is_training", "is_train", "deterministic", "eval", "use_running_average")
+# What other code calls the argument `train`, or its opposite. Left at its default it would switch off what only
+# training does, of which dropout and batch statistics are noticed by `_trained`.
+OTHER_NAMES = (
+  *("training", "is_training", "is_train", "train_mode", "deterministic", "use_running_average", "mode", "phase"),
+  *("inference", "is_inference", "eval", "evaluate", "is_eval", "eval_mode", "test", "testing", "is_test"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +41,17 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
 
   The module is called as `module(x, train=...)`, or as `module(x)` where it has no argument `train`; x is float32
   [B, H, W, C], normalised, and it returns logits [B, n]. It may have batch statistics, and dropout by the random
-  generator "dropout". `spec` is the data set that it is for, or its `spec`; `name` defaults to the class's name. Name
-  and plain field values identify the network in run directories: give changed code another name.
+  generator "dropout". `spec` is the data set that it is for, or its `spec`; `name` defaults to the class's name. Name,
+  plain field values and a digest of what its code computes identify the network in run directories.
 
   Two things are kept for the library's own networks alone. Dropout by `nn.Dropout` depends on the number of devices,
   because it does not draw by the example's place in the mini-batch. `nn.BatchNorm` on several devices normalises by
   each device's own examples, and the running statistics are averaged over the devices, unless the module gives it
   `axis_name="devices"`.
 
-  Raises a ConfigError for a module that cannot be called so, has other collections than "params" and "batch_stats", or
-  does not return logits of the right shape.
+  Raises a ConfigError for a module that cannot be called so, has other collections than "params" and "batch_stats",
+  does not return logits of the right shape, leaves batch statistics or dropout still in training, or takes the images
+  of a mini-batch together in evaluation.
   """
   spec = spec.spec if isinstance(spec, Dataset) else spec
   if not isinstance(module, nn.Module):
@@ -56,16 +62,31 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
     raise ConfigError("from_flax takes networks of images; the data set holds tokens")
   name = type(module).__name__ if name is None else name
   _check_name(name)
+  model, called = _of_module(module, spec, name)
+  model = model._replace(program=_examine(model, called))
   try:
-    return _from_flax(module, spec, name)
+    same = _same(module, spec, name, model.program)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
-    return _from_flax.__wrapped__(module, spec, name)
+    same = []
+  if not same:  # otherwise an equal one has passed
+    _check_rows(model, _random(model.shapes))
+    same.append(model)
+  return same[0]
 
 
 @functools.lru_cache
-def _from_flax(module: nn.Module, spec: InputSpec, name: str) -> Model:
+def _same(module: nn.Module, spec: InputSpec, name: str, program: Program) -> list[Model]:
+  """Returns where the model of equal modules, whose code is equal too, is kept: one for all, so that it compiles once.
+
+  Equal modules are not enough: the functions that a class calls may have been changed since.
+  """
+  return []
+
+
+def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, str]:
+  """Returns a module as a network, not examined yet, and in words how it is called in training."""
   parameters = inspect.signature(type(module).__call__).parameters
-  trains = "train" in parameters
+  trains = "train" in parameters or _takes_train(module, spec)
   for other in OTHER_NAMES:
     if other in parameters and not trains:
       raise ConfigError(f"model {name!r} has the argument {other!r}; expected module(x, train=): rename it to train")
@@ -94,13 +115,28 @@ def _from_flax(module: nn.Module, spec: InputSpec, name: str) -> Model:
     statistics = variables.get("batch_stats", {})
     if not train:
       return _logits(call(_without_empty(variables), inputs, False)), carry, statistics
-    rngs = {"dropout": jax.random.fold_in(key, positions[0])}  # otherwise all devices would draw the same mask
+    # Without the fold, all devices would draw the same mask.
+    rngs = {} if key is None else {"dropout": jax.random.fold_in(key, positions[0])}
     logits, updated = call(_without_empty(variables), inputs, True, rngs=rngs, mutable=["batch_stats"])
     return _logits(logits), carry, updated.get("batch_stats", statistics)
 
   model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
-  _check(model)
-  return model
+  if trains:
+    return model, "called as module(x, train=True), and has to hand train on to its layers"
+  return model, "called as module(x): it has to take an argument train, and hand that on to its layers"
+
+
+def _takes_train(module: nn.Module, spec: InputSpec) -> bool:
+  """Returns whether a module that takes any keyword hands `train` on to what knows it, as nn.Sequential does."""
+  if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).__call__).parameters.values()):
+    return False
+  inputs = jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32)
+  rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+  try:
+    jax.eval_shape(lambda x: module.init(rngs, x, train=False), inputs)
+  except Exception:  # whatever the caller's code raises; without `train` it is raised again where it matters
+    return False
+  return True
 
 
 def _without_empty(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,42 +155,136 @@ def _check_name(name: Any) -> None:
     raise ConfigError(f"name={name!r}: expected a printable word, because it identifies the network in run directories")
 
 
-def _check(model: Model) -> None:
-  """Raises a ConfigError where a network cannot be called, keeps other state, or does not return logits."""
+def _examine(model: Model, called: str = "") -> Program:
+  """Returns what a network computes, traced for a tiny batch; in evaluation mode alone where nothing is `called`.
+
+  Raises a ConfigError where it cannot be called, keeps other state, does not return logits, or does not train.
+  """
   inputs = jax.ShapeDtypeStruct((2, *model.spec.shape), jnp.float32)
-
-  def train(variables: Any, x: jax.Array, key: jax.Array) -> Any:
-    return model.apply(variables, (), x, train=True, key=key, positions=jnp.arange(2))
-
-  # Mapped, so that the axis of synchronised batch statistics has its name.
-  mapped = jax.vmap(train, in_axes=None, axis_name=devices.AXIS, axis_size=1)
   doing = "made for"
   try:
-    variables = model.shapes
+    made = program.trace(model.init, _key_shape())
+    variables = made.out_info
     if others := [collection for collection in variables if collection not in COLLECTIONS]:
       raise ConfigError(
         f"model {model.name!r} has the collections {', '.join(others)}; expected {' and '.join(COLLECTIONS)} alone"
       )
     doing = "called with"
-    logits, _, _ = jax.eval_shape(lambda v, x: model.apply(v, (), x, train=False), variables, inputs)
+    predicts = program.trace(lambda v, x: model.apply(v, (), x, train=False)[0], variables, inputs)
+    shape = predicts.out_info.shape
+    if shape != (2, model.spec.num_classes):
+      raise ConfigError(
+        f"model {model.name!r} returns {list(shape)} for two images; expected logits [2, {model.spec.num_classes}]"
+      )
     doing = "trained on"
-    jax.eval_shape(mapped, variables, inputs, jax.random.key(0))
+    trains = (made, _trained(model, variables, inputs, called)) if called else ()
+    return Program(program.digest(predicts), program.digest(*trains) if trains else "", program.VERSIONS)
   except ConfigError:
     raise
   except Exception as error:  # whatever the caller's code raises
-    shape, reason = "x".join(map(str, model.spec.shape)), (str(error) or type(error).__name__).splitlines()[0]
-    hint = f'; batch statistics are synchronised by axis_name="{devices.AXIS}"' if "unbound axis" in reason else ""
-    raise ConfigError(f"model {model.name!r} cannot be {doing} images of {shape}: {reason}{hint}") from error
-  if logits.shape != (2, model.spec.num_classes):
+    raise _failed(model, doing, error) from error
+
+
+def _failed(model: Model, doing: str, error: Exception) -> ConfigError:
+  size, reason = "x".join(map(str, model.spec.shape)), (str(error) or type(error).__name__).splitlines()[0]
+  hint = f'; batch statistics are synchronised by axis_name="{devices.AXIS}"' if "unbound axis" in reason else ""
+  return ConfigError(f"model {model.name!r} cannot be {doing} images of {size}: {reason}{hint}")
+
+
+def _key_shape() -> jax.ShapeDtypeStruct:
+  return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+
+
+def _trained(model: Model, variables: Any, inputs: Any, called: str) -> Any:
+  """Returns the trace of a network in training, with its gradient; raises a ConfigError where training passes it by."""
+  dropouts: dict[str, bool] = {}  # by path, whether it draws
+
+  def watch(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    outputs, layer = next_call(*args, **kwargs), context.module
+    if context.method_name == "__call__" and isinstance(layer, nn.Dropout) and layer.rate:
+      dropouts["/".join(layer.path)] = outputs is not args[0]
+    if context.method_name == "__call__" and isinstance(layer, nn.MultiHeadDotProductAttention) and layer.dropout_rate:
+      given = kwargs.get("deterministic")
+      dropouts["/".join(layer.path)] = not (layer.deterministic if given is None else given)
+    return outputs
+
+  def train(variables: Any, x: jax.Array, key: jax.Array | None, slope: jax.Array) -> Any:
+    def logits(params: Any) -> tuple[jax.Array, Any]:
+      found = model.apply({**variables, "params": params}, (), x, train=True, key=key, positions=jnp.arange(2))
+      return found[0], found[2]
+
+    outputs, pullback, statistics = jax.vjp(logits, variables.get("params", {}), has_aux=True)
+    return outputs, statistics, pullback(slope)
+
+  # Mapped, so that the axis of synchronised batch statistics has its name.
+  mapped = jax.vmap(train, in_axes=None, axis_name=devices.AXIS, axis_size=1)
+  slope = jax.ShapeDtypeStruct((2, model.spec.num_classes), jnp.float32)
+  with nn.intercept_methods(watch):
+    traced = program.trace(mapped, variables, inputs, _key_shape(), slope)
+  _, statistics, _ = program.reached(traced, 1)
+  draws, _, _ = program.reached(traced, 2)
+  layers: dict[str, bool] = {}
+  for path, moves in trees.leaves(statistics).items():
+    layer = path.rpartition("/")[0]
+    layers[layer] = layers.get(layer, False) or bool(moves)
+  still = [f"batch statistics of {layer or model.name} do not move" for layer, moves in layers.items() if not moves]
+  still += [f"dropout {path} is off" for path, on in dropouts.items() if not on]
+  if not (still or draws) and (dropouts or _asks(mapped, variables, inputs, slope)):
+    still = ["dropout draws nothing from its key"]
+  if still:
+    raise ConfigError(f"model {model.name!r}: in training, {still[0]}; it is {called}")
+  return traced
+
+
+def _asks(train: Callable[..., Any], variables: Any, inputs: Any, slope: Any) -> bool:
+  """Returns whether a network asks for the random generator of dropout: without one, it then fails."""
+  try:
+    jax.eval_shape(lambda v, x, s: train(v, x, None, s), variables, inputs, slope)
+  except Exception:  # whatever Flax raises: with the generator it ran
+    return True
+  return False
+
+
+def _random(shapes: Any) -> Any:
+  """Returns variables of these shapes, none of them zero: initial ones may hide what a network does."""
+  rng = np.random.default_rng(0)
+
+  def draw(leaf: Any) -> np.ndarray:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return np.zeros(leaf.shape, leaf.dtype)
+    numbers = rng.normal(size=leaf.shape)
+    numbers = numbers / math.sqrt(math.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1 + numbers / 10
+    return np.asarray(numbers, leaf.dtype)
+
+  return jax.tree.map(draw, shapes)
+
+
+def _check_rows(model: Model, variables: Any) -> None:
+  """Raises a ConfigError where, in evaluation mode, an image's logits depend on its mini-batch."""
+  images = np.random.default_rng(1).normal(size=(3, *model.spec.shape)).astype(np.float32)
+  # Run once: to compile it well would take longer than to run it badly.
+  cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+  run = jax.jit(lambda v, x: model.apply(v, (), x, train=False)[0], compiler_options=cheap)
+  try:
+    one, other = (np.asarray(run(variables, images[rows])) for rows in ([0, 1], [2, 0]))
+  except Exception as error:  # of a callback, which is called only now
+    raise _failed(model, "called with", error) from error
+  spread = np.ptp(np.stack([one, other]))
+  if np.abs(one[0] - other[1]).max() > 0.01 * spread:  # false where a number is not finite
     raise ConfigError(
-      f"model {model.name!r} returns {list(logits.shape)} for two images; expected logits [2, {model.spec.num_classes}]"
+      f"model {model.name!r}: in evaluation, the logits of an image depend on its place or on the others in its "
+      "mini-batch; expected each image to be taken alone, batch normalisation by running statistics"
     )
 
 
 def _plain_fields(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-  """Returns the fields that are plain values, or sequences of them, as JSON holds them."""
+  """Returns the fields that are plain values, or sequences of them, as standard JSON holds them."""
   fields = ((name, getattr(module, name)) for name in module.__dataclass_fields__ if name not in ("parent", "name"))
-  return tuple((name, value) for name, value in fields if _is_plain(value))
+  return tuple((name, _frozen(trees.standard(value))) for name, value in fields if _is_plain(value))
+
+
+def _frozen(value: Any) -> Any:
+  return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -171,7 +301,7 @@ def from_function(
   `apply(variables, inputs)` is a JAX function of a tree of arrays and of normalised images, float32 [B, H, W, C]; it
   returns logits [B, n]. Such a generation can teach and be evaluated, but not be trained. Where `spec` is a data set,
   it predicts too, and normalises images as that set does. Raises a ConfigError where the function does not return
-  logits for inputs of `spec`.
+  logits for inputs of `spec`, or takes the images of a mini-batch together.
   """
   scaling, spec = (spec.scaling, spec.spec) if isinstance(spec, Dataset) else ({}, spec)
   if not callable(apply) or not isinstance(spec, InputSpec):
@@ -190,9 +320,11 @@ def from_function(
     return _logits(logits), carry, {}
 
   model = Model(name, spec, init, lambda rows: (), call)
-  _check(model)
+  model = model._replace(program=_examine(model))
   params = trees.to_host({"params": {"variables": variables}, "batch_stats": {}}, 0)
-  return Generation(0, params, {}, (), Network({"name": "own", "own": name}, "float32", spec, scaling, model))
+  _check_rows(model, trees.to_plain(params))
+  network = Network({"name": "own", "own": name}, "float32", spec, scaling, model.program, model)
+  return Generation(0, params, {}, (), network)
 
 
 def _kind(value: Any) -> str:

@@ -2,15 +2,15 @@
 
 import contextlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
 from ban_jax.errors import BanError, StorageError
+from ban_jax.trees import standard
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
@@ -26,7 +26,7 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a value as `standard` JSON, whole or not at all."""
+  """Writes a value as `trees.standard` JSON, whole or not at all."""
   write_text(path, json.dumps(standard(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -35,21 +35,8 @@ def read_json(path: epath.Path) -> Any:
   return json.loads(path.read_bytes())  # UTF-8, whatever the locale
 
 
-def standard(value: Any) -> Any:
-  """Returns a copy of a value as standard JSON can hold it.
-
-  Standard JSON has no number that is not finite: such a number becomes "NaN", "Infinity" or "-Infinity", as in JSON
-  made by Protocol Buffers. `numbers` reads them back.
-  """
-  if isinstance(value, Mapping):
-    return {key: standard(part) for key, part in value.items()}
-  if isinstance(value, list | tuple):
-    return [standard(part) for part in value]
-  return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def numbers(value: Any) -> Any:
-  """Returns a record whose values are all numbers, as it was before `standard`."""
+  """Returns a record whose values are all numbers, as it was before `trees.standard`."""
   if isinstance(value, dict):
     return {key: numbers(part) for key, part in value.items()}
   if isinstance(value, list):

@@ -13,8 +13,9 @@ from etils import epath
 
 from ban_jax import config, processes, trees
 from ban_jax.errors import CheckpointError, StorageError
+from ban_jax.models import program
 from ban_jax.storage.files import damage, numbers, read_json, standard, storage_errors, write_json, write_text
-from ban_jax.types import Generation, InputSpec, Network
+from ban_jax.types import Generation, InputSpec, Network, Program
 from ban_jax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -44,8 +45,11 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
 
 def network_record(network: Network) -> dict[str, Any]:
   """Returns what is kept of a generation's network, as JSON holds it; a caller's own functions are not."""
-  values = {name: value for name, value in network._asdict().items() if name != "own"}
-  return json.loads(json.dumps(values | {"spec": network.spec._asdict()}))
+  values = {name: value for name, value in network._asdict().items() if name not in ("own", "program")}
+  values["spec"] = network.spec._asdict()
+  if network.program is not None:
+    values["program"] = network.program._asdict()
+  return json.loads(json.dumps(standard(values)))
 
 
 def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network | None:
@@ -53,11 +57,13 @@ def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network
   if "network_digest" not in manifest:
     return None
   record = read_json(directory / "network.json")
-  if trees.json_digest(record) != manifest["network_digest"]:
+  # An earlier version took the digest before numbers that are not finite became words.
+  if manifest["network_digest"] not in (trees.json_digest(record), trees.json_digest(numbers(record))):
     raise ValueError("network.json was changed: its digest is not the manifest's")
   spec = record["spec"]
   spec = InputSpec(spec["kind"], tuple(spec["shape"]), spec["num_classes"], tuple(spec["words"]))
-  return Network(record["group"], record["compute_dtype"], spec, record["scaling"])
+  program = Program(**record["program"]) if "program" in record else None
+  return Network(record["group"], record["compute_dtype"], spec, record["scaling"], program)
 
 
 def remove_leftovers(directory: epath.Path) -> None:
@@ -139,6 +145,9 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
   if isinstance(values, str):  # an earlier version's digest of what config.json holds
     values = read_json(directory.parent / "config.json")
   differing += config.differences(values, own["config"], own["generation"])
+  # An earlier version recorded no programs.
+  for here, there in zip(own.get("programs", ()), recorded.get("programs", ()), strict=False):
+    differing += filter(None, [program.changed(there, here)])
   if differing:
     raise CheckpointError(
       f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir"
