@@ -452,7 +452,8 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
     return live
   live = _read(lane, live, keep=0)
   tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
-  record = {"lineage": job.lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
+  lineage = {key: value for key, value in job.lineage.items() if key != "data"}  # which nobody resumes by
+  record = {"lineage": lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
   storage.save_step(lane.checkpoints, live.done, tree, record)
   return live._replace(saved=live.done)
 

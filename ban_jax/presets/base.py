@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   # with ptb.train.txt, ptb.valid.txt and ptb.test.txt.
   config.data.dir = ""
   # Fraction of the training examples held out as the split "validation"; 0 for none. Text has a split of its own.
-  # Where classes differ in size, it is a fraction of each class, and no class loses its last example.
+  # Where classes differ in size, it is a fraction of each class. No class loses its last example.
   config.data.validation = 0.0
   # Number of training examples, a fixed class-balanced subset, or where classes differ in size a proportional one; or
   # of tokens, from the beginning of the training text. 0 for all.
