@@ -24,6 +24,7 @@ class Subject(NamedTuple):
   devices: Devices
 
 
+@devices_lib.default_modes()
 def evaluate(
   generations: Member | Sequence[Member],
   cfg: ConfigDict,
@@ -48,6 +49,7 @@ def evaluate(
   )
 
 
+@devices_lib.default_modes()
 def reliability(
   generations: Member | Sequence[Member],
   cfg: ConfigDict,
@@ -68,6 +70,7 @@ def reliability(
   return metrics.bins(sum_predictions(subject, split, cfg.evaluate.batch_size))
 
 
+@devices_lib.default_modes()
 def compare(
   generations: Member | Sequence[Member],
   cfg: ConfigDict,

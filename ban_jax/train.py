@@ -42,6 +42,7 @@ INIT, ORDER, STEPS = range(3)
 _training = threading.Lock()
 
 
+@devices_lib.default_modes()
 def train_generation(
   params_prev: Member | Sequence[Member] | None,
   cfg: ConfigDict,
@@ -82,6 +83,7 @@ def train_generation(
     return finished_or_trained([job], [held], progress)[0]
 
 
+@devices_lib.default_modes()
 def run(
   cfg: ConfigDict,
   workdir: epath.PathLike,
