@@ -83,6 +83,7 @@ RULES = {
   "data.train_split": Rule(lambda v: isinstance(v, str) and v != "", "a split"),
   "data.test_split": Rule(lambda v: isinstance(v, str) and v != "", "a split"),
   "data.validation_split": Rule(lambda v: isinstance(v, str), 'a split, or "" for none'),
+  "teacher.loss": NAME,
   "loss.name": NAME,
   "loss.temperature": POSITIVE,
   "loss.label_weight": FINITE,
@@ -115,6 +116,7 @@ RULES = {
 _NOT_BY_NAME = "is not read from TFDS by a name, as data.name='tfds' is"
 # What a key must be for a data set that has no use for it, and why it has none.
 UNUSED = {
+  "train_examples": (0, "brings its own examples"),
   "validation": (0.0, "brings its own validation split"),
   "pad": (0, "is text, and no image is cropped"),
   "flip": (False, "is text, and no image is flipped"),
@@ -140,6 +142,7 @@ FREE = (
 NEUTRAL: dict[str, Any] = {
   **{"data.label_noise": 0.0, "data.noise_kind": "symmetric", "data.noise_seed": 0},
   "loss.class_weights": [],
+  "teacher.loss": "label",
 }
 
 
@@ -158,6 +161,9 @@ def check(cfg: ConfigDict) -> None:
   loss = losses.make_loss(cfg.loss)
   if "label_weight" in loss.options and cfg.loss.label_weight == cfg.loss.teacher_weight == 0:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
+  if look_up(losses.LOSSES, cfg.teacher.loss, "teacher.loss").needs_teacher:
+    without = choices(name for name, one in losses.LOSSES.items() if not one.needs_teacher)
+    raise ConfigError(f"teacher.loss={cfg.teacher.loss!r}: expected a loss that needs no teacher: {without}")
   look_up(optim.SCHEDULES, cfg.optim.schedule, "optim.schedule")
   look_up(models.DTYPES, cfg.compute_dtype, "compute_dtype")
   models.check_options(cfg.model, "model")
@@ -259,10 +265,11 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   """Returns those of a `record`'s values that the bytes of its `generation` depend on, its teacher and data aside.
 
   A group keeps the options that the chosen data set, loss and schedule take. Generation 0 has the teacher's network,
-  under "model", and the loss of the labels, with the students' class weights. Raises a ConfigError for a name that is
-  not registered any more.
+  under "model", and the teacher's loss, with the students' options of it. Raises a ConfigError for a name that is not
+  registered any more.
   """
-  values = {**NEUTRAL, **values, **({} if generation else {"loss.name": "label"})}
+  values = {**NEUTRAL, **values}
+  values |= {} if generation else {"loss.name": values["teacher.loss"]}
   loss = look_up(losses.LOSSES, values["loss.name"], "loss")
   schedule = look_up(optim.SCHEDULES, values["optim.schedule"], "optim.schedule")
   taken = {"data.name", "loss.name", "loss.class_weights"} | _options(values["data.name"], [loss], [schedule])

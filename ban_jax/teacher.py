@@ -49,8 +49,14 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
   plain = [trees.to_plain(parent) for parent in parents]
   copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
   taught = bool(plain) and needed
-  digests = tuple(trees.digest(parent) for parent in parents) if taught or copied else ()
+  digests = tuple(map(_digest, parents, models)) if taught or copied else ()
   return Teacher(live(tuple(models)) if taught else none(), tuple(plain) if taught else (), digests, copied)
+
+
+def _digest(parent: Variables, model: Model) -> str:
+  """Returns the digest of a network, with its normalisation of images where that is not the data set's."""
+  own = trees.digest(parent)
+  return trees.json_digest([own, model.normalisation]) if model.normalisation else own
 
 
 @functools.cache

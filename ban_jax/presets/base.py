@@ -63,8 +63,10 @@ def get_config() -> ConfigDict:
   config.teacher = ConfigDict()
   # The network of generation 0, a group like `model`; None for the same network as the students'.
   config.teacher.model = None
+  # The loss of generation 0, one that needs no teacher, with the options of `loss`: label or label_smoothing.
+  config.teacher.loss = "label"
 
-  # The students' loss: a key of ban_jax.losses.LOSSES. Generation 0 is always trained on the labels.
+  # The students' loss: a key of ban_jax.losses.LOSSES.
   config.loss = ConfigDict()
   config.loss.name = "ban"
   # Temperature T of teacher and student in a distillation term, which is multiplied by T^2 (Hinton et al. 2015).
