@@ -20,7 +20,7 @@ from ban_jax.loading import load, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
-from ban_jax.predicting import log_probabilities, predict, sample
+from ban_jax.predicting import log_probabilities, normalise, predict, sample
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
 from ban_jax.train import run, train_generation
@@ -57,6 +57,7 @@ __all__ = [
   "load",
   "load_run",
   "log_probabilities",
+  "normalise",
   "predict",
   "reliability",
   "run",

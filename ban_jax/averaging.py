@@ -19,6 +19,7 @@ from ban_jax.types import Dataset, Generation, Model
 BATCHES = 100
 
 
+@devices_lib.default_modes()
 def average(
   generations: Sequence[Member],
   cfg: ConfigDict | job.Setup,

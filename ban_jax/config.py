@@ -42,6 +42,9 @@ def check(cfg: ConfigDict) -> None:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
   look_up(models.DTYPES, given["compute_dtype"], "compute_dtype")
   look_up(optim.DECAYS, given["optim.decay"], "optim.decay")
+  if look_up(losses.LOSSES, given["teacher.loss"], "teacher.loss").needs_teacher:
+    without = choices(name for name, one in losses.LOSSES.items() if not one.needs_teacher)
+    raise ConfigError(f"teacher.loss={given['teacher.loss']!r}: expected a loss that needs no teacher: {without}")
   models.check_options(cfg.model, "model")
   if cfg.teacher.model is not None:
     models.check_options(cfg.teacher.model, "teacher.model")
@@ -141,11 +144,12 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   """Returns those of a `record`'s values that the bytes of its `generation` depend on, its teacher and data aside.
 
   A group keeps the options that the chosen data set, loss, schedule and optimizer take. Generation 0 has the teacher's
-  network, under "model", and the loss of the labels, with the students' class weights. Raises a ConfigError for a name
-  that is not registered any more.
+  network, under "model", and the teacher's loss, with the students' options of it. Raises a ConfigError for a name that
+  is not registered any more.
   """
   neutral = neutral_values()
-  values = {**neutral, **values, **({} if generation else {"loss.name": "label"})}
+  values = {**neutral, **values}
+  values |= {} if generation else {"loss.name": values["teacher.loss"]}
   # The optimizer that the caller gave has no schedule on record.
   taken = set().union(*(registry.taken(values.get(registry.key, OWN)) for registry in REGISTRIES))
   options = _options()

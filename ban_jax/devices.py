@@ -4,8 +4,9 @@ State and carry have a leading device axis; a teacher's variables and the data s
 `jax.pmap` is used in this file alone.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,23 @@ NO_BATCH = -2
 SETTINGS: Any = jax.config
 # The flags with which XLA leaves out what adds in an order of its own on GPUs.
 DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+
+
+@contextlib.contextmanager
+def default_modes() -> Iterator[None]:
+  """Computes in the default modes of JAX and NumPy, whatever stricter ones a program has set for its own code.
+
+  It decorates the public functions that compute. Raises a ConfigError where JAX compiles nothing.
+  """
+  if SETTINGS.jax_disable_jit:
+    raise ConfigError("jax_disable_jit is set: a step would take minutes; ban_jax runs compiled, switch it off")
+  with (
+    jax.numpy_rank_promotion("allow"),
+    jax.numpy_dtype_promotion("standard"),
+    jax.transfer_guard("allow"),
+    np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"),
+  ):
+    yield
 
 
 def resolve(devices: Sequence[jax.Device] | None) -> Devices:

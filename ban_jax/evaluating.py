@@ -24,6 +24,7 @@ class Subject(NamedTuple):
   devices: Devices
 
 
+@devices_lib.default_modes()
 def evaluate(
   generations: Member | Sequence[Member],
   cfg: ConfigDict | job.Setup,
@@ -45,6 +46,7 @@ def evaluate(
   return measure(subject, split, rows)
 
 
+@devices_lib.default_modes()
 def reliability(
   generations: Member | Sequence[Member],
   cfg: ConfigDict | job.Setup,
@@ -65,6 +67,7 @@ def reliability(
   return metrics.bins(sum_predictions(subject, split, rows))
 
 
+@devices_lib.default_modes()
 def compare(
   generations: Member | Sequence[Member],
   cfg: ConfigDict | job.Setup,

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax import export as jax_export
 
+from ban_jax import devices as devices_lib
 from ban_jax import predicting, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, check_whole, choices
 from ban_jax.types import Generation
@@ -16,6 +17,7 @@ from ban_jax.types import Generation
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+@devices_lib.default_modes()
 def export(
   generations: Generation | Sequence[Generation],
   path: epath.PathLike,

@@ -1,23 +1,30 @@
 """From what a caller gives to what is trained: a checked Setup for all generations of a run, and a Job for each one."""
 
+import functools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ban_jax import config, data, losses, optim, trees
+from ban_jax import config, data, losses, optim, presets, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
+from ban_jax.data import arrays as arrays_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
+from ban_jax.keys import KEYS
 from ban_jax.losses import Loss
 from ban_jax.models import make_model, program
 from ban_jax.optim import Optimizer
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
+
+logger = logging.getLogger(__name__)
 
 # Steps a dispatch where the configuration leaves the number open, enough to hide the host's millisecond for a dispatch.
 # Images on CPU take single steps: a convolution inside a compiled loop is 30 times slower there.
@@ -73,7 +80,8 @@ class Setup(NamedTuple):
     model, dataset = self.models[min(generation, 1)], self.dataset
     group = student if generation or not teacher else teacher
     own = model if group["name"] == "own" else None
-    return Network(group, self.cfg.compute_dtype, dataset.spec, dataset.scaling, own and own.program, own)
+    dtype = "float32" if own else self.cfg.compute_dtype
+    return Network(group, dtype, dataset.spec, dataset.scaling, own and own.program, own)
 
 
 class Job(NamedTuple):
@@ -211,9 +219,33 @@ def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: 
   found = devices_lib.resolve(devices)
   check_own(own)
   config.check(cfg)
+  _check_replaced(cfg, own)
   dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), found, own)
+
+
+def _check_replaced(cfg: ConfigDict, own: Own) -> None:
+  """Raises a ConfigError for a setting that was changed, and has no effect beside what the caller gives."""
+  if own.dataset is not None and cfg.data.name in presets.DATASETS:
+    groups = [presets.compose(f"{cfg.data.name},own,{scale}").data for scale in presets.SCALES]
+    unused = {name.removeprefix("data."): key.unused[0] for name, key in KEYS.items() if key.unused}
+    neutral = {**groups[0], **unused}
+    for key, value in cfg.data.items():
+      if key != "dir" and value not in (neutral[key], *(group[key] for group in groups)):
+        raise ConfigError(
+          f"data.{key}={value!r}: expected {neutral[key]!r}, because it has no effect beside dataset=, and from_arrays "
+          "takes such settings"
+        )
+  if own.model is not None and cfg.model.to_dict() not in [known.to_dict() for known in presets.MODELS.values()]:
+    raise ConfigError(f"the options of model {cfg.model.name!r} were changed, and have no effect beside model=")
+  if own.teacher_model is not None and cfg.teacher.model is not None:
+    raise ConfigError(f"teacher.model {cfg.teacher.model.name!r} has no effect beside teacher_model=: expected None")
+  if own.model is not None and (own.teacher_model or not cfg.teacher.model) and cfg.compute_dtype != "float32":
+    raise ConfigError(
+      f"compute_dtype={cfg.compute_dtype!r}: expected 'float32', because {own.model.name!r} is a network of your own, "
+      "which computes as its module says"
+    )
 
 
 def make_models(cfg: ConfigDict, spec: InputSpec, own: Own = NOTHING) -> tuple[Model, Model]:
@@ -238,9 +270,9 @@ def _check_spec(what: str, given: InputSpec, expected: InputSpec) -> None:
 def members(given: Member | Sequence[Member] | None, setup: Setup, what: str) -> tuple[list[Variables], list[Model]]:
   """Returns the variables trees of one network, or of several, and their networks, which they are known to fit.
 
-  A Generation's network is its own; a bare tree's is the configuration's for its place in the lineage. Raises a
-  ConfigError for a network of the caller's own that is not at hand, and a CheckpointError for a tree that does not fit;
-  `what` names the trees in messages.
+  A Generation's network is its own, and normalises images as it was trained; a bare tree's is the configuration's for
+  its place in the lineage. Raises a ConfigError for a network of the caller's own that is not at hand or that reads
+  images of another type, and a CheckpointError for a tree that does not fit; `what` names the trees in messages.
   """
   found, trees_, models = trees.members_of(given), [], []
   for number, member in enumerate(found, 1):
@@ -248,7 +280,7 @@ def members(given: Member | Sequence[Member] | None, setup: Setup, what: str) ->
     tree = member.params if isinstance(member, Generation) else member
     trees.check_tree(tree, label)
     if isinstance(member, Generation) and member.network is not None:
-      model, source = _model_of(member, member.network, setup, label), ""
+      model, source = _normalised(_model_of(member, member.network, setup, label), member.network, setup, label), ""
     else:
       model = setup.models[min(trees.lineage(tree), 1)]
       source = "; a tree does not say which network it is, so that the configuration's is taken"
@@ -256,6 +288,58 @@ def members(given: Member | Sequence[Member] | None, setup: Setup, what: str) ->
     trees_.append(tree)
     models.append(model)
   return trees_, models
+
+
+def _normalised(model: Model, network: Network, setup: Setup, label: str) -> Model:
+  """Returns a network that reads the data set's images normalised as those that it was trained on."""
+  if _is_normalised_alike(network, setup.dataset, label):
+    return model
+  scalings = (setup.dataset.scaling, network.scaling)
+  return _renormalised(model, *(tuple(tuple(one[name]) for name in ("mean", "std")) for one in scalings))
+
+
+def _is_normalised_alike(network: Network, dataset: Dataset, label: str) -> bool:
+  """Returns whether a network was trained on images normalised as the data set's, as far as that is known, or says so.
+
+  Raises a ConfigError where they are of another type.
+  """
+  own, given = network.scaling, dataset.scaling
+  if not own or not given or own == given:
+    return True
+  if own["dtype"] != given["dtype"]:
+    raise ConfigError(f"{label} was trained on {own['dtype']} images; those of {dataset.name} are {given['dtype']}")
+  logger.warning(
+    f"{label} normalises images by its own mean {_shown(own['mean'])} and deviation {_shown(own['std'])}, not by those "
+    f"of {dataset.name}, {_shown(given['mean'])} and {_shown(given['std'])}"
+  )
+  return False
+
+
+def _shown(values: Sequence[float]) -> str:
+  return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+@functools.lru_cache
+def _renormalised(model: Model, given: tuple[tuple[float, ...], ...], own: tuple[tuple[float, ...], ...]) -> Model:
+  """Returns a network of `own` (mean, std) for images normalised by `given`; equal arguments give the same object."""
+  (mean, std), (own_mean, own_std) = (np.array(one, np.float64) for one in (given, own))
+  factor, offset = ((value / own_std).astype(np.float32) for value in (std, mean - own_mean))
+
+  def apply(variables, carry, inputs, **options):
+    return model.apply(variables, carry, inputs * factor + offset, **options)
+
+  return model._replace(apply=apply, normalisation=own)
+
+
+def _continued(initial: Member | None, setup: Setup) -> Setup:
+  """Returns a setup whose images are normalised as those that a student's initial network was trained on."""
+  given = next(iter(trees.members_of(initial)), None)
+  network = given.network if isinstance(given, Generation) else None
+  if network is None or _is_normalised_alike(network, setup.dataset, "initial"):
+    return setup
+  statistics = {name: np.array(network.scaling[name], np.float32) for name in ("mean", "std")}
+  splits = {split: {**arrays, **statistics} for split, arrays in setup.dataset.splits.items()}
+  return setup._replace(dataset=setup.dataset._replace(splits=splits, digest=arrays_lib.digest(splits)))
 
 
 def _model_of(member: Generation, network: Network, setup: Setup, label: str) -> Model:
@@ -328,8 +412,9 @@ def prepare(
   """Returns the job of one generation; raises a BanError where it cannot be trained.
 
   `generation` None is 0 without parents, and else one more than theirs. `initial` replaces the student's initial
-  variables.
+  variables, and its network's normalisation the data set's.
   """
+  setup = _continued(initial, setup)
   cfg, dataset = setup.cfg, setup.dataset
   config.check_batch_size(cfg.train.batch_size, setup.devices)
   parents, models = members(params_prev, setup, "teacher")
@@ -346,7 +431,11 @@ def prepare(
   student = setup.models[min(generation, 1)]
   if parents:
     _check_inherits(student, parents)
-  loss = losses.make_loss(cfg.loss if parents else {"name": "label"})
+  if not parents and cfg.loss.name != cfg.teacher.loss and not losses.LOSSES[cfg.loss.name].needs_teacher:
+    logger.warning(
+      f"generation 0 is trained by teacher.loss={cfg.teacher.loss!r}; loss.name={cfg.loss.name!r} is its students' loss"
+    )
+  loss = losses.make_loss({**cfg.loss, "name": cfg.loss.name if parents else cfg.teacher.loss})
   if cfg.loss.class_weights:
     labels = dataset.splits["train"]["labels"]
     loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))

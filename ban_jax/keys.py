@@ -112,7 +112,7 @@ KEYS = {
     0.0,
     SHARE,
     'Fraction of the training examples held out as the split "validation"; 0 for none. Text has a split of its own. If '
-    "classes differ in size, it is a fraction of each class, and no class loses its last example.",
+    "classes differ in size, it is a fraction of each class. No class loses its last example.",
     unused=(0.0, "brings its own validation split"),
   ),
   "data.train_examples": Key(
@@ -120,6 +120,7 @@ KEYS = {
     whole(0, note=", 0 for all training examples"),
     "Number of training examples, a fixed class-balanced subset, or if classes differ in size a proportional one; or "
     "of tokens, from the beginning of the training text. 0 for all.",
+    unused=(0, "brings its own examples"),
   ),
   "data.pad": Key(
     4,
@@ -180,9 +181,13 @@ KEYS = {
     'The set\'s own validation split; "" for none, or for one by `data.validation`.',
     unused=("", _NOT_BY_NAME),
   ),
-  "loss.name": Key(
-    "ban", NAME, "The students' loss, a key of ban_jax.losses.LOSSES. Generation 0 is always trained on the labels."
+  "teacher.loss": Key(
+    "label",
+    NAME,
+    "The loss of generation 0, one that needs no teacher, with the options of `loss`: label or label_smoothing.",
+    neutral="label",
   ),
+  "loss.name": Key("ban", NAME, "The students' loss, a key of ban_jax.losses.LOSSES."),
   "loss.temperature": Key(
     1.0,
     POSITIVE,

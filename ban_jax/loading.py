@@ -5,12 +5,14 @@ import re
 from etils import epath
 from ml_collections import ConfigDict
 
+from ban_jax import devices as devices_lib
 from ban_jax import job, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Generation, Model
 
 
+@devices_lib.default_modes()
 def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
   """Returns the finished generation in a directory, `RUN/gen_K`: a str, pathlib or epath path, "~" or gs:// too.
 
@@ -36,6 +38,7 @@ def _with_model(generation: Generation, model: Model, directory: epath.Path) -> 
   return generation._replace(network=generation.network._replace(own=model))
 
 
+@devices_lib.default_modes()
 def load_run(
   workdir: epath.PathLike, *, model: Model | None = None, teacher_model: Model | None = None
 ) -> list[Generation]:
@@ -63,6 +66,7 @@ def load_run(
   return found
 
 
+@devices_lib.default_modes()
 def with_network(
   member: Member,
   cfg: ConfigDict | job.Setup,

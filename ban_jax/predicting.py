@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from ban_jax import devices as devices_lib
 from ban_jax import job, report, trees
 from ban_jax.data import images as images_lib
+from ban_jax.data.arrays import as_array
 from ban_jax.data.text import EOS, UNKNOWN
 from ban_jax.errors import CheckpointError, ConfigError, DataError, check_flag, check_whole, choices
 from ban_jax.models import make_model
@@ -21,6 +24,8 @@ from ban_jax.types import Carry, Dataset, Devices, Generation, InputSpec, Model,
 
 # Sentences are padded to a multiple of this many tokens, so that few lengths are compiled.
 PAD_TO = 32
+# Pixels that are looked at together for numbers that are not finite.
+CHECKED_AT_ONCE = 2**22
 
 
 class Predictor(NamedTuple):
@@ -31,14 +36,14 @@ class Predictor(NamedTuple):
   scaling: Any  # of images the (mean, std) that each network normalises by, broadcast; of text ()
   log_weights: Float32[np.ndarray, " M"]
   spec: InputSpec
-  dtype: str  # of the images that the networks were trained on
+  dtype: str  # of the images that the networks were trained on; of tokens ""
   devices: Devices
 
   @property
   def window(self) -> int | None:
-    """How many tokens the networks read at once: those of a training window if one of them has no carry, else any."""
-    stateless = self.spec.kind == "tokens" and not all(jax.tree.leaves(model.init_carry(1)) for model in self.models)
-    return self.spec.shape[0] if stateless else None
+    """How many tokens the networks read at once: the shortest window of those that have no carry, else any."""
+    stateless = [model.spec.shape[0] for model in self.models if not jax.tree.leaves(model.init_carry(1))]
+    return min(stateless, default=None) if self.spec.kind == "tokens" else None
 
   def carries(self, rows: int) -> Carry:
     """Returns the carries at the beginning of `rows` texts."""
@@ -47,6 +52,8 @@ class Predictor(NamedTuple):
   def step(self, carries: Carry, inputs: np.ndarray) -> tuple[Carry, Float[np.ndarray, "B *T n"]]:
     """Returns the carries after the inputs [B, ...], which the devices share equally, and the log-probabilities."""
     run = make_predict_step(self.models, self.devices)
+    with np.errstate(over="ignore"):  # of padding; other pixels are known to be finite in float32
+      inputs = inputs.astype(self.dtype or np.int32, copy=False)
     rows = devices_lib.split_rows(inputs, self.devices)
     carries, found = run(self.variables, self.scaling, carries, rows, self.log_weights)
     return carries, devices_lib.join_rows(found, self.devices)
@@ -73,6 +80,7 @@ def make_predict_step(models: tuple[Model, ...], devices: Devices) -> Callable[.
   return devices_lib.pmap(step, devices=devices, in_axes=((None,) * len(models), None, 0, 0, None))
 
 
+@devices_lib.default_modes()
 def predict(
   generations: Generation | Sequence[Generation],
   inputs: Any,
@@ -97,8 +105,10 @@ def predict(
   inputs, and a DataError for inputs that the networks cannot read.
   """
   predictor = prepare(generations, weights, devices, dataset)
-  inputs = _checked(predictor, inputs)
+  inputs = _checked(predictor.spec, predictor.dtype, inputs, predictor.window)
   batch_size, progress = check_whole("batch_size", batch_size, 1), check_flag("progress", progress)
+  if not inputs.size:
+    return np.zeros((*inputs.shape[: 1 if predictor.spec.kind == "images" else 2], predictor.spec.num_classes), "f4")
   found = []
   title = f"predicting {len(inputs)} inputs"
   with contextlib.closing(report.Progress(title, len(inputs), 0, progress and len(inputs) > 20 * batch_size)) as bar:
@@ -107,10 +117,28 @@ def predict(
       rows = _pad(part, _filled(batch_size, len(inputs), predictor.devices))
       found.append(np.exp(predictor.step(predictor.carries(len(rows)), rows)[1][: len(part)]))
       bar.advance(len(part))
-  shape = (0, *inputs.shape[1 : 2 if predictor.spec.kind == "tokens" else 1], predictor.spec.num_classes)
-  return np.concatenate(found) if found else np.zeros(shape, np.float32)
+  return np.concatenate(found)
 
 
+@devices_lib.default_modes()
+def normalise(images: Any, source: Dataset | Generation) -> Float32[np.ndarray, "N H W C"]:
+  """Returns images as the networks of a data set, or a generation, read them: for functions of one's own.
+
+  `images` are those that `predict` takes. uint8 is divided by 255, and then the mean of each channel over the training
+  images is subtracted and the result divided by their standard deviation. Raises a ConfigError for another source and
+  for one that does not say how its images are normalised, and a DataError for images that its networks cannot read.
+  """
+  if not isinstance(source, Dataset | Generation):
+    raise ConfigError(f"normalise takes a Dataset or a Generation as the second argument, not {type(source).__name__}")
+  known = source if isinstance(source, Dataset) else source.network
+  if known is None or not known.scaling:
+    raise ConfigError(f"{source!r} does not say how images are normalised: it is of text, made by hand, or too old")
+  images = jnp.asarray(_checked(known.spec, known.scaling["dtype"], images), known.scaling["dtype"])
+  mean, std = (jnp.array(known.scaling[name], jnp.float32) for name in ("mean", "std"))
+  return np.asarray(images_lib.normalise(images, mean, std))
+
+
+@devices_lib.default_modes()
 def log_probabilities(
   generations: Generation | Sequence[Generation],
   sentences: Sequence[str],
@@ -155,6 +183,7 @@ def log_probabilities(
   return found
 
 
+@devices_lib.default_modes()
 def sample(
   generations: Generation | Sequence[Generation],
   length: int,
@@ -171,14 +200,15 @@ def sample(
   Errors are those of `log_probabilities`.
   """
   length, seed = check_whole("length", length, 0), check_whole("seed", seed, 0)
-  if not isinstance(temperature, numbers.Real) or not temperature > 0:
-    raise ConfigError(f"temperature={temperature!r}: expected a number above 0")
+  if not isinstance(temperature, numbers.Real) or not 0 < temperature <= sys.float_info.max:
+    raise ConfigError(f"temperature={temperature!r}: expected a finite number above 0")
   predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
   rng, words, read = np.random.default_rng(seed), [], _reader(predictor)
   logs = read([*_ids(predictor.spec, EOS), *_ids(predictor.spec, prompt)])
   for _ in range(length):
-    scaled = logs.astype(np.float64) / temperature
-    odds = np.exp(scaled - scaled.max())
+    logs = logs.astype(np.float64)
+    with np.errstate(all="ignore"):  # at a temperature near 0 all words but the likeliest are infinitely unlikely
+      odds = np.exp((logs - logs.max()) / temperature)
     token = rng.choice(len(odds), p=odds / odds.sum())
     words.append(predictor.spec.words[token])
     logs = read([token])
@@ -219,7 +249,7 @@ def prepare(
   spec, dtype = networks[0].spec, networks[0].scaling.get("dtype", "")
   for network in networks[1:]:
     other = network.spec, network.scaling.get("dtype", "")
-    if other != (spec, dtype):
+    if (_of_network(other[0]), other[1]) != (_of_network(spec), dtype):
       raise ConfigError(f"the networks read different inputs: {_inputs(spec, dtype)}, and {_inputs(*other)}")
   models = tuple(
     network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype) for network in networks
@@ -268,8 +298,16 @@ def _network_of(member: Any, number: int, dataset: Dataset | None) -> Network:
   return network
 
 
+def _of_network(spec: InputSpec) -> InputSpec:
+  """Returns what is a network's own of its inputs: a window of text is the training's."""
+  return spec._replace(shape=()) if spec.kind == "tokens" else spec
+
+
 def _inputs(spec: InputSpec, dtype: str) -> str:
-  return f"{dtype} {spec.kind} {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
+  if spec.kind == "tokens":
+    listed = ", ".join(spec.words[:4])
+    return f"tokens of {spec.num_classes} words, {listed}, ..."
+  return f"{dtype} images {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
 
 
 def _filled(batch_size: int, count: int, devices: Devices) -> int:
@@ -282,28 +320,22 @@ def _pad(rows: np.ndarray, count: int) -> np.ndarray:
   return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)]) if len(rows) < count else rows
 
 
-def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
-  """Returns the inputs as an array that the networks read; raises a DataError where they cannot be."""
-  spec = predictor.spec
-  try:
-    if isinstance(inputs, Dataset):
-      raise ValueError("a Dataset: its images are dataset.splits['test']['images']")
-    inputs = np.asarray(inputs)
-  except ValueError as error:
-    raise DataError(f"the inputs cannot be one array: {error}") from error
+def _checked(spec: InputSpec, dtype: str, inputs: Any, window: int | None = None) -> np.ndarray:
+  """Returns the inputs as an array that networks read, in the caller's type and memory; DataError where it is none."""
+  if isinstance(inputs, Dataset):
+    raise DataError("the inputs are a Dataset: its images are dataset.splits['test']['images']")
+  inputs = as_array("the inputs", inputs)
   if spec.kind == "tokens":
-    if inputs.ndim != 2 or not np.issubdtype(inputs.dtype, np.integer):
+    if inputs.ndim != 2 or inputs.size and not jnp.issubdtype(inputs.dtype, jnp.integer):
       raise DataError(f"the inputs are {inputs.dtype} {list(inputs.shape)}; expected tokens, whole numbers [N, T]")
-    if inputs.size and not 0 <= inputs.min() <= inputs.max() < spec.num_classes:
+    low, high = (int(inputs.min()), int(inputs.max())) if inputs.size else (0, 0)
+    if low < 0 or high >= spec.num_classes:
+      raise DataError(f"a token is {low if low < 0 else high}; expected 0 to {spec.num_classes - 1}")
+    if window and inputs.shape[1] > window:
       raise DataError(
-        f"a token is {inputs.max() if inputs.min() >= 0 else inputs.min()}; expected 0 to {spec.num_classes - 1}"
+        f"the inputs have {inputs.shape[1]} tokens; a network without a carry reads at most its window, {window}"
       )
-    if predictor.window and inputs.shape[1] > predictor.window:
-      raise DataError(
-        f"the inputs have {inputs.shape[1]} tokens; a network without a carry reads at most its window, "
-        f"{predictor.window}"
-      )
-    return inputs.astype(np.int32)
+    return inputs
   if inputs.ndim == 3 and spec.shape[-1] == 1:
     inputs = inputs[..., None]
   if inputs.ndim != 4 or inputs.shape[1:] != spec.shape:
@@ -311,14 +343,16 @@ def _checked(predictor: Predictor, inputs: Any) -> np.ndarray:
     raise DataError(
       f"the inputs have the shape {list(inputs.shape)}; expected images [N, {', '.join(map(str, spec.shape))}]{one}"
     )
-  if predictor.dtype == "uint8" and inputs.dtype != np.uint8:
+  if dtype == "uint8" and inputs.dtype != np.uint8:
     raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on uint8 images from 0 to 255")
-  if predictor.dtype == "float32" and not np.issubdtype(inputs.dtype, np.floating):
+  if dtype == "float32" and not jnp.issubdtype(inputs.dtype, jnp.floating):
     raise DataError(f"the inputs are {inputs.dtype}; the networks were trained on floating-point images")
-  with np.errstate(over="ignore"):
-    inputs = inputs.astype(predictor.dtype)
-  if predictor.dtype == "float32" and not np.isfinite(inputs).all():
-    raise DataError("the inputs have pixels that are not finite")
+  if dtype == "float32":
+    rows = max(1, CHECKED_AT_ONCE // math.prod(spec.shape))
+    for first in range(0, len(inputs), rows):  # a memory map may be larger than the memory
+      with np.errstate(over="ignore"):
+        if not np.isfinite(inputs[first : first + rows].astype(np.float32)).all():
+          raise DataError("the inputs have pixels that are not finite")
   return inputs
 
 

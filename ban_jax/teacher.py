@@ -50,10 +50,16 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
   plain = [trees.to_plain(parent) for parent in parents]
   copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
   taught = bool(plain) and needed
-  digests = tuple(trees.digest(parent) for parent in parents) if taught or copied else ()
+  digests = tuple(map(_digest, parents, models)) if taught or copied else ()
   if not taught:
     return Teacher(none(), (), digests, copied)
   return Teacher(live(tuple(models)), tuple(plain), digests, copied, models=tuple(models))
+
+
+def _digest(parent: Variables, model: Model) -> str:
+  """Returns the digest of a network, with its normalisation of images where that is not the data set's."""
+  own = trees.digest(parent)
+  return trees.json_digest([own, model.normalisation]) if model.normalisation else own
 
 
 @functools.cache

@@ -43,6 +43,7 @@ INIT, ORDER, STEPS = range(3)
 _training = threading.Lock()
 
 
+@devices_lib.default_modes()
 def train_generation(
   params_prev: Member | Sequence[Member] | None,
   cfg: ConfigDict | Setup,
@@ -85,6 +86,7 @@ def train_generation(
     return finished_or_trained([job], [held], progress)[0]
 
 
+@devices_lib.default_modes()
 def run(
   cfg: ConfigDict | Setup,
   workdir: epath.PathLike,
@@ -455,7 +457,8 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
     return live
   live = _read(lane, live, keep=0)
   tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
-  record = {"lineage": job.lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
+  lineage = {key: value for key, value in job.lineage.items() if key != "data"}  # which nobody resumes by
+  record = {"lineage": lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
   storage.save_step(lane.checkpoints, live.done, tree, record)
   return live._replace(saved=live.done)
 

@@ -62,6 +62,8 @@ class Model(NamedTuple):
   # Of a network that the caller gave: its options, (name, plain value) each, for the records.
   options: tuple[tuple[str, Any], ...] = ()
   program: Program | None = None  # of a network that the caller gave: what it computes
+  # Where it normalises images as it was trained, and not as the data set does: its (mean, std), per channel each.
+  normalisation: tuple[tuple[float, ...], ...] = ()
 
   @property
   def shapes(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ban_jax import data, models, presets
+from ban_jax import config, data, models, presets
 from ban_jax.errors import ConfigError
 from ban_jax.presets import base
 from ban_jax.types import InputSpec
@@ -102,3 +102,16 @@ def test_every_data_key_is_one_that_data_sets_take():
   cfg = digits.get_config()
   with pytest.raises(AttributeError, match="padding"):
     cfg.data.padding = 1
+
+
+@pytest.mark.parametrize("scale", presets.SCALES)
+@pytest.mark.parametrize("network", ["lstm", "cnn_lstm_32"])
+def test_a_language_model_of_own_data_is_trained_as_one_of_registered_text(network, scale):
+  own, text = (presets.compose(f"{name},{network},{scale}").to_dict() for name in ("own", "pydoc"))
+  assert {key: own[key] for key in own if key != "data"} == {key: text[key] for key in text if key != "data"}
+  config.check_data(own["data"])  # no setting that has no effect
+
+
+@pytest.mark.parametrize("scale", presets.SCALES)
+def test_own_data_have_no_settings_of_other_data(scale):
+  config.check_data(presets.compose(f"own,own,{scale}").data)

@@ -28,7 +28,7 @@ from hypothesis import example as with_example
 from hypothesis import strategies as st
 
 import ban_jax
-from ban_jax import config, data
+from ban_jax import config, data, storage
 from ban_jax.data import images, tfds_cifar
 from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
@@ -570,11 +570,43 @@ def labels_of(counts):
 @given(st.lists(st.integers(100, 110), min_size=1, max_size=5), st.floats(0.01, 0.9), st.integers(0, 10))
 def test_nearly_even_classes_are_divided_as_even_ones(counts, validation, train_examples):
   labels = labels_of(counts)
+  assume(not train_examples or train_examples >= len(counts))
   parts = images.divide("mine", labels, options_of(validation=validation, train_examples=train_examples))
   order, held_out = images.balanced_order(labels), round(len(labels) * validation)
   end = held_out + train_examples if train_examples else len(labels)
+  assume(len(np.unique(labels[order[held_out:end]])) == len(counts))
   np.testing.assert_array_equal(parts[0], order[:held_out])
   np.testing.assert_array_equal(parts[1], order[held_out:end])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 12), st.floats(0, 0.99), st.floats(0, 1))
+@with_example(50, 2, 0.2, 0.0)
+@with_example(10, 10, 0.99, 1.0)
+@with_example(10, 2, 0.0, 0.5)  # fifteen of twenty: a stretch of whole rounds
+def test_even_classes_keep_an_example_each_however_small_they_are(classes, size, validation, chosen):
+  labels, held_out = labels_of([size] * classes), min(round(validation * classes * size), classes * (size - 1))
+  assume(held_out or not validation)
+  train_examples = round(classes + chosen * (classes * (size - 1) - held_out))
+  for changes in ({}, {"train_examples": train_examples}):
+    validating, training = images.divide("mine", labels, options_of(validation=validation, **changes))
+    assert len(validating) == held_out
+    assert len(training) == (train_examples if changes else classes * size - held_out)
+    assert len({*validating, *training}) == len(validating) + len(training)
+    assert set(labels[training]) == set(range(classes))
+
+
+@pytest.mark.parametrize(
+  ("counts", "change", "message"),
+  [
+    ([1] * 50, {"validation": 0.2}, "data.validation=0.2: expected a share that leaves examples on both sides; it"),
+    ([2] * 50, {"train_examples": 49}, "data.train_examples=49: expected at least 50, one of each class of mine"),
+    ([2] * 50, {"validation": 0.2, "train_examples": 49}, "data.train_examples=49: expected at least 50, one of each"),
+  ],
+)
+def test_even_classes_that_would_be_emptied_are_refused(counts, change, message):
+  with pytest.raises(ConfigError, match=message):
+    images.divide("mine", labels_of(counts), options_of(**change))
 
 
 LONG_TAILED = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 500)), min_size=2, max_size=8)
@@ -954,12 +986,27 @@ def test_label_noise_replaces_a_share_of_the_training_labels_and_nothing_else():
   for split in ("test", "validation"):
     np.testing.assert_array_equal(clean.splits[split]["labels"], noisy.splits[split]["labels"])
   np.testing.assert_array_equal(clean.splits["train"]["images"], noisy.splits["train"]["images"])
-  confusion = np.array(noisy.record["confusion"])
+  confusion = np.zeros((10, 10), int)
+  confusion[tuple(np.transpose(noisy.record["labels_seen"])[:2])] = np.transpose(noisy.record["labels_seen"])[2]
   np.testing.assert_array_equal(confusion.sum(1), np.bincount(true, minlength=10))
   assert np.trace(confusion) == (true == seen).sum()
   assert (confusion > 0).sum() > 40  # any other class
   assert noisy.digest != clean.digest
   assert clean.record == {}
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.001, 400), (0.2, 2), (1e-9, 400)])
+def test_noise_that_replaces_no_label_is_refused_before_training(share, count):
+  pixels, labels = np.zeros((count, 4, 4), np.uint8), np.arange(count) % 2
+  message = f"data.label_noise={share}: expected a share that replaces at least one label; it takes 0 of mine's {count}"
+  with pytest.raises(ConfigError, match=message):
+    ban_jax.from_arrays((pixels, labels), (pixels, labels), label_noise=share, name="mine")
+
+
+def test_a_record_of_noise_grows_with_the_labels_and_not_with_the_square_of_the_classes():
+  pixels, labels = np.zeros((8000, 1, 1), np.uint8), np.arange(4000).repeat(2)
+  made = ban_jax.from_arrays((pixels, labels), (pixels[:1], labels[:1]), label_noise=0.2)
+  assert len(json.dumps(made.record)) < 200_000
 
 
 def test_pairwise_noise_takes_the_next_class():
@@ -989,9 +1036,14 @@ def test_the_splits_of_wrong_labels_hold_them_all():
   np.testing.assert_array_equal(labels["train_seen"][wrong], labels["wrong_seen"])
 
 
-def test_a_generation_knows_what_became_of_wrong_labels():
+def test_a_generation_knows_what_became_of_wrong_labels(tmp_path, monkeypatch):
+  saved, save = [], storage.save_step
+  monkeypatch.setattr(storage, "save_step", lambda *arguments: (saved.append(arguments[-1]), save(*arguments)))
   cfg = conftest_config(data__train_examples=0, data__label_noise=0.4, train__epochs=1)
-  metrics = ban_jax.train_generation(None, cfg, progress=False).metrics
+  metrics = ban_jax.train_generation(None, cfg, workdir=tmp_path, progress=False).metrics
+  assert saved
+  assert "labels_seen" not in json.dumps([record["lineage"] for record in saved])
+  assert json.loads((tmp_path / "gen_0" / "manifest.json").read_text())["data"]["wrong_labels"] == 0.4
   assert (metrics["train_seen_count"], metrics["wrong_seen_count"]) == (400, 160)
   # Of 400 examples, 160 have wrong labels: the others' part of those predicted as they truly are is what is left.
   correct = {

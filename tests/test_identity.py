@@ -109,6 +109,8 @@ def test_class_weights_are_recorded_where_there_are_any():
 def test_options_belong_to_what_takes_them():
   assert identity_of(config(loss__temperature=2.0)) != identity_of(config())
   assert identity_of(config(loss__temperature=2.0), 0) == identity_of(config(), 0)  # generation 0 learns from labels
+  assert identity_of(config(teacher__loss="label_smoothing"), 0) != identity_of(config(), 0)
+  assert identity_of(config(teacher__loss="label_smoothing")) == identity_of(config())
   smoothed = config("digits,wrn_10_1,smoke,label_smoothing")
   assert identity_of(smoothed) != identity_of(config("digits,wrn_10_1,smoke,label_smoothing", loss__smoothing=0.3))
   cosine = {"optim__schedule": "cosine"}

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ban_jax
-from ban_jax import trees
+from ban_jax import job, trees
 from ban_jax.data import digits, images, tfds_files
 from ban_jax.data import load as load_data
+from ban_jax.types import Generation
 
 QUIET = {"progress": False}
 READ = """
@@ -116,6 +117,97 @@ def test_the_readme_s_script_trains_predicts_and_exports_outside_the_checkout(tm
   np.testing.assert_allclose(np.load(tmp_path / "q.npy"), np.load(tmp_path / "p.npy"), atol=1e-6)
 
 
+def linear_teacher(data, name="f"):
+  """Returns a fixed linear network for a data set's images, with the normalisation of that set."""
+  inputs = int(np.prod(data.spec.shape))
+  weights = np.random.default_rng(0).normal(size=(inputs, data.spec.num_classes)).astype(np.float32)
+  return ban_jax.from_function(lambda v, x: x.reshape(x.shape[0], -1) @ v, weights, data, name=name)
+
+
+PIXELS_OF = {
+  "floats": lambda rng, n: rng.normal(size=(n, 4, 4, 2)) * (1, 10) + (0, 30),
+  "uint8": lambda rng, n: rng.integers(0, 120, (n, 4, 4, 2)).astype(np.uint8),
+}
+
+
+@pytest.fixture(params=PIXELS_OF)
+def two_sets(request):
+  """Two data sets of the same test images, whose training images have other means and deviations."""
+  draw, rng, labels = PIXELS_OF[request.param], np.random.default_rng(0), np.arange(60) % 3
+  pixels = draw(rng, 60)
+  test = (pixels, labels)
+  return [ban_jax.from_arrays((train, labels), test, name="set") for train in (pixels, pixels // 2 + 7)], test
+
+
+def test_a_network_normalises_as_it_was_trained_wherever_it_is_used(two_sets, caplog):
+  (first, second), (pixels, labels) = two_sets
+  teacher, linear = linear_teacher(first), ban_jax.from_flax(Linear3(), second)
+  cfg, devices = ban_jax.get_config("own,own,smoke"), jax.devices()[:1]
+  cfg.train.update(epochs=1, batch_size=20)
+  given_ = {"dataset": second, "model": linear, "devices": devices}
+  found = ban_jax.predict(teacher, pixels)
+  for dataset in (first, second):
+    metrics = ban_jax.evaluate(teacher, cfg, **{**given_, "dataset": dataset})
+    assert metrics["error"] == pytest.approx(100 * (found.argmax(axis=1) != labels).mean())
+    assert metrics["nll"] == pytest.approx(-np.log(found[np.arange(60), labels]).mean(), rel=1e-4)
+  assert "member normalises images by its own mean (" in caplog.text
+  # As a teacher, too; with another normalisation it is another one.
+  setup = job.resolve(cfg, devices, job.Own(second, linear))
+  prepared = job.prepare(setup, teacher, None)
+  batch = second.fetch(second.splits["test"], np.arange(60), key=None, positions=None, train=False)
+  (teaching, source) = prepared.teacher[:2]
+  np.testing.assert_allclose(
+    jax.nn.softmax(teaching.logits(source, teaching.init_carry(60), batch)[0]), found, atol=1e-4
+  )
+  unaware = teacher._replace(network=teacher.network._replace(scaling=second.scaling))
+  assert prepared.lineage["teachers"] != job.prepare(setup, unaware, None).lineage["teachers"]
+  # A network that is trained further keeps its normalisation.
+  begun = Generation(0, setup.models[1].init(jax.random.key(0)), {}, (), setup.network(0))
+  assert job.prepare(setup, None, None, begun).dataset is second
+  begun = begun._replace(network=begun.network._replace(scaling=first.scaling))
+  continued = job.prepare(setup, None, None, begun)
+  assert continued.network.scaling == continued.dataset.scaling == first.scaling
+  assert continued.dataset.digest != second.digest
+
+
+class Linear3(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+  "use",
+  [
+    lambda one, cfg, given: ban_jax.evaluate(one, cfg, **given),
+    lambda one, cfg, given: ban_jax.compare([one, one], cfg, **given),
+    lambda one, cfg, given: ban_jax.train_generation(one, cfg, **given),
+    lambda one, cfg, given: ban_jax.train_generation(None, cfg, initial=one, **given),
+  ],
+)
+def test_a_network_of_images_of_another_type_is_refused(use, dataset, arrays):
+  pixels, labels = arrays
+  of_bytes = ban_jax.from_arrays((pixels.astype(np.uint8), labels), (pixels.astype(np.uint8), labels), name="bytes")
+  with pytest.raises(ban_jax.ConfigError, match=r"was trained on uint8 images; those of mine are float32"):
+    use(linear_teacher(of_bytes), own(), {"dataset": dataset, "model": ban_jax.from_flax(Linear(), dataset)})
+
+
+@pytest.mark.parametrize("kind", PIXELS_OF)
+def test_normalised_images_are_what_networks_read(kind):
+  pixels, labels = PIXELS_OF[kind](np.random.default_rng(0), 60), np.arange(60) % 3
+  made = ban_jax.from_arrays((pixels, labels), (pixels, labels))
+  batch = made.fetch(made.splits["test"], np.arange(60), key=None, positions=None, train=False)
+  for source in (made, linear_teacher(made)):
+    np.testing.assert_allclose(ban_jax.normalise(pixels, source), batch.inputs, atol=1e-6)
+  for wrong, message in ((pixels.astype(int), "the inputs are int64"), (pixels[:, :2], "the inputs have the shape")):
+    with pytest.raises(ban_jax.DataError, match=message):
+      ban_jax.normalise(wrong, made)
+  with pytest.raises(
+    ban_jax.ConfigError, match="normalise takes a Dataset or a Generation as the second argument, not"
+  ):
+    ban_jax.normalise(made, pixels)
+
+
 def test_the_digits_as_arrays_give_the_bytes_of_the_digits():
   cfg = config(train__epochs=1, data__train_examples=0)
   registered = load_data(cfg.data)
@@ -158,12 +250,43 @@ PIXELS = np.zeros((4, 8, 8), np.uint8)
 LABELS = np.array([0, 1, 2, 1])
 
 
+class Tensor:
+  """A tensor of another library that NumPy cannot read, as one on a GPU."""
+
+  def __array__(self, dtype=None, copy=None):
+    raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"train": PIXELS}, "arrays: train must be a pair (images, labels), not ndarray of 4"),
     ({"train": np.array("x")}, "arrays: train must be a pair (images, labels), not ndarray"),
     ({"test": dict}, "arrays: test must be a pair (images, labels), not type"),
+    (
+      {"train": (PIXELS, np.array([[1, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]]))},
+      "arrays, train: the labels have the shape (4, 3); expected [N], a class each; an image of several classes, or of "
+      "shares of them, cannot be trained on",
+    ),
+    (
+      {"train": (PIXELS, np.full((4, 3), 1 / 3))},
+      "arrays, train: the labels have the shape (4, 3); expected [N], a class each; an image of several classes, or of "
+      "shares of them, cannot be trained on",
+    ),
+    (
+      {"train": (PIXELS, np.eye(3)[LABELS])},
+      "arrays, train: the labels have the shape (4, 3); expected [N], a class each; for one-hot labels take labels.arg",
+    ),
+    (
+      {"train": (np.ma.masked_equal(np.eye(8, dtype=np.uint8)[None].repeat(4, 0), 1), LABELS)},
+      "arrays, train: the images are masked in 32 places; expected numbers everywhere",
+    ),
+    ({"train": (Tensor(), LABELS)}, "arrays, train: the images cannot be one array: can't convert cuda:0 device type"),
+    (
+      {"label_noise": 0.1},
+      "data.label_noise=0.1: expected a share that replaces at least one label; it takes 0 of arr",
+    ),
+    ({"train_examples": 2}, "data.train_examples=2: expected at least 3, one of each class of arrays, or 0 for all"),
     ({"train": (PIXELS, LABELS[:3])}, "arrays, train: 4 images and 3 labels; expected as many of each"),
     ({"train": (PIXELS, LABELS - 1)}, "arrays, train: a label is -1; expected classes from 0 to 2"),
     ({"num_classes": 2}, "arrays, train: a label is 2; expected classes from 0 to 1"),
@@ -216,7 +339,7 @@ LABELS = np.array([0, 1, 2, 1])
     ({"flip": "no"}, "flip='no': expected True or False"),
     (
       {"train": ([PIXELS[0], PIXELS[0, 1:]], LABELS[:2])},
-      "arrays, train: images or labels are no array, because their sizes differ (",
+      "arrays, train: the images cannot be one array: ",
     ),
     (
       {"train": (PIXELS, np.array([0, 1, 2, 10**9]))},  # identifiers in place of classes
@@ -388,6 +511,7 @@ def test_predictions_are_the_evaluation_s(run, dataset, cnn, arrays):
     (np.full((2, 8, 8), 1e300), "the inputs have pixels that are not finite"),  # in float32
     ([np.zeros((8, 8)), np.zeros((9, 8))], "the inputs cannot be one array: "),
     (None, "the inputs have the shape []; expected images [N, 8, 8, 1]"),
+    (Tensor(), "the inputs cannot be one array: can't convert cuda:0 device type tensor to numpy; expected an array"),
   ],
 )
 def test_inputs_that_the_network_cannot_read_are_refused(run, inputs, message):
@@ -688,6 +812,59 @@ def set_data(words, **changes):
   cfg = ban_jax.get_config(words)
   cfg.data.update(changes)
   return cfg
+
+
+SETTINGS = {
+  "label_noise": 0.4,
+  "noise_kind": "pairwise",
+  "noise_seed": 3,
+  "train_examples": 50,
+  "validation": 0.1,
+  "pad": 3,
+  "flip": True,
+}
+
+
+@pytest.mark.parametrize("words", ["digits,own,smoke", "own,own,smoke"])
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_setting_of_the_data_beside_a_data_set_is_refused(words, key, dataset, cnn):
+  cfg = set_data(words, **{key: SETTINGS[key]})
+  with pytest.raises(ban_jax.ConfigError, match=rf"data\.{key}=.*: expected .*from_arrays takes such settings"):
+    ban_jax.train_generation(None, cfg, dataset=dataset, model=cnn, **QUIET)
+
+
+@pytest.mark.parametrize(
+  ("words", "changes", "given", "message"),
+  [
+    (
+      "own,wrn_10_1,smoke",
+      {"model__depth": 22},
+      "model",
+      "the options of model 'wide_resnet' were changed, and have no",
+    ),
+    ("own,own,smoke,teacher=wrn_10_1", {}, "model teacher_model", "teacher.model 'wide_resnet' has no effect beside"),
+    (
+      "own,own,smoke",
+      {"compute_dtype": "bfloat16"},
+      "model",
+      "compute_dtype='bfloat16': expected 'float32', because 'CNN",
+    ),
+    ("own,wrn_10_1,smoke", {"compute_dtype": "bfloat16"}, "model", "compute_dtype='bfloat16': expected 'float32'"),
+    ("own,own,smoke", {"compute_dtype": "bfloat16"}, "model teacher_model", "compute_dtype='bfloat16': expected"),
+  ],
+)
+def test_a_setting_of_a_network_beside_a_network_is_refused(words, changes, given, message, dataset, cnn):
+  cfg = ban_jax.get_config(words)
+  cfg.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  with pytest.raises(ban_jax.ConfigError, match=message):
+    ban_jax.train_generation(None, cfg, dataset=dataset, **dict.fromkeys(given.split(), cnn), **QUIET)
+
+
+def test_a_teacher_of_the_library_may_compute_in_another_dtype_than_an_own_student(dataset, cnn):
+  cfg = ban_jax.get_config("own,own,smoke,teacher=wrn_10_1")
+  cfg.compute_dtype = "bfloat16"
+  setup = job.resolve(cfg, None, job.Own(dataset, cnn))
+  assert [setup.network(generation).compute_dtype for generation in (0, 1)] == ["bfloat16", "float32"]
 
 
 @pytest.mark.parametrize(

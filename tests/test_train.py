@@ -9,7 +9,7 @@ import pytest
 from conftest import config
 
 import ban_jax
-from ban_jax import data, losses, models, trees
+from ban_jax import data, job, losses, models, trees
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 
@@ -247,3 +247,21 @@ def test_settings_that_change_bytes_are_recorded():
   assert before["settings"]["matmul_precision"] == "default"
   with jax.default_matmul_precision("float32"):
     assert devices_lib.layout(tuple(jax.devices()))["settings"]["matmul_precision"] == "float32"
+
+
+def test_generation_0_has_a_loss_of_its_own(caplog):
+  cfg = config(loss__name="label_smoothing", loss__smoothing=0.3, teacher__loss="label_smoothing")
+  logits, labels = np.random.default_rng(0).normal(size=(5, 10)).astype(np.float32), np.arange(5)
+  log_probabilities = np.asarray(jax.nn.log_softmax(logits))
+  plain = -log_probabilities[np.arange(5), labels]
+  for name, expected in (("label_smoothing", 0.7 * plain - 0.3 * log_probabilities.mean(axis=1)), ("label", plain)):
+    assert not caplog.messages
+    cfg.teacher.loss = name
+    begun = job.prepare(job.resolve(cfg, None), None, None)
+    values, _ = begun.loss.apply(logits, labels, None, key=None, positions=None)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+  assert caplog.messages == [
+    "generation 0 is trained by teacher.loss='label'; loss.name='label_smoothing' is its students' loss"
+  ]
+  with pytest.raises(ConfigError, match="teacher.loss='ban': expected a loss that needs no teacher: label, label_smoo"):
+    job.resolve(config(teacher__loss="ban"), None)

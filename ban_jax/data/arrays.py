@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int32, PyTree
 
+from ban_jax.errors import DataError
 from ban_jax.types import Batch, InputSpec
 
 
@@ -31,6 +32,17 @@ def digest(splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:
       sha.update(f"{split}/{key} {array.dtype.str} {array.shape}\n".encode())
       sha.update(np.ascontiguousarray(array).data)
   return sha.hexdigest()
+
+
+def as_array(what: str, given: Any) -> np.ndarray:
+  """Returns what a caller gave as an array, without a copy if it is one; raises a DataError where it cannot be."""
+  if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+    raise DataError(f"{what} are masked in {np.ma.count_masked(given):,} places; expected numbers everywhere")
+  try:
+    return np.asarray(given)
+  except Exception as error:  # whatever another library's tensor raises: on a GPU, or with a gradient
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise DataError(f"{what} cannot be one array: {reason}; expected an array, or what numpy.asarray takes") from error
 
 
 def make_read_only(tree: PyTree[np.ndarray]) -> None:

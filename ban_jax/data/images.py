@@ -131,11 +131,16 @@ def build(
   record = {}
   if options.label_noise:
     true = parts["train"]
+    if not round(options.label_noise * len(true.labels)):
+      raise ConfigError(
+        f"data.label_noise={options.label_noise}: expected a share that replaces at least one label; it takes 0 of"
+        f" {name}'s {len(true.labels)} training labels"
+      )
     labels = noise.corrupt(true.labels, num_classes, options.label_noise, options.noise_kind, options.noise_seed)
     seen, wrong = true._replace(labels=labels), np.flatnonzero(labels != true.labels)
     parts |= {"train": seen, "train_seen": seen, "train_true": true}
     parts |= {"wrong_seen": take(seen, wrong), "wrong_true": take(true, wrong)}
-    record = noise.record(true.labels, labels, num_classes)
+    record = noise.record(true.labels, labels)
   mean, std = channel_statistics(parts["train"].images)
   splits = {
     split: {"images": part.images, "labels": part.labels, "mean": mean, "std": std} for split, part in parts.items()
@@ -161,7 +166,7 @@ def describe(name: str, *, pool: int, shape: tuple[int, int, int], num_classes: 
   The classes must be about equally large: how many examples are held out of others depends on the size of each.
   """
   _check_padding(name, shape, options)
-  chosen = _train_size(name, pool, round(options.validation * pool), options)
+  chosen = _train_size(name, pool, min(round(options.validation * pool), pool - num_classes), options)
   channels = shape[-1:]
   arrays = {
     "images": jax.ShapeDtypeStruct((chosen, *shape), np.uint8),
@@ -177,26 +182,30 @@ def divide(
 ) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, " T"]]:
   """Returns which examples of a pool are held out for validation, and which of the others are trained on.
 
-  Where the largest class is at most a tenth larger than the smallest, both are stretches of `balanced_order`, and a
-  smaller choice of training examples is part of every larger one. Else each class gives its share to either: within
-  one example, the validation never the last one of a class, the training at least one of each. There, a larger choice
-  lacks at most one example a class of a smaller one. Raises ConfigError if the pool is too small for the options.
+  Every class keeps a training example. Where the largest class is at most a tenth larger than the smallest, both are
+  stretches of `balanced_order`, the last example of each class being set aside for training where a class would have
+  none; but for that, a smaller choice of training examples is part of every larger one. Else each class gives its share
+  to either, within one example; there, a larger choice lacks at most one example a class of a smaller one. Raises
+  ConfigError if the pool is too small for the options.
   """
   _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-  if 10 * counts.max() <= 11 * counts.min():
-    held_out = round(options.validation * len(labels))
-    chosen = _train_size(name, len(labels), held_out, options)
-    order = balanced_order(labels)
-    return order[:held_out], order[held_out : held_out + chosen]
-  held_out = np.minimum(np.rint(options.validation * counts).astype(int), counts - 1)  # of each class
-  chosen = _train_size(name, len(labels), int(held_out.sum()), options)
+  is_even = 10 * counts.max() <= 11 * counts.min()
+  spare = np.minimum(np.rint(options.validation * counts).astype(int), counts - 1)  # of each class
+  held_out = min(round(options.validation * len(labels)), len(labels) - len(counts)) if is_even else int(spare.sum())
+  chosen = _train_size(name, len(labels), held_out, options)
   if chosen < len(counts):
     raise ConfigError(
       f"data.train_examples={chosen}: expected at least {len(counts)}, one of each class of {name}, or 0 for all"
     )
-  ends = held_out + _quotas(counts - held_out, chosen)
+  if is_even:
+    order = balanced_order(labels)
+    if len(np.unique(labels[order[held_out : held_out + chosen]])) < len(counts):
+      kept = len(order) - 1 - np.unique(labels[order[::-1]], return_index=True)[1]  # each class's last place
+      order = np.insert(np.delete(order, kept), held_out, order[kept])
+    return order[:held_out], order[held_out : held_out + chosen]
+  ends = spare + _quotas(counts - spare, chosen)
   by_class, places = _shuffled_by_class(labels, np.random.default_rng(SPLIT_SEED))
-  first, end = held_out[classes[by_class]], ends[classes[by_class]]
+  first, end = spare[classes[by_class]], ends[classes[by_class]]
   return by_class[places < first], by_class[(first <= places) & (places < end)]
 
 

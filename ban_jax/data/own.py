@@ -4,9 +4,12 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from ban_jax import devices as devices_lib
 from ban_jax.data import images, noise
+from ban_jax.data.arrays import as_array
 from ban_jax.errors import ConfigError, DataError, check_whole, look_up
 from ban_jax.types import Dataset
 
@@ -22,6 +25,7 @@ def load(options: Options) -> Dataset:
   raise ConfigError("data.name='own': pass the data as dataset=, for images what ban_jax.from_arrays returns")
 
 
+@devices_lib.default_modes()
 def from_arrays(
   train: Pair,
   test: Pair,
@@ -90,20 +94,23 @@ def _examples(name: str, split: str, pair: Pair) -> images.Examples:
   if not (isinstance(pair, Sequence) and len(pair) == 2):
     raise DataError(f"{name}: {split} must be a pair (images, labels), not {_describe(pair)}")
   where = f"{name}, {split}"
-  try:
-    pixels, labels = (np.asarray(array) for array in pair)
-  except ValueError as error:
-    raise DataError(f"{where}: images or labels are no array, because their sizes differ ({error})") from error
-  if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+  pixels, labels = (
+    as_array(f"{where}: the {what}", array) for what, array in zip(("images", "labels"), pair, strict=True)
+  )
+  if pixels.dtype != np.uint8 and not jnp.issubdtype(pixels.dtype, jnp.floating):
     raise DataError(f"{where}: the images are {pixels.dtype}; expected uint8 from 0 to 255, or floating-point numbers")
   if pixels.ndim not in (3, 4):
     raise DataError(f"{where}: the images have the shape {pixels.shape}; expected [N, H, W, C] or [N, H, W]")
-  if not np.issubdtype(labels.dtype, np.integer):
+  if not jnp.issubdtype(labels.dtype, jnp.integer) and labels.ndim != 2:
     raise DataError(f"{where}: the labels are {labels.dtype}; expected whole numbers from 0 to classes - 1")
   if labels.ndim != 1:
     hint = ""
-    if labels.ndim == 2:
-      hint = "; take labels[:, 0]" if labels.shape[1] == 1 else "; for one-hot labels take labels.argmax(axis=1)"
+    if labels.ndim == 2 and labels.shape[1] == 1:
+      hint = "; take labels[:, 0]"
+    elif labels.ndim == 2 and ((labels == 1).sum(axis=1) == 1).all() and ((labels == 0) | (labels == 1)).all():
+      hint = "; for one-hot labels take labels.argmax(axis=1)"
+    elif labels.ndim == 2:
+      hint = "; an image of several classes, or of shares of them, cannot be trained on"
     raise DataError(f"{where}: the labels have the shape {labels.shape}; expected [N], a class each{hint}")
   pixels = pixels[..., None] if pixels.ndim == 3 else pixels
   bounds = np.iinfo(np.int32)

@@ -36,6 +36,7 @@ def own(spec: InputSpec, options: OwnOptions, *, dtype: Any, axis_name: str | No
   raise ConfigError("model.name='own': pass the network as model= or teacher_model=: what ban_jax.from_flax returns")
 
 
+@devices.default_modes()
 def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None = None) -> Model:
   """Returns a Flax module as a network, for the arguments `model` and `teacher_model` of `train_generation` and others.
 
@@ -293,6 +294,7 @@ def _is_plain(value: Any) -> bool:
   return value is None or isinstance(value, bool | int | float | str)
 
 
+@devices.default_modes()
 def from_function(
   apply: Callable[[Any, jax.Array], jax.Array], variables: Any, spec: InputSpec | Dataset, *, name: str
 ) -> Generation:

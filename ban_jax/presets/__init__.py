@@ -1,8 +1,9 @@
 """Presets of data sets, networks and scales.
 
 `compose("cifar10,wrn_16_1,cpu")` applies the presets of a data set, a network and a scale to the base, in this order.
-Further words may follow: the name of a loss, the name of an optimizer, with its usual learning rate and decay, or
-`teacher=NETWORK` for another network as generation 0, which is trained with the students' settings.
+Further words may follow: the name of the students' loss, the name of an optimizer, with its usual learning rate and
+decay, or `teacher=NETWORK` for another network as generation 0, which is trained with the students' settings and by
+`teacher.loss`, by default the plain labels.
 """
 
 from collections.abc import Callable
@@ -33,20 +34,26 @@ def _digits(config: ConfigDict) -> None:
 def _text(name: str) -> Preset:
   def apply(config: ConfigDict) -> None:
     config.data.update(name=name, window=35, pad=0, flip=False)
-    # In the paper only BAN+L worked for language models, and Table 6 has one student.
-    config.loss.name = "ban_label"
-    config.generations = 1
-    config.optim.update(schedule="plateau", momentum=0.0, nesterov=False, weight_decay=0.0)
-    config.train.epochs = 40
-    # Reported numbers read the text as one stream; training-time evaluation may be approximate.
-    config.evaluate.update(batch_size=1, training_batch_size=10)
+    _trained_on_text(config)
 
   return apply
 
 
+def _trained_on_text(config: ConfigDict) -> None:
+  # In the paper only BAN+L worked for language models, and Table 6 has one student.
+  config.loss.name = "ban_label"
+  config.generations = 1
+  config.optim.update(schedule="plateau", momentum=0.0, nesterov=False, weight_decay=0.0)
+  config.train.epochs = 40
+  # Reported numbers read the text as one stream; training-time evaluation may be approximate.
+  config.evaluate.update(batch_size=1, training_batch_size=10)
+
+
 def _own(config: ConfigDict) -> None:
-  # The data bring their own settings: ban_jax.from_arrays.
+  # The data bring their own settings: ban_jax.from_arrays. Whether they are text, the network tells.
   config.data.update(name="own", pad=0, flip=False)
+  if _is_text(config):
+    _trained_on_text(config)
 
 
 DATASETS = {
@@ -239,7 +246,7 @@ OPTIMIZER_SETTINGS = {
 
 
 def _is_text(config: ConfigDict) -> bool:
-  return config.data.window > 0
+  return config.data.window > 0 or config.data.name == "own" and config.model.name in TRAINING
 
 
 def _paper(config: ConfigDict) -> None:
@@ -271,11 +278,11 @@ def _smoke(config: ConfigDict) -> None:
   config.train.update(epochs=2, batch_size=20, checkpoint_every=3)
   config.generations = 1
   if _is_text(config):
-    config.data.update(train_examples=2000, window=10)
     config.evaluate.update(batch_size=100, training_batch_size=100)
   else:
-    config.data.train_examples = 100
     config.evaluate.batch_size = 300
+  if config.data.name != "own":
+    config.data.update({"train_examples": 2000, "window": 10} if _is_text(config) else {"train_examples": 100})
 
 
 SCALES = {"paper": _paper, "quick": _quick, "cpu": _cpu, "smoke": _smoke}
@@ -296,9 +303,9 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
     if word not in known:
       raise ConfigError(f"unknown {what} {word!r}; choose one of: {choices(known)} ({form})")
   config = base.get_config()
+  config.model = _copy(network)
   DATASETS[name](config)
   config.data.dataset = of_tfds
-  config.model = _copy(network)
   config.update_from_flattened_dict(TRAINING.get(config.model.name, {}))
   config.scale = scale
   SCALES[scale](config)
@@ -310,9 +317,10 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   """Returns the locked configuration for the words `dataset,network,scale[,loss][,optimizer][,teacher=network]`.
 
-  It is what the configuration files of a checkout return. "own" stands for data, or a network, that the caller gives as
-  `dataset=` and `model=`. ban_jax/keys.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a
-  ConfigError that lists the choices for an unknown word.
+  The loss is the students'; generation 0 has `teacher.loss`, by default the plain labels. It is what the configuration
+  files of a checkout return. "own" stands for data, or a network, that the caller gives as `dataset=` and `model=`.
+  ban_jax/keys.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a ConfigError that lists
+  the choices for an unknown word.
   """
   return compose(words)
 

@@ -7,7 +7,7 @@ from ban_jax.keys import KEYS
 
 def get_config() -> ConfigDict:
   """Returns the base configuration, which `presets.compose` turns into the configuration of a run."""
-  config = ConfigDict({"data": {}, "loss": {}, "optim": {}, "train": {}, "evaluate": {}})
+  config = ConfigDict({"data": {}, "loss": {}, "optim": {}, "train": {}, "evaluate": {}, "teacher": {}})
   for name, key in KEYS.items():
     group, _, last = name.rpartition(".")
     # A reference of type object may hold values of several types.
@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
   # The students' network: a key of ban_jax.models.MODELS and that network's options, which its file describes.
   config.model = ConfigDict({"name": "wide_resnet", "depth": 28, "width": 10, "dropout": 0.3})
   # The network of generation 0, a group like `model`; None for the same network as the students'.
-  config.teacher = ConfigDict({"model": None})
+  config.teacher.model = None
   return config
