@@ -36,14 +36,15 @@ def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name:
 
 def _computed_once(x: Array) -> Array:
   """Returns x, behind a barrier on CPU: XLA would compute it anew inside each strided copy that a convolution needs."""
-  return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+  # Chosen where the step is lowered, by the platform it is lowered for, which need not be the process's own.
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
   """Returns a `size` x `size` convolution to `width` channels, He-initialised and without bias.
 
-  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride. A 1x1 convolution is computed as a matrix
-  product, which XLA's CPU back end does a quarter faster (DenseNet-40-12).
+  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride. On CPU a 1x1 convolution is computed as a
+  matrix product, a quarter faster there (DenseNet-40-12); XLA for GPUs, in JAX 0.10, aborts on a strided one.
   """
   return nn.Conv(
     width,
@@ -53,15 +54,24 @@ def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn
     use_bias=False,
     dtype=dtype,
     kernel_init=he_normal,
-    conv_general_dilated=_product if size == 1 else jax.lax.conv_general_dilated,
+    conv_general_dilated=_convolve_1x1 if size == 1 else jax.lax.conv_general_dilated,
     name=name,
   )
 
 
-def _product(x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C D"], strides, padding, **_) -> Array:
+def _convolve_1x1(
+  x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C D"], strides, padding, **settings
+) -> Float[Array, "B h w D"]:
   """Returns a 1x1 convolution, in the form in which flax calls jax.lax.conv_general_dilated."""
-  x = x[:, :: strides[0], :: strides[1]]
-  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+  def product(x, kernel):
+    x = x[:, :: strides[0], :: strides[1]]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+  def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+
+  return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
 
 
 def avg_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

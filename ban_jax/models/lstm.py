@@ -44,10 +44,8 @@ class TiedLSTM(nn.Module):
 
 
 def lstm(spec: InputSpec, options: LSTMOptions, *, dtype: Any, axis_name: str | None) -> Model:
-  """Returns a language model over words; raises a ConfigError for images, and for cuDNN where it cannot run."""
+  """Returns a language model over words; raises a ConfigError for images."""
   del axis_name  # no batch norm
-  if options.cudnn:
-    recurrent.check_cudnn(dtype)
   name = f"lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
   return recurrent.from_token_module(name, TiedLSTM(options, spec.num_classes, dtype), spec, options)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ban_jax.errors import ConfigError
 from ban_jax.models import common
-from ban_jax.types import InputSpec, Model
+from ban_jax.types import Devices, InputSpec, Model
 
 # A layer's hidden state and cell at the end of a window, float32 [B, units] each.
 State = tuple[Float[Array, "B units"], Float[Array, "B units"]]
@@ -200,12 +200,12 @@ def from_token_module(
   return Model(name, spec, init, init_carry, apply)
 
 
-def check_cudnn(dtype: Any) -> None:
-  """Raises a ConfigError unless cuDNN can compute an LSTM here, that is in float32 on an NVIDIA GPU."""
+def check_cudnn(dtype: Any, devices: Devices) -> None:
+  """Raises a ConfigError unless cuDNN can compute an LSTM on the devices, that is in float32 on NVIDIA's GPUs."""
   advice = "choose model.cudnn=False, which runs everywhere"
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
-    raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
+  for device in devices:
+    if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
+      raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
   if dtype != jnp.float32:
     raise ConfigError(
       f"model.cudnn=True computes in float32 only, not in {jnp.dtype(dtype).name}; choose compute_dtype float32, "
