@@ -222,7 +222,7 @@ def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: 
   _check_replaced(cfg, own)
   dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
-  return Setup(cfg, dataset, make_models(cfg, dataset.spec, own), found, own)
+  return Setup(cfg, dataset, make_models(cfg, dataset.spec, own, found), found, own)
 
 
 def _check_replaced(cfg: ConfigDict, own: Own) -> None:
@@ -248,9 +248,13 @@ def _check_replaced(cfg: ConfigDict, own: Own) -> None:
     )
 
 
-def make_models(cfg: ConfigDict, spec: InputSpec, own: Own = NOTHING) -> tuple[Model, Model]:
-  """Returns (generation 0's network, the students' network) of a configuration, for a data set's inputs."""
-  options = {"compute_dtype": cfg.compute_dtype, "sync_batch_stats": cfg.train.sync_batch_stats}
+def make_models(cfg: ConfigDict, spec: InputSpec, own: Own = NOTHING, devices: Devices = ()) -> tuple[Model, Model]:
+  """Returns (generation 0's network, the students' network) of a configuration, for a data set's inputs.
+
+  Raises the ConfigErrors of `make_model`, to which `devices` go.
+  """
+  options: dict[str, Any] = {"compute_dtype": cfg.compute_dtype, "sync_batch_stats": cfg.train.sync_batch_stats}
+  options["devices"] = devices
   student = own.model or make_model(cfg.model, spec, **options)
   teacher = own.teacher_model or student
   if cfg.teacher.model and not own.teacher_model:
@@ -367,6 +371,7 @@ def _model_of(member: Generation, network: Network, setup: Setup, label: str) ->
     compute_dtype=setup.cfg.compute_dtype,
     sync_batch_stats=setup.cfg.train.sync_batch_stats,
     key=f"the network of {label}",
+    devices=setup.devices,
   )
 
 

@@ -251,10 +251,11 @@ def prepare(
     other = network.spec, network.scaling.get("dtype", "")
     if (_of_network(other[0]), other[1]) != (_of_network(spec), dtype):
       raise ConfigError(f"the networks read different inputs: {_inputs(spec, dtype)}, and {_inputs(*other)}")
-  models = tuple(
-    network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype) for network in networks
-  )
   devices = devices_lib.local(devices_lib.resolve(devices))
+  models = tuple(
+    network.own or make_model(network.group, network.spec, compute_dtype=network.compute_dtype, devices=devices)
+    for network in networks
+  )
   scaling: tuple[tuple[np.ndarray, ...], ...] = ()
   if spec.kind == "images":
     scaling = tuple(

@@ -12,7 +12,7 @@ from jax.experimental import rnn
 from ban_jax import devices as devices_lib
 from ban_jax import losses, step, teacher
 from ban_jax.errors import ConfigError
-from ban_jax.models import common, make_model, recurrent
+from ban_jax.models import make_model, recurrent
 from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, CharCNNLSTMOptions, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
 from experiments import parameters
@@ -36,8 +36,8 @@ LARGE = {
 BOTH = pytest.mark.parametrize("name", SMALL)
 
 
-def build(name, spec=SPEC, compute_dtype="float32", **changes):
-  return make_model(SMALL[name] | changes, spec, compute_dtype=compute_dtype)
+def build(name, spec=SPEC, compute_dtype="float32", devices=(), **changes):
+  return make_model(SMALL[name] | changes, spec, compute_dtype=compute_dtype, devices=devices)
 
 
 @functools.cache
@@ -428,7 +428,6 @@ def reference_lstm(x, h_0, c_0, weights, seq_lengths, *, input_size, hidden_size
 
 @BOTH
 def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
-  monkeypatch.setattr(common, "check_cudnn", lambda *dtypes: None)
   monkeypatch.setattr(rnn, "lstm", reference_lstm)
   plain, packed = build(name), build(name, cudnn=True)
   assert jax.tree.map(np.shape, initial(plain)) == jax.tree.map(np.shape, initial(packed))
@@ -450,29 +449,28 @@ def test_cudnn_s_weights_and_state_are_ours(name, monkeypatch):
 
 
 @BOTH
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is available here")
 def test_cudnn_is_refused_where_it_is_not_available(name):
   with pytest.raises(
     ConfigError, match=r"model.cudnn=True needs an NVIDIA GPU, and this is \w+; choose model.cudnn=False"
   ):
-    build(name, cudnn=True, units=6)
+    build(name, cudnn=True, units=6, devices=tuple(jax.devices("cpu")))
 
 
 @BOTH
-def test_cudnn_is_refused_in_bfloat16(name, monkeypatch):
+def test_cudnn_is_refused_in_bfloat16(name):
   class Client:
     platform_version = "PJRT C API\ncuda 12090"
 
   class Gpu:
     platform, device_kind, client = "gpu", "NVIDIA H100", Client
 
-  monkeypatch.setattr(jax, "devices", lambda: [Gpu])
+  # It is asked of the devices that the network is to run on, which need not be those of the process.
   with pytest.raises(ConfigError, match="computes in float32 only, not in bfloat16; choose compute_dtype float32"):
-    build(name, cudnn=True, compute_dtype="bfloat16")
-  common.check_cudnn(jnp.float32, jnp.float32)
+    build(name, cudnn=True, compute_dtype="bfloat16", devices=(Gpu,))
+  build(name, cudnn=True, devices=(Gpu,))
   Client.platform_version = "rocm 60300"
   with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
-    common.check_cudnn(jnp.float32, jnp.float32)
+    build(name, cudnn=True, devices=(Gpu,))
 
 
 # ---- Characters.

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ban_jax import devices
+from ban_jax.devices import AXIS
 from ban_jax.errors import ConfigError, choices, look_up
+from ban_jax.models import common
 from ban_jax.models.char_cnn_lstm import CharCNNLSTMOptions, char_cnn_lstm
 from ban_jax.models.densenet import DenseNetOptions, densenet
 from ban_jax.models.gpt import GPTOptions, gpt
@@ -26,7 +27,7 @@ from ban_jax.models.resnet import ResNetOptions, resnet
 from ban_jax.models.vit import ViTOptions, vit
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
 from ban_jax.registry import Registry
-from ban_jax.types import InputSpec, Model
+from ban_jax.types import Devices, InputSpec, Model
 
 
 class ModelKind(NamedTuple):
@@ -86,16 +87,20 @@ def make_model(
   compute_dtype: str = "float32",
   sync_batch_stats: bool = True,
   key: str = "model",
+  devices: Devices = (),
 ) -> Model:
   """Returns the network that a `model` group of a configuration stands for; equal arguments give the same object.
 
   With `sync_batch_stats`, training mode runs only under a mapped axis (devices.AXIS). Raises the ConfigErrors of
-  `check_options`, and one for an unknown dtype or where network and data set do not fit.
+  `check_options`, and one for an unknown dtype, where network and data set do not fit, or where the network cannot run
+  on the `devices` that it is to run on.
   """
   factory, options = check_options(group, key)
   dtype = look_up(DTYPES, compute_dtype, "compute_dtype")
   with _messages_about(key):
-    return _make(factory, spec, options, dtype, devices.AXIS if sync_batch_stats else None)
+    if getattr(options, "cudnn", False):
+      common.check_cudnn(dtype, options.cudnn_dtype, devices)
+    return _make(factory, spec, options, dtype, AXIS if sync_batch_stats else None)
 
 
 @functools.lru_cache

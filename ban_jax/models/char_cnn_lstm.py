@@ -153,11 +153,9 @@ class CharCNNLSTM(nn.Module):
 def char_cnn_lstm(spec: InputSpec, options: CharCNNLSTMOptions, *, dtype: Any, axis_name: str | None) -> Model:
   """Returns a language model over words that are read character by character.
 
-  Raises a ConfigError for images, for a data set without its vocabulary, and for cuDNN where it cannot run.
+  Raises a ConfigError for images, and for a data set without its vocabulary.
   """
   del axis_name  # no batch norm
-  if options.cudnn:
-    common.check_cudnn(dtype, jnp.float32)
   name = f"char_cnn_lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
   if len(spec.words) != spec.num_classes:

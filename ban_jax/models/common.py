@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,14 +51,15 @@ def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name:
 def relu(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
   """Returns the input of a convolution, behind a barrier on CPU."""
   x = nn.relu(x)  # XLA would compute it anew inside each strided copy that a convolution needs
-  return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+  # Chosen where the step is lowered, by the platform it is lowered for, which need not be the process's own.
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
   """Returns a `size` x `size` convolution to `width` channels, He-initialised and without bias.
 
-  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride. A 1x1 convolution is computed as a matrix
-  product, which XLA's CPU back end does a quarter faster (DenseNet-40-12).
+  Padding is size // 2 on every side, as in PyTorch, so H becomes H / stride. On CPU a 1x1 convolution is computed as a
+  matrix product, a quarter faster there (DenseNet-40-12); XLA for GPUs, in JAX 0.10, aborts on a strided one.
   """
   return nn.Conv(
     width,
@@ -67,15 +69,24 @@ def conv(width: int, size: int, *, dtype: Any, name: str, stride: int = 1) -> nn
     use_bias=False,
     dtype=dtype,
     kernel_init=he_normal,
-    conv_general_dilated=_product if size == 1 else jax.lax.conv_general_dilated,
+    conv_general_dilated=_convolve_1x1 if size == 1 else jax.lax.conv_general_dilated,
     name=name,
   )
 
 
-def _product(x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C D"], strides, padding, **_) -> Array:
+def _convolve_1x1(
+  x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C D"], strides, padding, **settings
+) -> Float[Array, "B h w D"]:
   """Returns a 1x1 convolution, in the form in which flax calls jax.lax.conv_general_dilated."""
-  x = x[:, :: strides[0], :: strides[1]]
-  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+  def product(x, kernel):
+    x = x[:, :: strides[0], :: strides[1]]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+  def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+
+  return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
 
 
 def avg_pool_2x2(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
@@ -164,12 +175,12 @@ def check_dropout(rate: float, key: str = "dropout") -> None:
     raise ConfigError(f"model.{key}={rate}: the largest dropout rate is 65535 / 65536 (16 random bits per unit)")
 
 
-def check_cudnn(dtype: Any, computes: Any) -> None:
-  """Raises a ConfigError unless cuDNN can compute layers here: on an NVIDIA GPU, in the dtype that it `computes` in."""
+def check_cudnn(dtype: Any, computes: Any, devices: Sequence[Any]) -> None:
+  """Raises a ConfigError unless cuDNN can compute layers on the devices, NVIDIA GPUs, in the dtype it `computes` in."""
   advice = "choose model.cudnn=False, which runs everywhere"
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
-    raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
+  for device in devices:
+    if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
+      raise ConfigError(f"model.cudnn=True needs an NVIDIA GPU, and this is {device.device_kind}; {advice}")
   if dtype != computes:
     raise ConfigError(
       f"model.cudnn=True computes in {jnp.dtype(computes).name} only, not in {jnp.dtype(dtype).name}; choose "

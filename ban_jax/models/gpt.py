@@ -70,6 +70,4 @@ def gpt(spec: InputSpec, options: GPTOptions, *, dtype: Any, axis_name: str | No
   del axis_name  # no batch norm
   name = f"gpt_{options.layers}x{options.width}"
   common.require_kind(name, "tokens", spec)
-  if options.cudnn:
-    common.check_cudnn(dtype, jnp.bfloat16)
   return common.from_module(name, GPT(options, spec.shape[0], spec.num_classes, dtype), spec)

@@ -56,10 +56,8 @@ class LSTM(nn.Module):
 
 
 def lstm(spec: InputSpec, options: LSTMOptions, *, dtype: Any, axis_name: str | None) -> Model:
-  """Returns a language model over words; raises a ConfigError for images, and for cuDNN where it cannot run."""
+  """Returns a language model over words; raises a ConfigError for images."""
   del axis_name  # no batch norm
-  if options.cudnn:
-    common.check_cudnn(dtype, jnp.float32)
   name = f"lstm_{options.layers}x{options.units}"
   common.require_kind(name, "tokens", spec)
   return recurrent.from_token_module(name, LSTM(options, spec.num_classes, dtype), spec, options)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class StackOptions:
   dropout: float  # rate after each layer, in [0, 1)
   init_scale: float  # parameters, biases included, are initialised uniformly in [-init_scale, init_scale)
   cudnn: bool  # compute the layers with cuDNN, from the same parameters: float32 on NVIDIA GPUs only
+  cudnn_dtype: ClassVar[Any] = jnp.float32
 
   def __post_init__(self):
     common.check_positive(units=self.units, layers=self.layers)

@@ -1,7 +1,7 @@
 """What the transformers share: options, pre-norm blocks of attention and an MLP, dropout and drop-path by position."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class TransformerOptions:
   dropout: float  # rate after the embedding, after attention and after the MLP, in [0, 1); none of attention's weights
   drop_path: float  # rate at which the last layer leaves an example's branch out, in [0, 1); rises linearly with depth
   cudnn: bool  # compute attention with cuDNN's flash attention: bfloat16 on NVIDIA GPUs only
+  cudnn_dtype: ClassVar[Any] = jnp.bfloat16
 
   def __post_init__(self):
     common.check_positive(width=self.width, layers=self.layers, heads=self.heads)

@@ -60,6 +60,4 @@ def vit(spec: InputSpec, options: ViTOptions, *, dtype: Any, axis_name: str | No
     raise ConfigError(
       f"model.patch={options.patch}: a divisor of the images' sides, {spec.shape[0]} and {spec.shape[1]}, is expected"
     )
-  if options.cudnn:
-    common.check_cudnn(dtype, jnp.bfloat16)
   return common.from_module(name, ViT(options, spec.num_classes, dtype), spec)

@@ -126,7 +126,7 @@ def setup_of(cfg: ConfigDict, devices: Devices) -> Setup:
   """Returns a configuration's Setup on synthetic data."""
   config.check_batch_size(cfg.train.batch_size, devices)
   dataset = synthetic(cfg.data)
-  return Setup(cfg, dataset, job_lib.make_models(cfg, dataset.spec), devices)
+  return Setup(cfg, dataset, job_lib.make_models(cfg, dataset.spec, devices=devices), devices)
 
 
 def job_of(kind: Kind, setup: Setup) -> Job:

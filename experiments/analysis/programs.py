@@ -43,7 +43,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True, tea
   """
   config.check_batch_size(cfg.train.batch_size, devices)
   known = data.describe(cfg.data)
-  teacher, student = make_models(cfg, known.spec)
+  teacher, student = make_models(cfg, known.spec, devices=devices)
   loss = losses.make_loss(cfg.loss if taught else {"name": "label"})
   student, members = (student if taught else teacher), ((teacher,) * teachers if loss.needs_teacher else ())
   teaching = live(members) if members else none()
@@ -78,7 +78,7 @@ def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
   """Returns the evaluation step of one student with its arguments' shapes; data and errors as for `train_program`."""
   config.check_batch_size(cfg.train.batch_size, devices)
   known = data.describe(cfg.data)
-  _, model = make_models(cfg, known.spec)
+  _, model = make_models(cfg, known.spec, devices=devices)
   rows = cfg.train.batch_size // len(devices)
   variables = model.shapes
   carry = jax.eval_shape(lambda: model.init_carry(rows))
