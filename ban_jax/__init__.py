@@ -15,7 +15,7 @@ from ban_jax.errors import (
 )
 from ban_jax.evaluate import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
-from ban_jax.loading import load, load_run, with_network
+from ban_jax.loading import load, load_config, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.predict import log_probabilities, predict, sample
@@ -50,6 +50,7 @@ __all__ = [
   "get_config",
   "keep_freed_memory",
   "load",
+  "load_config",
   "load_run",
   "log_probabilities",
   "predict",
