@@ -16,7 +16,7 @@ from ban_jax.errors import (
 from ban_jax.evaluating import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
 from ban_jax.job import Setup, setup
-from ban_jax.loading import load, load_run, with_network
+from ban_jax.loading import load, load_config, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
@@ -55,6 +55,7 @@ __all__ = [
   "get_config",
   "keep_freed_memory",
   "load",
+  "load_config",
   "load_run",
   "log_probabilities",
   "normalise",

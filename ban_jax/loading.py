@@ -1,12 +1,13 @@
 """Finished generations, read back without a configuration, without the lock and without writing anything."""
 
 import re
+from collections.abc import Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import job, storage, trees
+from ban_jax import job, presets, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Generation, Model
@@ -28,6 +29,27 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
     hint = f"; it is a run with {inside}: load one of them, or all by load_run" if inside else ""
     raise CheckpointError(f"{directory} holds no finished generation: there is no manifest.json{hint}")
   return found[0] if model is None else _with_model(found[0], model, directory)
+
+
+def load_config(path: epath.PathLike) -> ConfigDict:
+  """Returns the locked configuration of a run directory, or of a finished generation in one, `RUN/gen_K`.
+
+  `ban_jax.run` goes on with it in the same directory; data and networks that the caller gave are given again, and stand
+  in it as "own". Raises a CheckpointError where there is none, and a ConfigError for what this version does not know.
+  """
+  directory = storage.resolve_workdir(path, "path")
+  manifest, record = directory / "manifest.json", directory / "config.json"
+  if not (manifest.exists() or record.exists()):
+    raise CheckpointError(f"{directory} holds no run and no finished generation: there is no config.json")
+  try:
+    values = storage.read_json(manifest)["config"] if manifest.exists() else storage.read_json(record)
+    return presets.of_record(values)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise CheckpointError(
+      f"{directory} holds no configuration that can be read: {storage.first_line(error)}"
+    ) from error
 
 
 def _with_model(generation: Generation, model: Model, directory: epath.Path) -> Generation:
@@ -53,6 +75,7 @@ def load_run(
     hint = "; it is a generation: read it by load" if (directory / "manifest.json").exists() else ""
     raise CheckpointError(f"{directory} holds no finished generation: there is no gen_K/manifest.json{hint}")
   found = [load(directory / name) for name in names]
+  _check_chain(directory, names)
   for own in (model, teacher_model):
     if own is None:
       continue
@@ -64,6 +87,19 @@ def load_run(
       raise ConfigError(f"{directory / names[named[-1]]}: {reasons[named[-1]]}")
     found = [one if reason else _with_model(one, own, directory) for one, reason in zip(found, reasons, strict=True)]
   return found
+
+
+def _check_chain(directory: epath.Path, names: Sequence[str]) -> None:
+  """Raises a CheckpointError where a directory holds parts of several runs: generations that no other one taught."""
+  manifests = [storage.read_json(directory / name / "manifest.json") for name in names]
+  for place, manifest in enumerate(manifests[1:], 1):
+    teachers = set(manifest.get("teachers", ()))
+    if teachers and not teachers & {other["digest"] for other in manifests[:place]}:
+      earlier = " or ".join(names[:place])
+      raise CheckpointError(
+        f"{directory / names[place]} was not taught by {earlier}: {directory} holds parts of several runs; read each "
+        "generation by load"
+      )
 
 
 @devices_lib.default_modes()

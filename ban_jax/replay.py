@@ -17,15 +17,20 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
 from ban_jax import storage, trees
+from ban_jax.errors import ConfigError
 from ban_jax.job import Job
 from ban_jax.step import batch_of
 from ban_jax.teacher import Teaching
 from ban_jax.types import Batch, Devices
 
 logger = logging.getLogger(__name__)
+
+# Seconds after which a part of a recording is of a process that was killed: several write at once.
+STALE = 3600.0
 
 Logits = Float[np.ndarray, "local steps rows *T n"]
 
@@ -39,11 +44,25 @@ def epoch_source(
   digest is wrong is named in the log and made again.
   """
   path = _directory(job) / f"epoch_{epoch:05d}"
-  logits = _read(path)
+  logits = _read(job, path)
   if logits is None:
     logits = _record(job, epoch, order, arrays, key_data)
-    _keep(job, path, logits)
+    earlier = _read(job, path)  # of another process, which was faster: all students learn from one
+    if earlier is None:
+      _keep(job, path, logits)
+    else:
+      logits = earlier
   return devices_lib.place(logits, job.devices)
+
+
+def check(cfg: ConfigDict) -> None:
+  """Raises a ConfigError where `train.replay` names what no directory of recordings can be."""
+  if cfg.train.replay and (root := _root(cfg)).exists() and not root.is_dir():
+    raise ConfigError(f"train.replay={cfg.train.replay!r} is a file; name a directory")
+
+
+def _root(cfg: ConfigDict) -> epath.Path:
+  return storage.resolve_workdir(cfg.train.replay, "train.replay")
 
 
 def _directory(job: Job) -> epath.Path:
@@ -57,8 +76,7 @@ def _directory(job: Job) -> epath.Path:
     stream["compute_dtype"] = job.cfg.compute_dtype
   if any(programs := job.programs[1:]):
     stream["programs"] = programs
-  root = storage.resolve_workdir(job.cfg.train.replay)
-  return root / trees.json_digest(stream)[:16] / f"process_{jax.process_index()}"
+  return _root(job.cfg) / trees.json_digest(stream)[:16] / f"process_{jax.process_index()}"
 
 
 def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any, key_data: jax.Array) -> Logits:
@@ -90,32 +108,33 @@ def make_record_step(teaching: Teaching, fetch: Callable[..., Batch], devices: D
   return devices_lib.pmap(record_step, devices=devices, in_axes=(None, 0, None, 0, None, None))
 
 
-def _read(path: epath.Path) -> Logits | None:
+def _read(job: Job, path: epath.Path) -> Logits | None:
   """Returns a recording, or None where there is none, or only a damaged one."""
   record = path.with_suffix(".json")  # written last
-  try:
-    if not record.exists():
-      return None
-    logits = np.load(io.BytesIO(path.with_suffix(".npy").read_bytes()))
-    if trees.digest({"logits": logits}) == storage.read_json(record)["digest"]:
-      return logits
-    reason = "its digest is not the one it was saved with"
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    reason = storage.first_line(error)
+  with storage.storage_errors(_root(job.cfg)):
+    try:
+      if not record.exists():
+        return None
+      logits = np.load(io.BytesIO(path.with_suffix(".npy").read_bytes()))
+      if trees.digest({"logits": logits}) == storage.read_json(record)["digest"]:
+        return logits
+      reason = "its digest is not the one it was saved with"
+    except Exception as error:  # NumPy raises many kinds for a broken file
+      reason = storage.damage(error)
   logger.warning(f"recording {path}.npy is damaged ({reason}): it is made again")
   return None
 
 
 def _keep(job: Job, path: epath.Path, logits: Logits) -> None:
   """Writes a recording, unless all of them would take more room than the configuration allows."""
-  root = storage.resolve_workdir(job.cfg.train.replay)
-  root.mkdir(parents=True, exist_ok=True)
-  taken = sum(file.stat().length for file in root.glob("*/*/*.npy"))
-  if taken + logits.nbytes > job.cfg.train.replay_gib * 2**30:
-    _warn_full(root, job.cfg.train.replay_gib)
-    return
+  root = _root(job.cfg)
   with storage.storage_errors(root):
     path.parent.mkdir(parents=True, exist_ok=True)
+    storage.remove_partial(path.parent, seconds=STALE)
+    taken = sum(file.stat().length for file in root.glob("*/*/*.npy"))
+    if taken + logits.nbytes > job.cfg.train.replay_gib * 2**30:
+      _warn_full(root, job.cfg.train.replay_gib)
+      return
     content = io.BytesIO()
     np.save(content, logits)
     storage.write_bytes(path.with_suffix(".npy"), content.getvalue())

@@ -82,6 +82,7 @@ def train_generation(
   progress = check_flag("progress", progress)
   setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
   job = job_lib.prepare(setup, params_prev, generation, initial)
+  replay.check(setup.cfg)
   with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
     return finished_or_trained([job], [held], progress)[0]
 
@@ -109,6 +110,7 @@ def run(
   """
   progress = check_flag("progress", progress)
   setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model, optimizer))
+  replay.check(setup.cfg)
   with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
     return run_generations([setup], [held], progress, params_prev)[0]
 
@@ -129,6 +131,9 @@ def run_generations(
   for number in range(max(counts)):
     due = [place for place, count in enumerate(counts) if number < count]
     jobs = [job_lib.prepare(setups[place], runs[place][-1] if number else params_prev, None) for place in due]
+    if number == 0:
+      for job, place in zip(jobs, due, strict=True):
+        storage.begin(workdirs[place], job.generation, job.teacher.digests)
     done = finished_or_trained(jobs, [workdirs[place] for place in due], progress)
     for place, generation in zip(due, done, strict=True):
       runs[place].append(generation)

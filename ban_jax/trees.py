@@ -98,7 +98,14 @@ def members_of(given: Any) -> list[Member]:
     hint = "; read a directory with ban_jax.load or load_run" if isinstance(given, str | os.PathLike) else ""
     kind = type(given).__name__
     raise ConfigError(f"expected a variables tree, a Generation or a sequence of them, not {kind}{hint}")
-  return [one for member in given for one in members_of(member)]
+  found: list[Member] = []
+  for number, member in enumerate(given, 1):
+    inner = members_of(member)
+    if not inner:  # a training that failed, which the others would hide
+      kind = "None" if member is None else "an empty sequence"
+      raise ConfigError(f"member {number} of {len(given)} is {kind}; expected a variables tree or a Generation")
+    found += inner
+  return found
 
 
 def check_tree(variables: Variables, what: str) -> None:

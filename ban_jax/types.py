@@ -1,5 +1,7 @@
 """The types that the modules share: model, data set, training state, generation."""
 
+import functools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +15,41 @@ Variables = Mapping[str, Any]
 Carry = Any
 # What a data set's examples are. A teacher and its student must agree on it.
 Kind = Literal["images", "tokens"]
+
+
+class Made:
+  """A function that a maker made, which pickles as the maker and its arguments."""
+
+  def __init__(self, function: Callable[..., Any], make: Callable[..., Any], arguments: tuple[Any, ...]):
+    self.make, self.arguments = make, arguments
+    functools.update_wrapper(self, function)
+
+  def __call__(self, *arguments: Any, **options: Any) -> Any:
+    return self.__wrapped__(*arguments, **options)  # type: ignore[attr-defined]
+
+  def __reduce__(self):
+    return self.make, self.arguments
+
+
+def maker(make: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+  """Makes a function that returns functions return the same one for the same arguments, which pickles."""
+
+  @functools.cache
+  def made(*arguments: Any) -> Made:
+    return Made(make(*arguments), again, arguments)
+
+  @functools.wraps(make)
+  def again(*arguments: Any) -> Made:
+    return made(*arguments)
+
+  return again
+
+
+class Recipe:
+  """How a Model is made again, in another process: `make(*arguments)`. Each is equal to itself alone."""
+
+  def __init__(self, make: Callable[..., "Model"], *arguments: Any):
+    self.make, self.arguments = make, arguments
 
 
 class Batch(NamedTuple):
@@ -64,11 +101,24 @@ class Model(NamedTuple):
   program: Program | None = None  # of a network that the caller gave: what it computes
   # Where it normalises images as it was trained, and not as the data set does: its (mean, std), per channel each.
   normalisation: tuple[tuple[float, ...], ...] = ()
+  recipe: Recipe | None = None  # by which it pickles; None where it was made by hand
+
+  def __reduce__(self):
+    """Makes it again where it is read; a module's class has to be known there, as pickle asks of every class."""
+    if self.recipe is None:
+      raise pickle.PicklingError(f"model {self.name!r} was made by hand, of functions that do not pickle")
+    return _made_again, (self.recipe.make, self.recipe.arguments, self.name, self.inherits)
 
   @property
   def shapes(self) -> dict[str, Any]:
     """The shapes and dtypes of its variables, as a tree of jax.ShapeDtypeStruct."""
     return jax.eval_shape(self.init, jax.random.key(0))
+
+
+def _made_again(make: Callable[..., Model], arguments: tuple[Any, ...], name: str, inherits: tuple[str, ...]) -> Model:
+  model = make(*arguments)
+  same = (model.name, model.inherits) == (name, inherits)
+  return model if same else model._replace(name=name, inherits=inherits)
 
 
 class Dataset(NamedTuple):
@@ -92,6 +142,23 @@ class Dataset(NamedTuple):
   eval_order: Callable[[str, int], np.ndarray]
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
+
+  def __reduce__(self):
+    """Makes the arrays read-only again where a pickled data set is read."""
+    return _read_only, (Dataset, *self)
+
+  def __eq__(self, other: object) -> bool:
+    """Returns whether another data set gives the same mini-batches: the digest stands for the arrays."""
+    return isinstance(other, Dataset) and self._known() == other._known()
+
+  def __ne__(self, other: object) -> bool:
+    return not self == other
+
+  def __hash__(self) -> int:
+    return hash((self.name, self.digest))
+
+  def _known(self) -> tuple[Any, ...]:
+    return self.name, self.spec, self.digest, dict(self.sizes), self.fetch, dict(self.record), dict(self.options)
 
   def __repr__(self) -> str:
     """Returns one line; the arrays would take a page in a notebook."""
@@ -156,13 +223,36 @@ class Generation(NamedTuple):
 
   def __reduce__(self):
     """Makes the arrays read-only again where a pickled generation is read."""
-    return _restored, tuple(self)
+    return _read_only, (Generation, *self)
 
   def __copy__(self):
     return self  # immutable
 
   def __deepcopy__(self, memo):
     return self
+
+  def __eq__(self, other: object) -> bool:
+    """Returns whether another generation has the same bytes, records and network, however long either took."""
+    return self is other or isinstance(other, Generation) and self._known() == other._known()
+
+  def __ne__(self, other: object) -> bool:
+    return not self == other
+
+  def __hash__(self) -> int:
+    return hash((self.index, _text(self.metrics)))
+
+  def _known(self) -> tuple[Any, ...]:
+    leaves = [
+      (
+        jax.tree_util.keystr(path, simple=True, separator="/"),
+        str(leaf.dtype),
+        np.shape(leaf),
+        np.asarray(leaf).tobytes(),
+      )
+      for path, leaf in jax.tree_util.tree_flatten_with_path(self.params)[0]
+    ]
+    network = self.network and self.network._replace(own=None)
+    return self.index, _text(self.metrics), [_text(row) for row in self.history], network, sorted(leaves)
 
   def __repr__(self) -> str:
     """Returns one line; the arrays would take thousands in a notebook."""
@@ -172,10 +262,17 @@ class Generation(NamedTuple):
     return f"Generation(index={self.index}, parameters={size:,}, epochs={len(self.history)}{numbers})"
 
 
-def _restored(index: int, params: Variables, *rest: Any) -> Generation:
-  for leaf in jax.tree.leaves(params):
-    leaf.setflags(write=False)
-  return Generation(index, params, *rest)
+def _text(row: Mapping[str, float]) -> str:
+  """Returns a record's numbers as text, in which one that is no number equals itself; without its time."""
+  return repr(sorted((name, float(value)) for name, value in row.items() if name != "seconds"))
+
+
+def _read_only(kind: Callable[..., Any], *fields: Any) -> Any:
+  """Returns a value that was pickled, its arrays read-only as before."""
+  for leaf in jax.tree.leaves(fields):
+    if isinstance(leaf, np.ndarray):
+      leaf.setflags(write=False)
+  return kind(*fields)
 
 
 Devices = tuple[jax.Device, ...]

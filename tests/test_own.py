@@ -561,6 +561,29 @@ def test_an_ensemble_of_two_kinds_needs_nothing_but_its_directories(tmp_path, da
   assert -np.log(found[np.arange(len(found)), tests["labels"]]).mean() == pytest.approx(metrics["nll"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("members", "message"),
+  [
+    (lambda g: [g, None], "member 2 of 2 is None; expected a variables tree or a Generation"),
+    (lambda g: [None, g, g], "member 1 of 3 is None; expected a variables tree or a Generation"),
+    (lambda g: [None], "member 1 of 1 is None; expected a variables tree or a Generation"),
+    (lambda g: [g, [g, None]], "member 2 of 2 is None; expected a variables tree or a Generation"),
+    (lambda g: (g, []), "member 2 of 2 is an empty sequence; expected a variables tree or a Generation"),
+  ],
+)
+def test_a_member_that_is_missing_is_named(run, dataset, cnn, members, message):
+  given_ = members(run[1][0])
+  for call in (
+    lambda: ban_jax.predict(given_, np.zeros((1, 8, 8))),
+    lambda: ban_jax.evaluate(given_, own(), dataset=dataset, model=cnn),
+    lambda: ban_jax.average(given_, own(), dataset=dataset, model=cnn),
+    lambda: ban_jax.train_generation(given_, own(), dataset=dataset, model=cnn, **QUIET),
+  ):
+    with pytest.raises(ban_jax.ConfigError) as error:
+      call()
+    assert str(error.value) == message
+
+
 def test_generations_are_pickled_and_copied_and_stay_read_only(run):
   generation = run[1][1]
   read = pickle.loads(pickle.dumps(generation))

@@ -1,6 +1,10 @@
 """Recorded teachers: what is recorded, who may read it, and that nothing but rounding differs."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -8,9 +12,9 @@ import pytest
 from conftest import config
 
 import ban_jax
-from ban_jax import data, storage, trees
+from ban_jax import data, replay, storage, trees
 from ban_jax import job as job_lib
-from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.errors import CheckpointError, ConfigError, StorageError
 from configs import pydoc
 
 # Crops, flips and dropout: all that is drawn in a step.
@@ -126,3 +130,81 @@ def test_a_teacher_that_is_not_heard_is_not_recorded(teachers, tmp_path):
   assert job_lib.prepare(setup, teachers[0], 1).teacher.recorded is None
   assert job_lib.prepare(setup, None, 0).teacher.recorded is None
   assert data.load(cfg.data).sizes["train"] == 100
+
+
+RACE = """
+import sys
+from etils import epath
+from ban_jax import storage
+path = epath.Path(sys.argv[1]) / "epoch_00000.npy"
+content = bytes([int(sys.argv[2])]) * 2_000_000
+for _ in range(50):
+  storage.write_bytes(path, content)
+  found = path.read_bytes()
+  assert len(found) == len(content) and len(set(found[:1] + found[-1:])) == 1, "torn"
+"""
+
+
+def test_several_processes_that_write_one_recording_do_not_meet(tmp_path):
+  command = [sys.executable, "-c", RACE, str(tmp_path)]
+  both = [subprocess.Popen([*command, number], stderr=subprocess.PIPE, text=True) for number in "12"]
+  for process in both:
+    assert process.wait() == 0, process.stderr.read()
+  assert [path.name for path in tmp_path.iterdir()] == ["epoch_00000.npy"]
+
+
+def test_a_recording_that_another_process_makes_meanwhile_is_the_one_that_is_used(teachers, tmp_path, monkeypatch):
+  cfg = config(train__replay=str(tmp_path), **AUGMENTED)
+  whole = train(teachers[0], cfg)
+  before = [path.stat().st_mtime_ns for path in recordings(tmp_path)]
+  real, asked = replay._read, []
+
+  def late(job, path):  # the first time it is asked for an epoch, there is none yet
+    asked.append(path)
+    return None if asked.count(path) == 1 else real(job, path)
+
+  monkeypatch.setattr(replay, "_read", late)
+  assert trees.digest(train(teachers[0], cfg).params) == trees.digest(whole.params)
+  assert [path.stat().st_mtime_ns for path in recordings(tmp_path)] == before
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(teachers, tmp_path):
+  cfg = config(train__replay=str(tmp_path), **AUGMENTED)
+  train(teachers[0], cfg)
+  (folder,) = tmp_path.glob("*/*")
+  old, new = folder / ".old.partial", folder / ".new.partial"
+  for path in (old, new):
+    path.write_bytes(b"x")
+  os.utime(old, (0, 0))
+  recordings(tmp_path)[0].unlink()
+  train(teachers[0], cfg)
+  assert new.exists()
+  assert not old.exists()
+
+
+@pytest.mark.parametrize("made", ["file", "empty", "unreadable", "full"])
+def test_errors_of_the_recordings_name_their_directory(made, teachers, tmp_path, monkeypatch):
+  root, workdir = tmp_path / "replay", tmp_path / "run"
+  cfg = config(train__replay=str(root), **AUGMENTED)
+  error, message = StorageError, f"{root} cannot be read or written: "
+  if made == "file":
+    root.write_text("x")
+    error, message = ConfigError, f"train.replay={str(root)!r} is a file; name a directory"
+  elif made == "empty":
+    train(teachers[0], cfg)
+    recordings(root)[0].write_bytes(b"")  # made again
+    train(teachers[0], cfg)
+    assert recordings(root)[0].stat().st_size > 1000
+    return
+  else:
+
+    def fail(*_):
+      raise OSError(errno.ENOSPC if made == "full" else errno.EIO, "of the test")
+
+    if made == "unreadable":
+      train(teachers[0], cfg)
+    monkeypatch.setattr(*((storage, "write_bytes", fail) if made == "full" else (replay.np, "load", fail)))
+  with pytest.raises(error) as raised:
+    train(teachers[0], cfg, workdir=workdir)
+  assert str(raised.value).startswith(message)
+  assert str(workdir) not in str(raised.value)

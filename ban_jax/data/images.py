@@ -15,7 +15,7 @@ from ban_jax import errors
 from ban_jax.data import augment, noise
 from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
 from ban_jax.errors import ConfigError, DataError
-from ban_jax.types import Batch, Dataset, InputSpec
+from ban_jax.types import Batch, Dataset, InputSpec, maker
 
 # Which examples are held out, or chosen as a small training set, is part of a data set's definition and not of a run:
 # runs with other seeds are compared on the same examples. Change this number and every such result changes.
@@ -255,7 +255,7 @@ def _train_size(name: str, pool: int, held_out: int, options: Options) -> int:
   return options.train_examples or available
 
 
-@functools.cache
+@maker
 def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
   """Returns the function that cuts a mini-batch out of a split; the same object for the same arguments.
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Int32, PRNGKeyArray
 from ban_jax import errors
 from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
 from ban_jax.errors import ConfigError
-from ban_jax.types import Batch, Dataset, InputSpec
+from ban_jax.types import Batch, Dataset, InputSpec, maker
 
 Lines = list[list[str]]  # the words of each line, without the <eos> that follows the last
 
@@ -92,7 +92,7 @@ def _stream(lines: Iterable[list[str]], ids: Mapping[str, int]) -> Int32[np.ndar
   return np.array([ids[EOS], *(ids[word] for line in lines for word in (*line, EOS))], np.int32)
 
 
-@functools.cache
+@maker
 def make_fetch(window: int) -> Callable[..., Batch]:
   """Returns the function that cuts windows of `window` tokens out of a split; the same object for the same argument."""
 

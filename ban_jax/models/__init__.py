@@ -27,7 +27,7 @@ from ban_jax.models.resnet import ResNetOptions, resnet
 from ban_jax.models.vit import ViTOptions, vit
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
 from ban_jax.registry import Registry
-from ban_jax.types import Devices, InputSpec, Model
+from ban_jax.types import Devices, InputSpec, Model, Recipe
 
 
 class ModelKind(NamedTuple):
@@ -105,7 +105,8 @@ def make_model(
 
 @functools.lru_cache
 def _make(factory: Callable[..., Model], spec: InputSpec, options: Any, dtype: Any, axis_name: str | None) -> Model:
-  return factory(spec, options, dtype=dtype, axis_name=axis_name)
+  made = factory(spec, options, dtype=dtype, axis_name=axis_name)
+  return made._replace(recipe=Recipe(_make, factory, spec, options, dtype, axis_name))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from flax import linen as nn
 from ban_jax import devices, trees
 from ban_jax.errors import ConfigError
 from ban_jax.models import program
-from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program
+from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program, Recipe
 
 COLLECTIONS = ("params", "batch_stats")
 # What other code calls the argument `train`, or its opposite. Left at its default it would switch off what only
@@ -64,7 +64,7 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
   name = type(module).__name__ if name is None else name
   _check_name(name)
   model, called = _of_module(module, spec, name)
-  model = model._replace(program=_examine(model, called))
+  model = model._replace(program=_examine(model, called), recipe=Recipe(_again, module, spec, name))
   try:
     same = _same(module, spec, name, model.program)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
@@ -73,6 +73,10 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
     _check_rows(model, _random(model.shapes))
     same.append(model)
   return same[0]
+
+
+def _again(module: nn.Module, spec: InputSpec, name: str) -> Model:
+  return from_flax(module, spec, name=name)
 
 
 @functools.lru_cache

@@ -6,11 +6,14 @@ decay, or `teacher=NETWORK` for another network as generation 0, which is traine
 `teacher.loss`, by default the plain labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ban_jax.errors import ConfigError, choices
+from ban_jax.keys import neutral_values
 from ban_jax.losses import LOSSES
 from ban_jax.optim import OPTIMIZERS
 from ban_jax.presets import base
@@ -323,6 +326,34 @@ def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   the choices for an unknown word.
   """
   return compose(words)
+
+
+def of_record(values: Mapping[str, Any]) -> ConfigDict:
+  """Returns the locked configuration that a record (`config.record`, also of an earlier version) is of.
+
+  What the caller gave stands in it as "own". Raises a ConfigError for a key that this version does not know.
+  """
+  config = base.get_config()
+  if values["data.name"] == "own":
+    _own(config)
+  config.teacher.model = None
+  with config.unlocked():
+    for group, name in ((config, "model"), (config.teacher, "teacher.model")):
+      options = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+      if options:
+        group.model = ConfigDict({"name": "own"} if options["name"] == "own" else _tuples(options))
+  known = flatten_dict(config.to_dict(), sep=".")
+  given = ("model.", "teacher.model", "dataset.", "optim.own")
+  plain = {key: value for key, value in values.items() if not key.startswith(given)}
+  if unknown := plain.keys() - known.keys():
+    raise ConfigError(f"unknown configuration key {min(unknown)!r}; another version of ban_jax wrote the record")
+  neutral = {key: value for key, value in neutral_values().items() if key in known}
+  config.update_from_flattened_dict(_tuples({**neutral, **plain}))
+  return config.lock()
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _copy(network: str) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Run directories on disk: who holds one, a generation's checkpoints in training, and what a finished one leaves.
 
     workdir/config.json         the configuration of the last run in it
+    workdir/beginning.json      of a run that did not begin with generation 0: with which, and who taught it
     workdir/processes.json      where several processes train: the token by which they see the same directory
     workdir/.lock               held while a process works in the directory; not on an object store
     workdir/gen_K/steps/        checkpoints of a generation in training
@@ -15,9 +16,11 @@ before anything is computed from it.
 """
 
 from ban_jax.storage.files import (
+  damage,
   first_line,
   numbers,
   read_json,
+  remove_partial,
   standard,
   storage_errors,
   write_bytes,
@@ -35,10 +38,12 @@ from ban_jax.storage.finished import (
   remove_leftovers,
 )
 from ban_jax.storage.steps import open_steps, restore_newest, save_step
-from ban_jax.storage.workdir import open_workdir, resolve_workdir
+from ban_jax.storage.workdir import begin, open_workdir, resolve_workdir
 
 __all__ = [
+  "begin",
   "check_lineage",
+  "damage",
   "finish",
   "first_line",
   "load",
@@ -51,6 +56,7 @@ __all__ = [
   "read_json",
   "read_records",
   "remove_leftovers",
+  "remove_partial",
   "resolve_workdir",
   "restore_newest",
   "save_step",

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import re
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +14,29 @@ from etils import epath
 from ban_jax.errors import BanError, StorageError
 from ban_jax.trees import standard
 
+# How a file is called until it is whole.
+PARTIAL = ".partial"
+
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file such that a reader finds the old file or the whole new one, never a part."""
-  partial = path.parent / f".{path.name}.partial"
-  partial.write_bytes(content)
-  partial.replace(path)
+  partial = path.parent / f".{uuid.uuid4().hex}{PARTIAL}"  # of this writer: another one's would be torn
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
+
+
+def remove_partial(directory: epath.Path, seconds: float = 0.0) -> None:
+  """Removes what writers that were killed have left in a directory: what nobody has written to for so long."""
+  for path in directory.iterdir():
+    if path.name.startswith(".") and path.name.endswith(PARTIAL):
+      with contextlib.suppress(FileNotFoundError):  # of another process, which is about to finish
+        if seconds <= 0 or time.time() - path.stat().mtime > seconds:
+          path.unlink()
 
 
 def write_text(path: epath.Path, text: str) -> None:

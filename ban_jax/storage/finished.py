@@ -12,9 +12,19 @@ from typing import Any
 from etils import epath
 
 from ban_jax import config, processes, trees
-from ban_jax.errors import CheckpointError, StorageError
+from ban_jax.errors import BanError, CheckpointError, StorageError
 from ban_jax.models import program
-from ban_jax.storage.files import damage, numbers, read_json, standard, storage_errors, write_json, write_text
+from ban_jax.storage.files import (
+  damage,
+  first_line,
+  numbers,
+  read_json,
+  remove_partial,
+  standard,
+  storage_errors,
+  write_json,
+  write_text,
+)
 from ban_jax.types import Generation, InputSpec, Network, Program
 from ban_jax.version import __version__
 
@@ -68,6 +78,7 @@ def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network
 
 def remove_leftovers(directory: epath.Path) -> None:
   """Removes what a finished generation needs no more, also after a kill right after the manifest."""
+  remove_partial(directory)
   for leftover in ("steps", "damaged", *(path.name for path in directory.glob("params.orbax-checkpoint-tmp*"))):
     (directory / leftover).rmtree(missing_ok=True)
 
@@ -83,7 +94,8 @@ def read_records(directory: epath.Path) -> tuple[dict[str, float], list[dict[str
     manifest = read_json(directory / "manifest.json")
     metrics = numbers(read_json(directory / "metrics.json"))
     history = [numbers(json.loads(line)) for line in (directory / "history.jsonl").read_bytes().splitlines()]
-    expected = manifest["records_digest"]
+    with _parsing(directory):
+      expected = manifest["records_digest"]
   if trees.json_digest([metrics, history]) != expected:
     what = f"{directory}/metrics.json or history.jsonl was changed"
     raise CheckpointError(f"{what}: their digest is not the manifest's; {_remedy(directory)}")
@@ -98,10 +110,12 @@ def load(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | None:
   if records is None:
     return None
   metrics, history, manifest = records
-  with _reading(directory), ocp.StandardCheckpointer() as checkpointer:
-    variables = checkpointer.restore(directory / "params")
-    index, expected = manifest["generation"], manifest["digest"]
-    network = _read_network(directory, manifest)
+  with _reading(directory, manifest):
+    with ocp.StandardCheckpointer() as checkpointer:
+      variables = checkpointer.restore(directory / "params")
+    with _parsing(directory):
+      index, expected = manifest["generation"], manifest["digest"]
+      network = _read_network(directory, manifest)
   if trees.digest(variables) != expected:
     raise CheckpointError(f"{directory}/params is damaged: its digest is not the manifest's; {_remedy(directory)}")
   params = trees.to_host(trees.to_plain(variables), index)
@@ -120,17 +134,36 @@ def load_together(directory: epath.Path) -> tuple[Generation, dict[str, Any]] | 
 
 
 @contextlib.contextmanager
-def _reading(directory: epath.Path) -> Iterator[None]:
+def _reading(directory: epath.Path, manifest: Mapping[str, Any] | None = None) -> Iterator[None]:
   with storage_errors(directory):
     try:
       yield
+    except BanError:
+      raise
     except Exception as error:  # Orbax raises nearly anything for a broken file
       raise CheckpointError(
-        f"{directory} is damaged and cannot be read ({damage(error)}); {_remedy(directory)}"
+        f"{directory} is damaged and cannot be read ({damage(error)}); {_remedy(directory, manifest)}"
       ) from error
 
 
-def _remedy(directory: epath.Path) -> str:
+@contextlib.contextmanager
+def _parsing(directory: epath.Path) -> Iterator[None]:
+  """Raises a CheckpointError for whole files that say other things than this version's."""
+  try:
+    yield
+  except (KeyError, TypeError, AttributeError) as error:
+    what = f"{type(error).__name__}: {first_line(error)}"
+    raise CheckpointError(
+      f"{directory} cannot be read by ban_jax {__version__} ({what}); read it with the version that wrote it"
+    ) from error
+
+
+def _remedy(directory: epath.Path, manifest: Mapping[str, Any] | None = None) -> str:
+  """Returns what to do about a damaged generation; where another Orbax wrote it, it may be sound."""
+  orbax = "orbax-checkpoint"
+  wrote = dict((manifest or {}).get("packages", {})).get(orbax)
+  if wrote not in (None, importlib.metadata.version(orbax)):
+    return f"read it with {orbax} {wrote}, which wrote it"
   return f"remove {directory} to train it again"
 
 

@@ -5,7 +5,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from etils import epath
 from ban_jax import config, processes
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.storage import lock
-from ban_jax.storage.files import first_line, read_json, storage_error, write_json
+from ban_jax.storage.files import first_line, read_json, remove_partial, storage_error, write_json
 
 # Seconds that a network file system may take to show one process what another has written.
 VISIBLE_SECONDS = 5.0
@@ -29,20 +29,22 @@ def resolve_workdir(workdir: epath.PathLike, argument: str = "workdir") -> epath
     raise ConfigError(f"{argument}={workdir!r}: expected a path, not {type(workdir).__name__}")
   if not str(workdir):
     raise ConfigError(f"the {argument} is empty; name the directory that the run is to be kept in")
-  _check_scheme(str(workdir))
+  _check_scheme(str(workdir), argument)
   workdir = epath.Path(workdir).expanduser()
   workdir = workdir if "://" in str(workdir) else workdir.absolute()  # Orbax takes absolute paths only
   name = str(workdir)
-  _check_scheme(name)  # epath takes /s3/bucket for s3://bucket
+  _check_scheme(name, argument)  # epath takes /s3/bucket for s3://bucket
   if "\0" in name or name.encode(errors="ignore").decode() != name:  # TensorStore takes names in UTF-8 only
-    raise ConfigError(f"workdir {name!r}: a name in UTF-8, without null bytes, is expected")
+    raise ConfigError(f"{argument} {name!r}: a name in UTF-8, without null bytes, is expected")
   return workdir
 
 
-def _check_scheme(workdir: str) -> None:
+def _check_scheme(workdir: str, argument: str) -> None:
   scheme, separator, _ = workdir.partition("://")
   if separator and scheme != "gs":
-    raise ConfigError(f"workdir {workdir!r}: unknown storage {scheme + '://'!r}; give a local directory, or gs://...")
+    raise ConfigError(
+      f"{argument} {workdir!r}: unknown storage {scheme + '://'!r}; give a local directory, or gs://..."
+    )
 
 
 @contextlib.contextmanager
@@ -67,6 +69,7 @@ def _claim(workdir: epath.Path, values: Mapping[str, Any], stack: contextlib.Exi
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(lock.hold(workdir))
+    remove_partial(workdir)
     _check_config(workdir, values)
     write_json(workdir / "config.json", values)
     if jax.process_count() > 1:
@@ -109,9 +112,50 @@ def _check_config(workdir: epath.Path, values: Mapping[str, Any]) -> None:
   try:
     old = dict(read_json(record))
     differing = dict.fromkeys(line for number in generations for line in config.differences(old, values, number))
+  except ConfigError as error:  # a name that is not registered: another version's, or of a module that is not imported
+    raise CheckpointError(f"{workdir} holds a run of another configuration: {error}; give another workdir") from error
   except (ValueError, TypeError, KeyError) as error:
-    raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir, or remove it") from error
+    raise CheckpointError(f"{record} is not a configuration: {error}; give another workdir") from error
   if differing:
     raise CheckpointError(
       f"{workdir} holds a run of another configuration ({'; '.join(differing)}); give another workdir"
     )
+
+
+def begin(workdir: epath.Path, generation: int, teachers: Sequence[str]) -> None:
+  """Records that a run begins with a generation, taught by networks of these digests; every process must call it.
+
+  Raises a CheckpointError where the directory's generations belong to a run that began otherwise: its first one may be
+  carried on by its own teachers, and later ones by what the directory holds.
+  """
+  with processes.together():
+    first, taught, digests = _beginning(workdir)
+    if first is not None and generation < first:
+      raise CheckpointError(
+        f"{workdir} holds a run that began with generation {first}, taught by a network that was given as params_prev; "
+        "give it again, or another workdir"
+      )
+    known = taught if generation == first else digests
+    if first is not None and known is not None and not set(teachers) <= set(known):
+      raise CheckpointError(
+        f"{workdir} holds a run that began with generation {first}, which params_prev, of generation {generation - 1}, "
+        "is no part of; give another workdir"
+      )
+  if first is None and generation and processes.is_primary():
+    write_json(workdir / "beginning.json", {"generation": generation, "teachers": list(teachers)})
+
+
+def _beginning(workdir: epath.Path) -> tuple[int | None, list[str] | None, list[str]]:
+  """Returns a run's first generation, or None; its teachers' digests, if they are known; and those of what it holds."""
+  begun = [path for path in workdir.glob("gen_*") if path.name[4:].isdecimal()]
+  manifests = {int(path.name[4:]): path / "manifest.json" for path in begun}
+  records = {number: read_json(path) for number, path in manifests.items() if path.exists()}
+  digests = [record["digest"] for record in records.values()]
+  record = workdir / "beginning.json"
+  if record.exists():
+    found = read_json(record)
+    return found["generation"], found["teachers"], digests
+  if not begun:
+    return None, None, digests
+  first = min(manifests)
+  return first, records[first]["teachers"] if first in records else None, digests
