@@ -376,7 +376,7 @@ def prepare(
     schedule=optim.make_schedule(cfg.optim, total),
     optimizer=optim.make_optimizer(cfg.optim, total),
     steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
+    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps_per_epoch) or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
     initial=None if initial is None else _initial(initial, student),

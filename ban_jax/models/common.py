@@ -102,8 +102,17 @@ class Dropout(nn.Module):
     return jnp.where(keep, x * jnp.asarray(65536 / (65536 - dropped), x.dtype), 0)
 
 
-def from_image_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
-  """Wraps a Flax module, called as `module(images, train=, positions=)`, as a Model without a carry."""
+def from_image_module(name: str, module: nn.Module, spec: InputSpec, *, poolings: int = 0) -> Model:
+  """Wraps a Flax module, called as `module(images, train=, positions=)`, as a Model without a carry.
+
+  Raises a ConfigError for images of which so many 2x2 `poolings` leave no pixel.
+  """
+  height, width, _ = spec.shape
+  if min(height, width) < 2**poolings:
+    raise ConfigError(
+      f"model {name!r} halves images {poolings} times: expected at least {2**poolings}x{2**poolings} pixels, and the "
+      f"data set has {height}x{width}"
+    )
 
   @jax.jit
   def init(key):
