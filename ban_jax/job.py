@@ -459,7 +459,7 @@ def prepare(
     loss=loss,
     optimizer=setup.own.optimizer or optim.make(cfg.optim, steps_per_epoch * cfg.train.epochs),
     steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
+    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps_per_epoch) or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
     initial=None if initial is None else _initial(initial, student),

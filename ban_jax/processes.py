@@ -1,7 +1,9 @@
 """What the processes of one run agree on. Every function with more than one process must be called by all of them."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
+from typing import IO
 
 import jax
 import numpy as np
@@ -9,6 +11,14 @@ from jax.experimental import multihost_utils
 
 from ban_jax.errors import BanError, PeerError
 from ban_jax.trees import json_digest
+
+try:
+  import fcntl
+except ImportError:  # not a POSIX system
+  fcntl = None  # type: ignore[assignment]
+
+# How a file system says that it has no locks: some mounts of Lustre and NFS, some systems in user space.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def is_primary() -> bool:
@@ -49,3 +59,19 @@ def wait_for_all(what: str) -> None:
   """Waits until every process has come this far."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def lock_file(file: IO, *, wait: bool) -> bool:
+  """Locks an open file until it is closed or this process ends; returns whether its file system has locks at all.
+
+  Raises a BlockingIOError if another process holds it and `wait` is false.
+  """
+  if fcntl is None:
+    return False
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except OSError as error:
+    if error.errno not in WITHOUT_LOCKS:
+      raise
+    return False
+  return True

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 import tqdm
 from etils import epath
 
+# What the names of TensorBoard's files begin with; a time in seconds follows.
+EVENTS = "events.out.tfevents."
 # Minimum seconds between lines where there is no terminal.
 PLAIN_INTERVAL = 30.0
 
@@ -19,12 +22,12 @@ class Progress:
 
   def __init__(self, title: str, total: int, initial: int, enabled: bool):
     steps = {"desc": title, "total": total, "initial": initial, "unit": "step", "disable": not enabled}
-    self._plain = enabled and not sys.stderr.isatty()
-    if self._plain:  # tqdm decides when a line is due and how it reads; what it draws itself goes nowhere
+    self._plain = enabled and not is_terminal(sys.stderr)
+    if enabled and not self._plain:
+      self._bar = tqdm.tqdm(dynamic_ncols=True, **steps)
+    else:  # tqdm decides when a line is due and how it reads; what it draws itself goes nowhere
       line = "{desc}: step {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
       self._bar = tqdm.tqdm(file=io.StringIO(), bar_format=line, mininterval=PLAIN_INTERVAL, miniters=1, **steps)
-    else:
-      self._bar = tqdm.tqdm(dynamic_ncols=True, **steps)
 
   def advance(self, steps: int) -> None:
     """Counts steps as done."""
@@ -42,7 +45,17 @@ class Progress:
     self._bar.close()
 
   def _print(self) -> None:
-    print(self._bar, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # as in a daemon; print would take the standard output
+      with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or one that nobody reads any more
+        print(self._bar, file=sys.stderr, flush=True)
+
+
+def is_terminal(stream: Any) -> bool:
+  """Returns whether a stream is a terminal; false for None, a wrapper that does not say, and a closed one."""
+  try:
+    return bool(stream.isatty())
+  except (AttributeError, ValueError):
+    return False
 
 
 @contextlib.contextmanager
@@ -50,22 +63,33 @@ def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
   """Yields `write(step, values)`, which adds scalars to an event file under `directory`; None writes nothing.
 
   A resumed run comes with the steps that are `done`: what an earlier event file has of later ones is not shown again.
+  Files are read in the order of the times in their names, so that no file gets an earlier time than those before it,
+  even if the clock was set back.
   """
   if directory is None:
     yield lambda step, values: None
     return
-  from tensorboardX import event_file_writer, summary
+  from tensorboardX import summary
   from tensorboardX.proto import event_pb2
+  from tensorboardX.record_writer import RecordWriter
 
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  begin = max([time.time(), *(_last_time(path) + 1 for path in directory.glob(f"{EVENTS}*"))])
+  opened = time.monotonic()
   # SummaryWriter writes from a thread of its own: on a full disk the thread dies, and the next scalar waits for ever.
-  # The step in the name keeps sessions that start in the same second apart.
-  writer = event_file_writer.EventsWriter(str(directory / "events"), f".{done:09d}")
-  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer.write_event(event_pb2.Event(wall_time=time.time(), step=done + 1, session_log=start))
+  writer = RecordWriter(str(directory / f"{EVENTS}{int(begin):010d}.{socket.gethostname()}.{done:09d}"))
+
+  def add(**fields: Any) -> None:
+    event = event_pb2.Event(wall_time=begin + time.monotonic() - opened, **fields)
+    writer.write(event.SerializeToString())
+
+  add(file_version="brain.Event:2")
+  add(step=done + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
   def write(step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-      writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+      add(step=step, summary=summary.scalar(name, value))
     writer.flush()
 
   try:
@@ -73,3 +97,9 @@ def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
   finally:
     with contextlib.suppress(OSError):  # every scalar is flushed already, or its error was raised
       writer.close()
+
+
+def _last_time(events: epath.Path) -> float:
+  """Returns the time of an event file's beginning or of its last change, whichever is later, in seconds."""
+  stamp = events.name.removeprefix(EVENTS).partition(".")[0]
+  return max(float(stamp) if stamp.isdecimal() else 0.0, events.stat().mtime)

@@ -200,7 +200,7 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(_) -> None:
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the process was started with it closed
       stream.reconfigure(errors="backslashreplace")  # a terminal of another locale shows what it can
     absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS would warn at each start that OpenCV decodes faster
     logging.getLogger("ban_jax").setLevel(logging.INFO)
@@ -241,8 +241,8 @@ def _end(status: int) -> NoReturn:
   """Ends this process; one of several at once, since JAX's own shutdown would wait for the others, even forever."""
   if not jax.distributed.is_initialized():
     sys.exit(status)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    stream.flush()
   # If all processes end for the same reason, they meet in this shutdown at once. Otherwise process 0 stays a little, so
   # that the others can print their messages: they are aborted when it goes.
   if status != PeerError.exit_status or processes.is_primary():

@@ -29,7 +29,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from ban_jax import storage
+from ban_jax import report, storage
 from ban_jax.errors import ConfigError, TrainingError
 from experiments import cli, forks
 
@@ -180,7 +180,9 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
   # Long enough that some checkpoints come between kills, short enough that one run takes about all of them.
   span = max(1.0, 2 * (total - first) / KILLS.value)
   rng, kills, runs, before_run, reached, before = random.Random(SEED.value), 0, 1, 0, 0, None
-  with tqdm.tqdm(total=KILLS.value, unit="kill", disable=not (cli.PROGRESS.value and sys.stderr.isatty())) as bar:
+  with tqdm.tqdm(
+    total=KILLS.value, unit="kill", disable=not (cli.PROGRESS.value and report.is_terminal(sys.stderr))
+  ) as bar:
     while kills < KILLS.value and time.monotonic() - begin < SECONDS.value:
       workdir = folder / f"killed_{runs}"
       if run_killed(workdir, rng.uniform(0.5 * first, first + span), rng):
@@ -191,7 +193,7 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
         reached += (now := newest(workdir)) != before
         before = now
         bar.update()
-        if not sys.stderr.isatty() and kills % 10 == 0:
+        if not report.is_terminal(sys.stderr) and kills % 10 == 0:
           print(f"{kills} kills", flush=True)
   workdir = folder / f"killed_{runs}"
   run_whole(workdir, SECONDS.value)

@@ -1,6 +1,9 @@
 """Faults, produced for real: damaged files, full disks, signals, a second process, numbers that are not finite."""
 
+import errno
+import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -18,10 +21,11 @@ from conftest import ROOT, TRAIN, config
 from etils import epath
 
 import ban_jax
-from ban_jax import data, preemption, storage, train, trees
+from ban_jax import data, preemption, processes, report, storage, train, trees
 from ban_jax import job as job_lib
+from ban_jax.data import tfds_files
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
-from ban_jax.storage import lock
+from ban_jax.storage import finished, lock
 from ban_jax.storage.steps import TRASH
 from experiments import forks, results
 
@@ -561,6 +565,91 @@ def test_a_bucket_is_used_without_a_lock_and_a_warning_says_so(caplog):
   assert record.getMessage() == (
     "workdir gs://bucket/run: object stores have no locks; make sure that no other process runs on it"
   )
+
+
+WITHOUT_LOCKS = [None, *sorted({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})]
+
+
+@pytest.fixture(params=WITHOUT_LOCKS, ids=lambda code: errno.errorcode.get(code, "no module"))
+def without_locks(request, monkeypatch):
+  """A system without locks, or a file system that says in one of several ways that it has none."""
+
+  def refuse(*_):
+    raise OSError(request.param, os.strerror(request.param))
+
+  if request.param is None:
+    monkeypatch.setattr(processes, "fcntl", None)
+  else:
+    monkeypatch.setattr(processes.fcntl, "flock", refuse)
+
+
+def test_a_file_system_without_locks_is_used_and_a_warning_says_so(without_locks, caplog, tmp_path):
+  with storage.open_workdir(tmp_path / "run", {}) as held:
+    assert (held / "config.json").exists()
+  with tfds_files.lock(tmp_path, "cifar10"):
+    pass
+  assert caplog.messages == [
+    f"workdir {tmp_path}/run: its file system has no locks; make sure that no other process runs on it",
+    f"cifar10: the file system of {tmp_path} has no locks; make sure that no other process prepares it",
+  ]
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(monkeypatch, tmp_path):
+  monkeypatch.setattr(processes.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+  with pytest.raises(CheckpointError, match="cannot be written: .*broken"), storage.open_workdir(tmp_path, {}):
+    pass
+
+
+class Writes:
+  """A stream of a notebook's or a daemon's wrapper: it takes text and knows nothing else."""
+
+  def __init__(self):
+    self.text = ""
+
+  def write(self, text):
+    self.text += text
+
+
+class Unread(io.StringIO):
+  def write(self, text):
+    raise BrokenPipeError(errno.EPIPE, "nobody reads")
+
+
+def closed():
+  stream = io.StringIO()
+  stream.close()
+  return stream
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("stream", [lambda: None, Writes, Unread, closed, object], ids=str)
+def test_a_stream_that_cannot_show_progress_ends_no_training(stream, enabled, monkeypatch, capsys):
+  stream = stream()
+  monkeypatch.setattr(sys, "stderr", stream)
+  monkeypatch.setattr(report, "PLAIN_INTERVAL", 0)
+  bar = report.Progress("generation 0", 10, 0, enabled)
+  for _ in range(10):
+    bar.advance(1)
+  bar.note(error=1.0)
+  bar.close()
+  assert capsys.readouterr().out == ""
+  if isinstance(stream, Writes):
+    assert ("generation 0: step 10/10" in stream.text) == enabled
+
+
+@pytest.mark.parametrize("package", finished.PACKAGES)
+def test_a_package_that_python_does_not_know_of_hinders_no_training(package, monkeypatch):
+  version = importlib.metadata.version
+
+  def known(name):
+    if name == package:
+      raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", known)
+  found = finished.provenance.__wrapped__()["packages"]
+  assert found[package] is None
+  assert sum(one is None for one in found.values()) == 1
 
 
 # --- bad numbers ---------------------------------------------------------------------------------------------------

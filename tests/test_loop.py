@@ -134,3 +134,8 @@ def test_generations_side_by_side_are_stopped_and_resumed_together(tmp_path):
     train.train(jobs, directories, lambda: next(asked), False)
   resumed = train.train(jobs, directories, lambda: False, False)
   assert [trees.digest(g.params) for g in resumed] == [trees.digest(g.params) for g in solo]
+
+
+def test_a_dispatch_is_no_longer_than_an_epoch():
+  cfg = config(train__steps_per_dispatch=10**9)
+  assert job_lib.prepare(job_lib.resolve(cfg, None), None, 0).steps_per_dispatch == 5

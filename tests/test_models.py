@@ -511,3 +511,21 @@ def test_unknown_names_list_the_choices():
     make_model({"name": "vgg"}, SPEC)
   with pytest.raises(ConfigError, match="unknown compute_dtype 'float16'; choose one of: bfloat16, float32"):
     build("densenet", compute_dtype="float16")
+
+
+# ---- Images that are too small.
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 3), (3, 9), (9, 3), (4, 4)], ids=str)
+def test_images_of_which_pooling_leaves_nothing_are_refused(name, shape):
+  least = 1 if name == "wide_resnet" else 4
+  spec = InputSpec("images", (*shape, 1), 5)
+  if min(shape) < least:
+    message = rf"model '{name}.* halves images 2 times: expected at least 4x4 pixels, and the data set has {shape[0]}x"
+    with pytest.raises(ConfigError, match=message):
+      build(name, spec)
+  else:
+    model = build(name, spec)
+    logits = jax.eval_shape(lambda v, x: model.apply(v, (), x, train=False)[0], model.shapes, images(2, 0, spec.shape))
+    assert logits.shape == (2, 5)

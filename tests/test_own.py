@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import ban_jax
 from ban_jax import job, trees
-from ban_jax.data import digits, images, tfds_files
+from ban_jax.data import digits, images
 from ban_jax.data import load as load_data
 from ban_jax.types import Generation
 
@@ -953,18 +953,6 @@ def test_an_absent_platform_is_named():
   environment = {"JAX_PLATFORMS": "cuda", "PATH": "", "PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
   assert "ConfigError: JAX finds no device of the platform cuda" in done.stderr
-
-
-def test_a_system_without_file_locks_is_named(monkeypatch, tmp_path):
-  monkeypatch.setattr("ban_jax.storage.lock.fcntl", None)
-  with pytest.raises(ban_jax.ConfigError, match="this system has no file locks"):
-    ban_jax.run(config(), tmp_path, **QUIET)
-
-
-def test_data_are_not_prepared_without_file_locks(monkeypatch, tmp_path):
-  monkeypatch.setattr("ban_jax.data.tfds_files.fcntl", None)
-  with pytest.raises(ban_jax.DataError, match="this system has no file locks"), tfds_files.lock(tmp_path, "cifar10"):
-    pass
 
 
 def test_the_registered_digits_pass_the_same_checks(monkeypatch):

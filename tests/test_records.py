@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ban_jax
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
-from ban_jax import storage, train, trees
+from ban_jax import report, storage, train, trees
 from ban_jax.storage import finished, steps
 from ban_jax.types import Generation
 
@@ -178,6 +179,22 @@ def test_tensorboard_shows_a_killed_and_resumed_run_forward(tmp_path):
     assert [event.value for event in shown] == pytest.approx([row[name] for row in rows], rel=1e-6)
     times = [event.wall_time for event in shown]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize("clock", [-7200, -1, 0, 3600])  # seconds by which the second session's clock is set
+@pytest.mark.parametrize("done", [0, 2])
+def test_tensorboard_shows_what_came_last_whatever_the_clock(clock, done, tmp_path, monkeypatch):
+  begun = time.time()
+  for now, first, value in ((begun, 0, 1.0), (begun + clock, done, 2.0)):
+    monkeypatch.setattr(time, "time", lambda now=now: now)
+    with report.tensorboard(tmp_path, first) as write:
+      for step in range(first + 1, 5):
+        write(step, {"error": value})
+  reader = EventAccumulator(str(tmp_path))
+  reader.Reload()
+  shown = reader.Scalars("error")
+  assert [(one.step, one.value) for one in shown] == [(n, 1.0 if n <= done else 2.0) for n in range(1, 5)]
+  assert [one.wall_time for one in shown] == sorted(one.wall_time for one in shown)
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

@@ -9,12 +9,8 @@ from typing import Any
 
 from tensorflow_datasets.core.download import downloader
 
+from ban_jax import processes
 from ban_jax.errors import DataError
-
-try:
-  import fcntl
-except ImportError:  # not a POSIX system
-  fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +45,15 @@ def looking_into(name: str, root: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(root: pathlib.Path, name: str) -> Iterator[None]:
   """Holds the lock for preparing `name` under `root`; the system releases it when the process ends, however it ends."""
-  if fcntl is None:
-    raise DataError(
-      f"{name}: this system has no file locks (Python's fcntl), which preparing data needs; prepare it on Linux, macOS "
-      "or WSL, and name its directory by data.dir"
-    )
   (root / name).mkdir(parents=True, exist_ok=True)
   with open(root / f".{name}.lock", "w", encoding="utf-8") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      locked = processes.lock_file(file, wait=False)
     except BlockingIOError:
       logger.info("%s: another process is preparing it in %s; waiting", name, root)
-      fcntl.flock(file, fcntl.LOCK_EX)
+      locked = processes.lock_file(file, wait=True)
+    if not locked:
+      logger.warning("%s: the file system of %s has no locks; make sure that no other process prepares it", name, root)
     yield
 
 

@@ -138,8 +138,17 @@ def drop_path(
   return x * Dropout(rate, name=name)(kept, train=train, positions=positions)
 
 
-def from_module(name: str, module: nn.Module, spec: InputSpec) -> Model:
-  """Wraps a Flax module, called as `module(inputs, train=, positions=)`, as a Model without a carry."""
+def from_module(name: str, module: nn.Module, spec: InputSpec, *, poolings: int = 0) -> Model:
+  """Wraps a Flax module, called as `module(inputs, train=, positions=)`, as a Model without a carry.
+
+  Raises a ConfigError for images of which so many 2x2 `poolings` leave no pixel.
+  """
+  if poolings and min(spec.shape[:2]) < 2**poolings:
+    height, width, _ = spec.shape
+    raise ConfigError(
+      f"model {name!r} halves images {poolings} times: expected at least {2**poolings}x{2**poolings} pixels, and the "
+      f"data set has {height}x{width}"
+    )
 
   @jax.jit
   def init(key):

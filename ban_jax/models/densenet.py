@@ -122,4 +122,5 @@ def densenet(spec: InputSpec, options: DenseNetOptions, *, dtype: Any, axis_name
   """Returns a DenseNet-BC; raises a ConfigError for a data set of text."""
   name = f"densenet_3x{options.units}_{'_'.join(str(growth) for growth in dict.fromkeys(options.growths))}"
   common.require_kind(name, "images", spec)
-  return common.from_module(name, DenseNet(options, spec.num_classes, dtype, axis_name), spec)
+  module = DenseNet(options, spec.num_classes, dtype, axis_name)
+  return common.from_module(name, module, spec, poolings=STAGES - 1)

@@ -163,7 +163,8 @@ def matched_pre_resnet(
   name = f"matched_pre_resnet_{options.units}_{options.ratio:g}"
   common.require_kind(name, "images", spec)
   module = MatchedPreResNet(options, spec.num_classes, dtype, axis_name)
-  return common.from_module(name, module, spec)._replace(inherits=INHERITS)
+  model = common.from_module(name, module, spec, poolings=len(options.stages) - 1)
+  return model._replace(inherits=INHERITS)
 
 
 def matched_wide_resnet(
@@ -173,4 +174,5 @@ def matched_wide_resnet(
   name = f"matched_wide_resnet_{options.units}_{options.ratio:g}"
   common.require_kind(name, "images", spec)
   module = MatchedWideResNet(options, spec.num_classes, dtype, axis_name)
-  return common.from_module(name, module, spec)._replace(inherits=INHERITS)
+  model = common.from_module(name, module, spec, poolings=len(options.stages) - 1)
+  return model._replace(inherits=INHERITS)

@@ -190,8 +190,15 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
 @functools.cache
 def provenance() -> dict[str, Any]:
   """Returns which software this process runs, for the manifest: as it was at the first call, before a long training."""
-  packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-  return {"ban_jax": __version__, "git_commit": _commit(), "packages": packages}
+  return {"ban_jax": __version__, "git_commit": _commit(), "packages": {name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+  """Returns a package's version, or None where it is not installed, or not so that Python knows of it."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def _commit() -> str | None:

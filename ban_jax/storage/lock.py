@@ -1,6 +1,7 @@
 """One run a directory: a second process or thread is refused, and a lock that a killed process left blocks nobody.
 
-The lock is flock's, which the system gives back whenever its holder ends. Object stores have no locks.
+The lock is flock's, which the system gives back whenever its holder ends. Object stores and some file systems have no
+locks: there a warning asks for care.
 """
 
 import contextlib
@@ -13,12 +14,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ban_jax.errors import ConfigError, InUseError
-
-try:
-  import fcntl
-except ImportError:  # not a POSIX system
-  fcntl = None  # type: ignore[assignment]
+from ban_jax import processes
+from ban_jax.errors import InUseError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +27,7 @@ _held: dict[str, int] = {}
 def hold(workdir: epath.Path) -> Iterator[None]:
   """Holds a run directory for this thread while the block runs, or raises an InUseError that says who has it.
 
-  A thread may hold a directory again that it holds already. On an object store, other processes are not kept out.
+  A thread may hold a directory again that it holds already. Where there are no locks, other processes are not kept out.
   """
   name, thread = str(workdir), threading.get_ident()
   if _held.get(name) == thread:
@@ -40,7 +37,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     raise _in_use(workdir, "another thread of this process")
   try:
     if "://" in name:
-      logger.warning("workdir %s: object stores have no locks; make sure that no other process runs on it", name)
+      _warn(workdir, "object stores have")
       yield
     else:
       with _flock(workdir):
@@ -51,14 +48,10 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flock(workdir: epath.Path) -> Iterator[None]:
-  if fcntl is None:
-    raise ConfigError(
-      f"workdir {workdir}: this system has no file locks (Python's fcntl); use Linux, macOS or WSL, or train without a "
-      "workdir"
-    )
   with open(workdir / ".lock", "a+", encoding="utf-8") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if not processes.lock_file(file, wait=False):
+        _warn(workdir, "its file system has")
     except BlockingIOError as error:
       file.seek(0)
       raise _in_use(workdir, file.read().strip() or "another process") from error
@@ -66,6 +59,10 @@ def _flock(workdir: epath.Path) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     yield
+
+
+def _warn(workdir: epath.Path, what: str) -> None:
+  logger.warning("workdir %s: %s no locks; make sure that no other process runs on it", workdir, what)
 
 
 def _in_use(workdir: epath.Path, owner: str) -> InUseError:
