@@ -14,13 +14,23 @@ from ml_collections import ConfigDict
 from ban_jax import data, losses, models, optim
 from ban_jax.data import noise
 from ban_jax.errors import ConfigError, choices, look_up
-from ban_jax.keys import ANY, KEYS, neutral_values
+from ban_jax.keys import KEYS, neutral_values
 from ban_jax.registry import OWN
 from ban_jax.trees import json_digest
 from ban_jax.types import Dataset, Devices
 
-# The registries that a configuration's names are looked up in; networks' options are checked in their files.
+# The registries whose entries take options; networks' options are checked in their files.
 REGISTRIES = (data.DATASETS, losses.LOSSES, optim.SCHEDULES, optim.OPTIMIZERS)
+# What the keys that name something choose from.
+CHOICES: Mapping[str, Mapping[str, Any]] = {
+  **{registry.key: registry for registry in REGISTRIES},
+  "compute_dtype": models.DTYPES,
+  "data.noise_kind": noise.KINDS,
+  "optim.decay": optim.DECAYS,
+  "teacher.loss": losses.LOSSES,
+}
+# What messages call such a key, if not by its name.
+CALLED = {"data.name": "data set", "loss.name": "loss"}
 
 
 def check(cfg: ConfigDict) -> None:
@@ -28,26 +38,31 @@ def check(cfg: ConfigDict) -> None:
   given = _flat(cfg)
   for key in KEYS.keys() - given.keys():
     raise ConfigError(f"the configuration lacks {key}; ban_jax/keys.py documents every key")
-  known = KEYS.keys() | _options()
   for key, value in given.items():
-    if key not in known and not key.startswith(("model.", "teacher.")):
-      raise ConfigError(f"unknown configuration key {key!r}; the keys are: {choices(known)}, and those of model")
-    if key != "teacher.model":  # None without a teacher of its own
+    if key in KEYS:
       _check_value(key, value)
-  for registry in REGISTRIES:
-    registry.find(given[registry.key])
-  check_data(cfg.data)
-  options = losses.LOSSES.options(given["loss.name"])
-  if "label_weight" in options and given["loss.label_weight"] == given["loss.teacher_weight"] == 0:
+  for key, entries in CHOICES.items():
+    look_up(entries, given[key], CALLED.get(key, key))
+  taken, options = _taken(given), _options()
+  for key in given:
+    if key not in KEYS and key not in options and not key.startswith(("model.", "teacher.")):
+      known = choices(KEYS.keys() | options)
+      raise ConfigError(f"unknown configuration key {key!r}; the keys are: {known}, and those of model")
+  _check_data(given, taken)
+  if "loss.label_weight" in taken and given["loss.label_weight"] == given["loss.teacher_weight"] == 0:
     raise ConfigError("loss.label_weight and loss.teacher_weight cannot both be 0")
-  look_up(models.DTYPES, given["compute_dtype"], "compute_dtype")
-  look_up(optim.DECAYS, given["optim.decay"], "optim.decay")
-  if look_up(losses.LOSSES, given["teacher.loss"], "teacher.loss").needs_teacher:
+  if losses.LOSSES[given["teacher.loss"]].needs_teacher:
     without = choices(name for name, one in losses.LOSSES.items() if not one.needs_teacher)
     raise ConfigError(f"teacher.loss={given['teacher.loss']!r}: expected a loss that needs no teacher: {without}")
   models.check_options(cfg.model, "model")
   if cfg.teacher.model is not None:
     models.check_options(cfg.teacher.model, "teacher.model")
+
+
+def _taken(values: Mapping[str, Any]) -> set[str]:
+  """Returns the keys of the options that the chosen data set, loss, schedule and optimizer take."""
+  # The optimizer that the caller gave has no schedule on record.
+  return set().union(*(registry.taken(values.get(registry.key, OWN)) for registry in REGISTRIES))
 
 
 def _options() -> set[str]:
@@ -56,19 +71,16 @@ def _options() -> set[str]:
 
 
 def _check_value(key: str, value: Any) -> None:
-  rule = KEYS[key].rule if key in KEYS else ANY
+  rule = KEYS[key].rule
   if value is None:
     raise ConfigError(f"{key} is None: expected {rule.expected}")
   if not rule.holds(value):
     raise ConfigError(f"{key}={value!r}: expected {rule.expected}")
 
 
-def check_data(group: Mapping[str, Any]) -> None:
-  """Raises a ConfigError where a `data` group has a wrong value, or one that its data set has no use for."""
-  given = {f"data.{name}": value for name, value in group.items()}
-  for key, value in given.items():
-    _check_value(key, value)
-  name, taken = given["data.name"], data.DATASETS.taken(given["data.name"])
+def _check_data(given: Mapping[str, Any], taken: set[str]) -> None:
+  """Raises a ConfigError if a value of the `data` group does not fit the data set, or another value of the group."""
+  name = given["data.name"]
   for key, known in KEYS.items():
     if known.unused is None or key in taken or given[key] == known.unused[0]:
       continue
@@ -76,7 +88,6 @@ def check_data(group: Mapping[str, Any]) -> None:
     if name == OWN:
       why = "is given as dataset=, and from_arrays takes such settings"
     raise ConfigError(f"{key}={given[key]!r}: expected {neutral!r}, because {name} {why}")
-  look_up(noise.KINDS, given["data.noise_kind"], "data.noise_kind")
   if "data.dataset" in taken and not given["data.dataset"]:
     raise ConfigError(f"data.dataset='': expected a name of TFDS, such as mnist, because data.name={name!r}")
   if given["data.validation_split"] and given["data.validation"]:
@@ -150,9 +161,7 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   neutral = neutral_values()
   values = {**neutral, **values}
   values |= {} if generation else {"loss.name": values["teacher.loss"]}
-  # The optimizer that the caller gave has no schedule on record.
-  taken = set().union(*(registry.taken(values.get(registry.key, OWN)) for registry in REGISTRIES))
-  options = _options()
+  taken, options = _taken(values), _options()
   network = "teacher.model." if not generation and "teacher.model.name" in values else "model."
   own = {}
   for key, value in values.items():

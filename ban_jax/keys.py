@@ -1,7 +1,7 @@
 """Every key of a configuration, once: its default, what it must be, and what it means.
 
-The defaults are the paper's settings for CIFAR (its section on experiments). `python -m experiments.configuration`
-prints the keys, their choices, and the words that set several of them (docs/configuration.md).
+The defaults are the paper's settings for CIFAR (its section on experiments). `experiments/train.py --list` prints the
+keys, their choices, and the words that set several of them (docs/configuration.md).
 """
 
 import math
@@ -71,7 +71,6 @@ POSITIVE = real(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
 SHARE = real(lambda v: 0 <= v < 1, "a share in [0, 1)")
 FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
-ANY = Rule(lambda v: True, "a value")
 NAME = text("a name")  # the registry that it is looked up in lists the choices
 
 _NOT_BY_NAME = "is not read from TFDS by a name, as data.name='tfds' is"

@@ -9,12 +9,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from ban_jax.processes import is_primary
-from experiments import cli, results
+from experiments import cli, configuration, results
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A configuration file and its words, as configs/cifar.py:cifar10,wrn_16_1,cpu."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; an unfinished run in it is resumed.")
+flags.DEFINE_flag(configuration.ListFlag())
 flags.mark_flags_as_required(["config", "workdir"])
 
 

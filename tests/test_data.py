@@ -32,6 +32,7 @@ from ban_jax import config, data, storage
 from ban_jax.data import images, tfds_cifar
 from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
+from ban_jax.presets import base
 from ban_jax.types import InputSpec
 from experiments import forks
 
@@ -51,6 +52,11 @@ LAYOUT = {
   ),
 }
 ARCHIVES = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}
+
+
+def check_data(values):
+  """Checks a configuration with this `data` group."""
+  config.check(ml_collections.ConfigDict({**base.get_config().to_dict(), "data": values}))
 
 
 def group(**changes):
@@ -957,13 +963,13 @@ def text_group(**changes):
 )
 def test_wrong_values_are_reported(values, message):
   with pytest.raises(ConfigError) as error:
-    config.check_data(values)
+    check_data(values)
   assert str(error.value) == message
 
 
 def test_wrong_values_are_reported_before_any_work(tmp_path, no_connections):
   with pytest.raises(ConfigError, match="data.pad=-4"):
-    config.check_data(group(name="cifar10", dir=str(tmp_path / "absent"), pad=-4))
+    check_data(group(name="cifar10", dir=str(tmp_path / "absent"), pad=-4))
   assert list(tmp_path.iterdir()) == []
   assert no_connections == []
 
@@ -972,7 +978,7 @@ def test_wrong_values_are_reported_before_any_work(tmp_path, no_connections):
 def test_right_values_are_accepted_for_any_directory(name):
   of_kind = text_group if data.DATASETS[name].kind == "tokens" else group
   by_name = {"dataset": "mnist"} if name == "tfds" else {}
-  config.check_data(of_kind(name=name, dir="/nowhere", train_examples=10, **by_name))
+  check_data(of_kind(name=name, dir="/nowhere", train_examples=10, **by_name))
 
 
 # --- wrong labels ----------------------------------------------------------------------------------------------------

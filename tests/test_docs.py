@@ -6,6 +6,8 @@ import pytest
 from conftest import ROOT
 
 import ban_jax
+from ban_jax import keys, losses, optim, presets
+from experiments import configuration
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
@@ -26,6 +28,13 @@ def test_a_public_name_has_a_docstring_of_its_own(name):
   assert text
   assert not text.startswith(f"{name}(")  # what a NamedTuple or a dataclass has without one
   assert text.splitlines()[0].endswith((".", ":"))
+
+
+def test_the_configuration_page_is_what_the_command_line_lists():
+  shown = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+  assert shown == configuration.page() + "\n", "run: experiments/train.py --list > docs/configuration.md"
+  for name in (*keys.KEYS, *presets.MODELS, *presets.SCALES, *losses.LOSSES, *optim.OPTIMIZERS):
+    assert f"`{name}`" in shown
 
 
 def anchors(page):

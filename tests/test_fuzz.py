@@ -119,7 +119,8 @@ def trace(job):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
   state = jax.eval_shape(
-    lambda key: initial_state(job.student.init(key), job.optimizer, job.teacher.copied), jax.random.key(0)
+    lambda key: initial_state(job.student.init(key), job.optimizer.transformation, job.teacher.copied),
+    jax.random.key(0),
   )
   rows = config.train.batch_size // len(devices)
   index = jax.ShapeDtypeStruct((job.steps_per_dispatch, rows), np.int32)

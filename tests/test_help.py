@@ -45,3 +45,9 @@ def test_help_wins_over_what_is_missing_or_wrong():
   done = forks.run([sys.executable, train, "--config=nope.py", "--bogus", "--help"], cwd="/")
   assert done.returncode == 0
   assert "--config.KEY=VALUE" in done.stdout
+
+
+def test_the_list_of_words_and_keys_needs_no_configuration():
+  done = forks.run([sys.executable, str(ROOT / "experiments" / "train.py"), "--list"], cwd="/")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout == (ROOT / "docs" / "configuration.md").read_text("utf-8")
