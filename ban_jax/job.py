@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,10 +199,16 @@ def setup(
   return found._replace(cfg=FrozenConfigDict(found.cfg))
 
 
-def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+def resolve(
+  cfg: ConfigDict | Setup,
+  devices: Sequence[jax.Device] | None,
+  own: Own = NOTHING,
+  load: Callable[[ConfigDict], Dataset] = data.load,
+) -> Setup:
   """Returns what a configuration names, or the caller gives in its place; a Setup as it is.
 
-  Raises a ConfigError or a DataError if it cannot be run or evaluated.
+  With `load=data.describe`, data sets that can be described are not read: that Setup is for `describe`. Raises a
+  ConfigError or a DataError if it cannot be run or evaluated.
   """
   if isinstance(cfg, Setup):
     twice = [name for name, value in {**own._asdict(), "devices": devices}.items() if value is not None]
@@ -220,7 +226,7 @@ def resolve(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, own: 
   check_own(own)
   config.check(cfg)
   _check_replaced(cfg, own)
-  dataset = own.dataset or data.load(cfg.data)
+  dataset = own.dataset or load(cfg.data)
   config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own, found), found, own)
 
@@ -420,8 +426,7 @@ def prepare(
   variables, and its network's normalisation the data set's.
   """
   setup = _continued(initial, setup)
-  cfg, dataset = setup.cfg, setup.dataset
-  config.check_batch_size(cfg.train.batch_size, setup.devices)
+  config.check_batch_size(setup.cfg.train.batch_size, setup.devices)
   parents, models = members(params_prev, setup, "teacher")
   if params_prev is not None and not parents:
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
@@ -436,16 +441,50 @@ def prepare(
   student = setup.models[min(generation, 1)]
   if parents:
     _check_inherits(student, parents)
+  cfg = setup.cfg
   if not parents and cfg.loss.name != cfg.teacher.loss and not losses.LOSSES[cfg.loss.name].needs_teacher:
     logger.warning(
       f"generation 0 is trained by teacher.loss={cfg.teacher.loss!r}; loss.name={cfg.loss.name!r} is its students' loss"
     )
-  loss = losses.make_loss({**cfg.loss, "name": cfg.loss.name if parents else cfg.teacher.loss})
-  if cfg.loss.class_weights:
-    labels = dataset.splits["train"]["labels"]
-    loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
-  steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
+  loss = _loss(setup, taught=bool(parents))
   teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
+  return _job(setup, generation, student, teacher, loss)._replace(
+    initial=None if initial is None else _initial(initial, student)
+  )
+
+
+def describe(setup: Setup, generation: int, *, teachers: int = 1) -> Job:
+  """Returns the job of a generation as shapes, for programs that are compiled or counted, and not run.
+
+  Its data are shapes, too, if `setup` is so. A student has as many `teachers` of the generation before it, whose
+  variables are jax.ShapeDtypeStructs. Raises as `prepare` does.
+  """
+  config.check_batch_size(setup.cfg.train.batch_size, setup.devices)
+  student = setup.models[min(generation, 1)]
+  models = [setup.models[min(generation - 1, 1)]] * teachers if generation else []
+  if models:
+    _check_inherits(student, [model.shapes for model in models])
+  loss = _loss(setup, taught=bool(models))
+  return _job(setup, generation, student, teacher_lib.describe(models, student, needed=loss.needs_teacher), loss)
+
+
+def _loss(setup: Setup, *, taught: bool) -> Loss:
+  """Returns the loss of a generation that is taught, or of generation 0."""
+  cfg, dataset = setup.cfg, setup.dataset
+  loss = losses.make_loss({**cfg.loss, "name": cfg.loss.name if taught else cfg.teacher.loss})
+  weights = cfg.loss.class_weights
+  if not weights:
+    return loss
+  labels, classes = dataset.splits["train"]["labels"], dataset.spec.num_classes
+  if isinstance(labels, jax.ShapeDtypeStruct):
+    labels = np.arange(classes)  # no shape depends on them
+  return losses.weighted(loss, losses.class_weights(weights, labels, classes))
+
+
+def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: Loss) -> Job:
+  """Returns the job of a student with this teacher; raises a ConfigError for an epoch without a step."""
+  cfg, dataset = setup.cfg, setup.dataset
+  steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps_per_epoch)
     teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
@@ -462,7 +501,6 @@ def prepare(
     steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps_per_epoch) or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
-    initial=None if initial is None else _initial(initial, student),
   )
 
 

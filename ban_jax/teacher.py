@@ -47,13 +47,22 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
   Where its outputs are not `needed`, since the loss does not use them, the parents only lend the layers that the
   student copies.
   """
-  plain = [trees.to_plain(parent) for parent in parents]
+  teacher = _of([trees.to_plain(parent) for parent in parents], models, student, needed)
+  used = teacher.teaching.teaches or teacher.copied
+  return teacher._replace(digests=tuple(map(_digest, parents, models)) if used else ())
+
+
+def describe(models: Sequence[Model], student: Model, *, needed: bool) -> Teacher:
+  """Returns `make`'s teacher with jax.ShapeDtypeStructs as variables, and no digests."""
+  return _of([model.shapes for model in models], models, student, needed)
+
+
+def _of(plain: Sequence[PyTree], models: Sequence[Model], student: Model, needed: bool) -> Teacher:
   copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
   taught = bool(plain) and needed
-  digests = tuple(map(_digest, parents, models)) if taught or copied else ()
   if not taught:
-    return Teacher(none(), (), digests, copied)
-  return Teacher(live(tuple(models)), tuple(plain), digests, copied, models=tuple(models))
+    return Teacher(none(), (), (), copied)
+  return Teacher(live(tuple(models)), tuple(plain), (), copied, models=tuple(models))
 
 
 def _digest(parent: Variables, model: Model) -> str:
