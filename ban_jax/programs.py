@@ -48,7 +48,7 @@ def training(job: Job, steps: int = 0) -> Program:
 
   def first(copied):
     carry = (job.student.init_carry(rows), teaching.init_carry(rows))
-    return initial_state(job.student.init(jax.random.key(0)), job.optimizer, copied), carry
+    return initial_state(job.student.init(jax.random.key(0)), job.optimizer.transformation, copied), carry
 
   state, carry = jax.eval_shape(first, job.teacher.copied)
   source = _shapes(job.teacher.source)
