@@ -330,6 +330,24 @@ def test_a_run_is_carried_on_by_its_own_generations_alone(begun, own_data, tmp_p
   assert [one.index for one in ban_jax.load_run(tmp_path / "run")] == [0, 1, 2]
 
 
+def test_a_teacher_that_was_removed_is_trained_again(begun, own_data, tmp_path):
+  model, one, first, _, _ = begun
+  for record in (True, False):
+    shutil.copytree(one, tmp_path / str(record))
+    shutil.rmtree(tmp_path / str(record) / "gen_0")
+    if not record:  # of an earlier version
+      (tmp_path / str(record) / "beginning.json").unlink()
+    assert small(model, own_data, tmp_path / str(record)) == first
+
+
+def test_another_first_teacher_is_named(begun, own_data, tmp_path):
+  model, _, first, other, _ = begun
+  shutil.copytree(other, tmp_path / "run")
+  teacher = first[1]._replace(params=_other(first[1].params))
+  with pytest.raises(ban_jax.CheckpointError, match="began with generation 2, taught by another network than params_"):
+    small(model, own_data, tmp_path / "run", params_prev=teacher)
+
+
 def _other(params):
   return trees.to_host(jax.tree.map(lambda leaf: -leaf, trees.to_plain(params)), 1)
 

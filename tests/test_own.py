@@ -422,6 +422,19 @@ class Noise(nn.Module):
     return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
+class Wrapper(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return CNN()(x, train=False)
+
+
+class Together(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = x.reshape(x.shape[0], -1)
+    return nn.Dense(10)(x - x.mean(axis=0))
+
+
 class Broken(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -448,6 +461,17 @@ class Broken(nn.Module):
       Deterministic(),
       "model 'Deterministic' has the argument 'deterministic'; expected module(x, train=): rename it to train",
     ),
+    (
+      Wrapper(),
+      "model 'Wrapper': in training, batch statistics of CNN_0/BatchNorm_0 do not move; it is called as module(x, "
+      "train=True), and has to hand train on to its layers",
+    ),
+    (
+      nn.Sequential([lambda x: x.reshape(x.shape[0], -1), nn.Dropout(0.5, deterministic=True), nn.Dense(10)]),
+      "model 'Sequential': in training, dropout layers_1 is off; it is called as module(x): it has to take an argument "
+      "train, and hand that on to its layers",
+    ),
+    (Together(), "model 'Together': in evaluation, the logits of an image depend on its place or on the others in its"),
     (Two(), "the network returns tuple; expected one array, the logits [B, classes]"),
   ],
 )

@@ -17,11 +17,12 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ban_jax
+from ban_jax import config as config_lib
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import report, storage, train, trees
 from ban_jax.storage import finished, steps
-from ban_jax.types import Generation
+from ban_jax.types import Generation, InputSpec, Network
 
 QUIET = {"progress": False}
 ODD = {"error": math.nan, "nll": math.inf, "brier": -math.inf, "ece": 0.25, "count": 7}
@@ -275,3 +276,56 @@ def test_the_commit_is_that_of_the_source_tree_and_never_that_of_another_reposit
   assert commit() == own
   (inside / "ban_jax" / "version.py").write_text('__version__ = "changed"\n')
   assert commit() == own + "+"
+
+
+# --- What is sound is not to be removed ------------------------------------------------------------------------------
+
+
+def written(folder, **manifest):
+  """Writes a small finished generation and changes its manifest."""
+  directory = epath.Path(folder)
+  finished.finish(directory, Generation(0, {"params": {"x": np.float32([1])}}, {"b": 1.5}, ()), {"generation": 0})
+  record = {**strict(folder / "manifest.json")[0], **manifest}
+  (folder / "manifest.json").write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+  return directory
+
+
+@pytest.mark.parametrize(
+  "manifest", [{"records_digest": None}, {"digest": None}, {"generation": None}, {"network_digest": "0"}], ids=str
+)
+def test_records_of_another_form_are_not_called_damaged(manifest, tmp_path):
+  directory = written(tmp_path, **manifest)
+  if "network_digest" in manifest:
+    (tmp_path / "network.json").write_text('{"networks": []}')
+    manifest = {"network_digest": trees.json_digest({"networks": []})}
+    directory = written(tmp_path, **manifest)
+  with pytest.raises(ban_jax.CheckpointError, match="read it with the version that wrote it") as error:
+    ban_jax.load(directory)
+  assert "remove" not in str(error.value)
+  assert "damage" not in str(error.value)
+
+
+@pytest.mark.parametrize(("version", "advice"), [(None, "remove .* to train it again"), ("0.1", "read it with orbax-")])
+def test_what_another_orbax_wrote_is_not_to_be_removed(version, advice, tmp_path):
+  directory = written(tmp_path, packages=version and {"orbax-checkpoint": version})
+  shutil.rmtree(tmp_path / "params")
+  with pytest.raises(ban_jax.CheckpointError, match=advice):
+    ban_jax.load(directory)
+
+
+def test_a_network_record_of_an_earlier_version_with_infinity_is_read(tmp_path):
+  network = Network({"name": "own", "own": "N", "limit": math.inf}, "float32", InputSpec("images", (4, 4, 1), 3))
+  bare = finished.network_record(network) | {"group": dict(network.group)}
+  (tmp_path / "network.json").write_text(json.dumps(storage.standard(bare)))
+  directory = written(tmp_path, network_digest=trees.json_digest(bare))
+  assert ban_jax.load(directory).network.group["limit"] == "Infinity"
+
+
+def test_a_configuration_of_a_name_that_is_not_known_is_not_to_be_removed(tmp_path):
+  (tmp_path / "gen_0").mkdir()
+  values = config_lib.record(config()) | {"loss.name": "focal"}
+  (tmp_path / "gen_1").mkdir()
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  with pytest.raises(ban_jax.CheckpointError, match="run of another configuration: unknown loss 'focal'") as error:
+    ban_jax.run(config(), tmp_path, **QUIET)
+  assert "remove" not in str(error.value)

@@ -1,7 +1,7 @@
 """Run directories on disk: who holds one, a generation's checkpoints in training, and what a finished one leaves.
 
     workdir/config.json         the configuration of the last run in it
-    workdir/beginning.json      of a run that did not begin with generation 0: with which, and who taught it
+    workdir/beginning.json      the run's first generation, and the digests of what taught it
     workdir/processes.json      where several processes train: the token by which they see the same directory
     workdir/.lock               held while a process works in the directory; not on an object store
     workdir/gen_K/steps/        checkpoints of a generation in training

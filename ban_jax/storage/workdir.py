@@ -135,27 +135,37 @@ def begin(workdir: epath.Path, generation: int, teachers: Sequence[str]) -> None
         f"{workdir} holds a run that began with generation {first}, taught by a network that was given as params_prev; "
         "give it again, or another workdir"
       )
-    known = taught if generation == first else digests
-    if first is not None and known is not None and not set(teachers) <= set(known):
+    if first is not None and generation == first and taught is not None and set(teachers) != set(taught):
+      raise CheckpointError(
+        f"{workdir} holds a run that began with generation {first}, taught by another network than params_prev; give "
+        "another workdir"
+      )
+    if first is not None and generation > first and digests is not None and not set(teachers) <= set(digests):
       raise CheckpointError(
         f"{workdir} holds a run that began with generation {first}, which params_prev, of generation {generation - 1}, "
         "is no part of; give another workdir"
       )
-  if first is None and generation and processes.is_primary():
+  if first is None and processes.is_primary():
     write_json(workdir / "beginning.json", {"generation": generation, "teachers": list(teachers)})
 
 
-def _beginning(workdir: epath.Path) -> tuple[int | None, list[str] | None, list[str]]:
-  """Returns a run's first generation, or None; its teachers' digests, if they are known; and those of what it holds."""
-  begun = [path for path in workdir.glob("gen_*") if path.name[4:].isdecimal()]
-  manifests = {int(path.name[4:]): path / "manifest.json" for path in begun}
-  records = {number: read_json(path) for number, path in manifests.items() if path.exists()}
-  digests = [record["digest"] for record in records.values()]
+def _beginning(workdir: epath.Path) -> tuple[int | None, list[str] | None, list[str] | None]:
+  """Returns a run's first generation, or None; its teachers' digests; and those of the generations that it holds.
+
+  Digests are None where they are not known: a manifest that cannot be read is reported where it is loaded. An earlier
+  version kept no record: then it is the first that is there, unless 0 may have been removed to be trained again.
+  """
+  begun = {int(path.name[4:]): path for path in workdir.glob("gen_*") if path.name[4:].isdecimal()}
+  digests: list[str] | None = None
   record = workdir / "beginning.json"
-  if record.exists():
-    found = read_json(record)
-    return found["generation"], found["teachers"], digests
-  if not begun:
-    return None, None, digests
-  first = min(manifests)
-  return first, records[first]["teachers"] if first in records else None, digests
+  try:
+    manifests = [path / "manifest.json" for path in begun.values()]
+    digests = [read_json(path)["digest"] for path in manifests if path.exists()]
+    if record.exists():
+      found = read_json(record)
+      return found["generation"], found["teachers"], digests
+  except (OSError, ValueError, KeyError, TypeError):
+    digests = None
+  first = min(begun, default=None)
+  first = 0 if first == 1 else first
+  return first, None, digests
