@@ -1,8 +1,10 @@
 """Files that are written whole, and the errors of disks: a full or failing disk, or a damaged file."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +17,7 @@ from ban_jax.errors import BanError, StorageError
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
   """Writes a file such that a reader finds the old file or the whole new one, never a part."""
-  partial = path.parent / f".{path.name}.partial"
+  partial = path.parent / f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.partial"  # as short as any
   partial.write_bytes(content)
   partial.replace(path)
 
