@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -19,6 +20,9 @@ from ban_jax.data import noise
 from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.trees import json_digest
 from ban_jax.types import Dataset, Devices
+
+# The numbers of float32: the smallest above 0 and the largest. A smaller one would be 0.
+LEAST, MOST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 class Rule(NamedTuple):
@@ -40,8 +44,8 @@ def whole(least: int, most: int | None = None, note: str = "") -> Rule:
 
 
 def real(holds: Callable[[float], bool], expected: str) -> Rule:
-  """Returns the rule for a finite number for which `holds` is true."""
-  return Rule(lambda v: _is_number(v, numbers.Real) and math.isfinite(v) and holds(v), expected)
+  """Returns the rule for a number that float32 holds, in which all is computed, and for which `holds` is true."""
+  return Rule(lambda v: _is_number(v, numbers.Real) and -MOST <= v <= MOST and holds(v), expected)
 
 
 def _is_rising(shares: Any) -> bool:
@@ -56,7 +60,9 @@ def _are_class_weights(value: Any) -> bool:
 
 
 FINITE = real(lambda v: True, "a finite number")
-POSITIVE = real(lambda v: v > 0, "a finite number above 0")
+POSITIVE = real(lambda v: v >= LEAST, "a finite number above 0")
+# Beyond these, logits divided by it, or their gradients times its square, are no numbers of float32 any more.
+TEMPERATURE = real(lambda v: 1e-3 <= v <= 1e3, "a finite number above 0, from 0.001 to 1000")
 NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
 SHARE = real(lambda v: 0 <= v < 1, "a share in [0, 1)")
 FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
@@ -85,7 +91,7 @@ RULES = {
   "data.validation_split": Rule(lambda v: isinstance(v, str), 'a split, or "" for none'),
   "teacher.loss": NAME,
   "loss.name": NAME,
-  "loss.temperature": POSITIVE,
+  "loss.temperature": TEMPERATURE,
   "loss.label_weight": FINITE,
   "loss.teacher_weight": FINITE,
   "loss.class_weights": Rule(
