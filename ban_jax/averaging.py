@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ban_jax import config, job, trees
 from ban_jax import devices as devices_lib
-from ban_jax import job, trees
 from ban_jax.errors import ConfigError
 from ban_jax.step import make_statistics_step
 from ban_jax.trees import Member
@@ -43,11 +43,12 @@ def average(
     raise ConfigError("average needs at least one network")
   for other in models[1:]:
     if other != models[0]:
-      raise ConfigError(f"average takes networks of one kind, not {models[0].name!r} and {other.name!r}")
+      alike = " that normalise images alike" if other.name == models[0].name else ""
+      raise ConfigError(f"average takes networks of one kind{alike}, not {models[0].name!r} and {other.name!r}")
   shares = trees.mean_weights(weights, len(members))
   plain = [trees.to_plain(tree) for tree in members]
   mean = jax.tree.map(lambda *leaves: _mean(leaves, shares), *plain)
-  if jax.tree.leaves(mean["batch_stats"]):
+  if jax.tree.leaves(mean.get("batch_stats", {})):
     mean["batch_stats"] = _statistics(setup, models[0], mean)
   index = max(map(trees.lineage, members))
   first = trees.members_of(generations)[0]
@@ -58,13 +59,14 @@ def average(
 def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float] | np.ndarray) -> np.ndarray:
   total = np.zeros(leaves[0].shape)
   for share, leaf in zip(shares, leaves, strict=True):
-    total += share * leaf.astype(np.float64)
+    total += share * np.asarray(leaf, np.float64)
   return total.astype(leaves[0].dtype)
 
 
 def _statistics(setup: job.Setup, model: Model, variables: dict) -> dict:
   """Returns the batch statistics of a network on the training split, after at least BATCHES mini-batches."""
   cfg, devices = setup.cfg, setup.devices
+  config.check_batch_size(cfg.train.batch_size, devices)
   step = make_statistics_step(model, setup.dataset.fetch, devices)
   statistics = devices_lib.replicate(variables["batch_stats"], devices)
   params = devices_lib.broadcast(variables["params"], devices)

@@ -1,6 +1,7 @@
 """Generations for use elsewhere: a function of images to probabilities as StableHLO, and parameters as safetensors."""
 
 import json
+import os
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,14 @@ from ban_jax import predicting, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, check_whole, choices
 from ban_jax.types import Generation
 
+NAME_BYTES = 255
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# What other formats are known by: a file so named would be taken for one of them.
+SUFFIXES = (
+  *(".onnx", ".pt", ".pth", ".ts", ".torchscript", ".pb", ".pbtxt", ".tflite", ".lite", ".h5", ".hdf5", ".keras"),
+  *(".npy", ".npz", ".pkl", ".pickle", ".joblib", ".msgpack", ".ckpt", ".orbax", ".gguf", ".json", ".mlmodel"),
+  *(".mlpackage", ".engine", ".plan", ".xml", ".zip", ".tar", ".gz"),
+)
 
 
 @devices_lib.default_modes()
@@ -43,7 +51,7 @@ def export(
     raise ConfigError(f"platforms: {choices(unknown)}: expected some of {', '.join(PLATFORMS)}")
   if batch_size is not None:
     batch_size = check_whole("batch_size", batch_size, 1, ", or None")
-  target = _file(path)
+  target = _file(path, "StableHLO", ".stablehlo", (*SUFFIXES, ".safetensors"))
   predictor = predicting.prepare(generations, weights, jax.local_devices()[:1])
   if predictor.spec.kind != "images":
     raise ConfigError("export takes networks of images; these are language models")
@@ -74,19 +82,26 @@ def export_parameters(generation: Generation, path: epath.PathLike) -> None:
   """
   from safetensors.numpy import save
 
+  target = _file(path, "safetensors", ".safetensors", (*SUFFIXES, ".stablehlo", ".mlir"))
   if not isinstance(generation, Generation):
     raise CheckpointError(f"export_parameters takes one Generation, not {type(generation).__name__}")
   metadata = {"generation": str(generation.index)}
   if generation.network is not None:
     metadata["network"] = json.dumps(storage.network_record(generation.network))
   arrays = {name: np.array(leaf, order="C") for name, leaf in trees.leaves(trees.to_plain(generation.params)).items()}
-  target = _file(path)
   _write(target, save(arrays, metadata))
 
 
-def _file(path: epath.PathLike) -> epath.Path:
-  """Returns a file's full path; raises a ConfigError where none can be written there."""
+def _file(path: epath.PathLike, kind: str, suffix: str, others: Sequence[str]) -> epath.Path:
+  """Returns a file's full path; raises a ConfigError where none can be written there, or one of another kind is named.
+
+  `suffix` is the kind's own in the message, `others` those of other kinds.
+  """
   target = storage.resolve_workdir(path, "path")
+  if target.suffix.lower() in others:
+    raise ConfigError(f"path={str(path)!r}: what is written is {kind}; expected another suffix, such as {suffix}")
+  if len(os.fsencode(target.name)) > NAME_BYTES and "://" not in str(target):
+    raise ConfigError(f"path={str(path)!r}: expected a name of at most {NAME_BYTES} bytes, as file systems take it")
   if target.is_dir():
     raise ConfigError(f"path={str(path)!r} is a directory; name a file")
   if target.parent.exists() and not target.parent.is_dir():

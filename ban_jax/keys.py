@@ -9,6 +9,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+# The numbers of float32: the smallest above 0 and the largest. A smaller one would be 0.
+LEAST, MOST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
 
 class Rule(NamedTuple):
   """What a value must be: a test and the words for it."""
@@ -46,8 +51,8 @@ def whole(least: int, most: int | None = None, note: str = "") -> Rule:
 
 
 def real(holds: Callable[[float], bool], expected: str) -> Rule:
-  """Returns the rule for a finite number for which `holds` is true."""
-  return Rule(lambda v: _is_number(v, numbers.Real) and math.isfinite(v) and holds(v), expected)
+  """Returns the rule for a number that float32 holds, in which all is computed, and for which `holds` is true."""
+  return Rule(lambda v: _is_number(v, numbers.Real) and -MOST <= v <= MOST and holds(v), expected)
 
 
 def text(expected: str, holds: Callable[[str], bool] = lambda v: True) -> Rule:
@@ -67,7 +72,9 @@ def _are_class_weights(value: Any) -> bool:
 
 
 FINITE = real(lambda v: True, "a finite number")
-POSITIVE = real(lambda v: v > 0, "a finite number above 0")
+POSITIVE = real(lambda v: v >= LEAST, "a finite number above 0")
+# Beyond these, logits divided by it, or their gradients times its square, are no numbers of float32 any more.
+TEMPERATURE = real(lambda v: 1e-3 <= v <= 1e3, "a finite number above 0, from 0.001 to 1000")
 NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
 SHARE = real(lambda v: 0 <= v < 1, "a share in [0, 1)")
 FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
@@ -189,7 +196,7 @@ KEYS = {
   "loss.name": Key("ban", NAME, "The students' loss, a key of ban_jax.losses.LOSSES."),
   "loss.temperature": Key(
     1.0,
-    POSITIVE,
+    TEMPERATURE,
     "Temperature T of teacher and student in a distillation term, which is multiplied by T^2 (Hinton et al. 2015).",
   ),
   "loss.label_weight": Key(

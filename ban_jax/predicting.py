@@ -352,7 +352,7 @@ def _checked(spec: InputSpec, dtype: str, inputs: Any, window: int | None = None
     rows = max(1, CHECKED_AT_ONCE // math.prod(spec.shape))
     for first in range(0, len(inputs), rows):  # a memory map may be larger than the memory
       with np.errstate(over="ignore"):
-        if not np.isfinite(inputs[first : first + rows].astype(np.float32)).all():
+        if not np.isfinite(inputs[first : first + rows].astype(np.float32, copy=False)).all():
           raise DataError("the inputs have pixels that are not finite")
   return inputs
 
@@ -368,7 +368,7 @@ def _ids(spec: InputSpec, text: str) -> list[int]:
   """Returns the tokens of a text's words."""
   if not isinstance(text, str):
     raise DataError(f"a text must be a string of words with spaces between them, not {type(text).__name__}")
-  known = _numbers(spec.words)
+  known, text = _numbers(spec.words), text.removeprefix("\ufeff")  # the mark that some editors put first
   missing = [word for word in text.split() if word not in known]
   if missing and UNKNOWN not in known:
     raise DataError(f"the words {choices(set(missing))} are not in the vocabulary, which has no {UNKNOWN}")

@@ -157,7 +157,7 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> Float64[np.ndar
   """
   try:
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
-  except (TypeError, ValueError):  # words, a dict, rows of several lengths
+  except Exception:  # words, a dict, rows of several lengths, another library's tensor with a gradient
     given = np.zeros(0)
   if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
     raise ConfigError(f"weights={weights!r}: expected {count} numbers of at least 0, not all of them 0")

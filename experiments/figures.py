@@ -87,6 +87,12 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     raise CheckpointError(f"{workdir} is no run directory: there is no config.json") from error
   except (ValueError, TypeError) as error:
     raise CheckpointError(f"{record} is not a configuration: {error}") from error
+  own = [key for key in ("data.name", "model.name", "teacher.model.name") if values.get(key) == "own"]
+  if own:
+    raise CheckpointError(
+      f"{record}: {' and '.join(own)} of your own, which no command line can load; compare such generations by "
+      "ban_jax.reliability and ban_jax.compare"
+    )
   missing = [key for key in NEEDED if key not in values]
   if missing:
     raise CheckpointError(f"{record} lacks {', '.join(missing)}; expected what this version of the program records")

@@ -458,7 +458,7 @@ def die(*_):
   os.kill(os.getpid(), signal.SIGKILL)
 def write_or_die(path, value):
   if path.name == name:
-    (path.parent / f".{path.name}.partial").write_text('{"half":')
+    (path.parent / ".0123456789abcdef.partial").write_text('{"half":')
     die()
   write(path, value)
 def save_and_die(*given):

@@ -146,7 +146,14 @@ def test_a_recorded_configuration_is_that_of_the_run(run, tmp_path):
 
 @pytest.mark.parametrize(
   ("text", "message"),
-  [("{", "is not a configuration"), ("[3]", "is not a configuration"), ('{"seed": 0}', "lacks generations, data.name")],
+  [
+    ("{", "is not a configuration"),
+    ("[3]", "is not a configuration"),
+    ('{"seed": 0}', "lacks generations, data.name"),
+    ('{"data.name": "own"}', "data.name of your own, which no command line can load; compare such generations by"),
+    ('{"data.name": "own", "model.name": "own"}', "data.name and model.name of your own, which no command line"),
+    ('{"data.name": "digits", "teacher.model.name": "own"}', "teacher.model.name of your own, which no command line"),
+  ],
 )
 def test_a_record_that_is_none_is_refused(tmp_path, text, message):
   (tmp_path / "config.json").write_text(text)

@@ -172,6 +172,13 @@ MENDED = [
   (IMAGES, {"optim.factor": math.inf}, "optim.factor=inf: expected a finite number above 0"),
   (IMAGES, {"loss.temperature": 0.0}, "loss.temperature=0.0: expected a finite number above 0"),
   (IMAGES, {"loss.temperature": math.inf}, "loss.temperature=inf: expected a finite number above 0"),
+  *(
+    (IMAGES, {"loss.temperature": value}, "loss.temperature=.*: expected .* from 0.001 to 1000")
+    for value in (1e-310, 1e-30, 9e-4, 1e4, 1e300)
+  ),
+  (IMAGES, {"optim.learning_rate": 1e-310}, "optim.learning_rate=1e-310: expected a finite number above 0"),
+  (IMAGES, {"optim.learning_rate": 1e300}, r"optim.learning_rate=1e\+300: expected a finite number above 0"),
+  (IMAGES, {"optim.clip_norm": 1e39}, r"optim.clip_norm=1e\+39: expected a finite number of at least 0"),
   (IMAGES, {"loss.label_weight": math.inf}, "loss.label_weight=inf: expected a finite number"),
   (IMAGES, {"loss.smoothing": 1.5}, "loss.smoothing=1.5: expected a share from 0 to 1"),
   (IMAGES, {"loss.smoothing": math.nan}, "loss.smoothing=nan: expected a share from 0 to 1"),

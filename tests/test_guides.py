@@ -136,8 +136,14 @@ def sentences(run, dataset):  # noqa: F811
   found += [
     sentence(call, test_own.config()) for call, _ in cases(test_own.test_arguments_of_a_wrong_type_get_one_sentence)
   ]
+  with jax.disable_jit():
+    found.append(sentence(ban_jax.predict, run[1], test_own.np.zeros((1, 8, 8))))
   # Those of directories.
   workdir, model = run[0], ban_jax.from_flax(test_own.Linear(), dataset)
+  of_bytes = [
+    (part["images"].astype("uint8"), part["labels"]) for part in (dataset.splits["train"], dataset.splits["test"])
+  ]
+  of_bytes = ban_jax.from_arrays(*of_bytes, name="bytes")
   one = {"dataset": dataset, "progress": False, "devices": jax.devices()[:1]}
   found += [
     sentence(ban_jax.load, workdir),
@@ -149,6 +155,11 @@ def sentences(run, dataset):  # noqa: F811
     sentence(ban_jax.train_generation, None, test_own.own(), initial={"params": {}}, model=model, **one),
     sentence(ban_jax.train_generation, None, test_own.own(train__batch_size=1000), model=model, **one),
     sentence(ban_jax.evaluate, run[1], test_own.own(), "tests", dataset=dataset, model=model),
+    sentence(ban_jax.evaluate, run[1][0], test_own.own(data__label_noise=0.4), dataset=dataset, model=model),
+    sentence(
+      ban_jax.evaluate, run[1][0], test_own.own(compute_dtype="bfloat16"), dataset=dataset, model=run[1][0].network.own
+    ),
+    sentence(ban_jax.evaluate, run[1][0], test_own.own(), dataset=of_bytes, model=model),
   ]
   return [message.replace(str(workdir), "RUN") for message in found]
 

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, config
@@ -543,9 +545,92 @@ def test_inputs_that_the_network_cannot_read_are_refused(run, inputs, message):
     ban_jax.predict(run[1], inputs)
 
 
+def test_inputs_larger_than_the_memory_are_read_batch_by_batch(dataset, tmp_path):
+  mapped = np.memmap(tmp_path / "inputs", np.float32, "w+", shape=(200_000, 8, 8, 1))  # 51 MB
+  tracemalloc.start()
+  found = ban_jax.predict(linear_teacher(dataset), mapped, batch_size=10_000, **QUIET)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2 * found.nbytes + 2 * 4 * 2**22
+  mapped[150_000, 0, 0, 0] = np.nan
+  with pytest.raises(ban_jax.DataError, match="the inputs have pixels that are not finite"):
+    ban_jax.predict(linear_teacher(dataset), mapped, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, np.float16, np.float64, np.longdouble])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, list], ids=["numpy", "jax", "list"])
+def test_floats_of_any_width_are_floats(dtype, kind, arrays):
+  pixels = arrays[0][:60].astype(dtype)
+  given_ = pixels if dtype in (np.float64, np.longdouble) else kind(pixels)  # JAX has none of these
+  rounded, labels = pixels.astype(np.float32), arrays[1][:60]
+  made, expected = (ban_jax.from_arrays((x, labels), (x, labels)) for x in (given_, rounded))
+  assert made.digest == expected.digest
+  teacher = linear_teacher(made)
+  np.testing.assert_array_equal(ban_jax.predict(teacher, given_, **QUIET), ban_jax.predict(teacher, rounded, **QUIET))
+
+
+MODES = {
+  "jax_numpy_rank_promotion": "raise",
+  "jax_numpy_dtype_promotion": "strict",
+  "jax_transfer_guard": "disallow",
+  "jax_transfer_guard_device_to_host": "disallow",
+}
+
+
+@pytest.fixture(params=[*MODES, "numpy"])
+def strict_mode(request):
+  """A strict mode of JAX, or of NumPy, that a program has set for its own code."""
+  if request.param == "numpy":
+    with np.errstate(all="raise"):
+      yield
+    return
+  before = getattr(jax.config, request.param)
+  jax.config.update(request.param, MODES[request.param])
+  yield
+  jax.config.update(request.param, before)
+
+
+def used(arrays):
+  """Returns what public functions that compute say of a small network, through one generation of it."""
+  pixels, labels = arrays[0][:100], arrays[1][:100]
+  made = ban_jax.from_arrays((pixels * 1e-38, labels), (pixels * 1e-38, labels), pad=1, flip=True)
+  teacher, model = linear_teacher(made), ban_jax.from_flax(Linear(), made)
+  cfg, one = ban_jax.get_config("own,own,smoke,ban_label"), jax.devices()[:1]
+  cfg.train.epochs, given_ = 1, {"dataset": made, "model": model, "devices": one}
+  student = ban_jax.train_generation(teacher, cfg, **given_, **QUIET)
+  both = [teacher, student]
+  return [
+    trees.digest(student.params),
+    ban_jax.predict(both, pixels * 1e-38, weights=[0, 1], devices=one, **QUIET).tobytes(),
+    ban_jax.normalise(pixels * 1e-38, made).tobytes(),
+    ban_jax.evaluate(both, cfg, **given_),
+    trees.digest(ban_jax.average([student, student], cfg, **given_).params),
+  ]
+
+
+@pytest.fixture(scope="module")
+def expected_use(arrays):
+  return used(arrays)
+
+
+def test_strict_modes_of_a_program_hinder_nothing(expected_use, strict_mode, arrays):
+  assert used(arrays) == expected_use
+
+
+@pytest.mark.parametrize("function", ["train_generation", "evaluate", "predict"])
+def test_without_compilation_nothing_is_computed(function, dataset):
+  teacher = linear_teacher(dataset)
+  arguments = {
+    "train_generation": (None, own()), "evaluate": (teacher, own()), "predict": (teacher, np.zeros((1, 8, 8))),
+  }  # fmt: skip
+  with jax.disable_jit(), pytest.raises(ban_jax.ConfigError, match="jax_disable_jit is set: a step would take minutes"):
+    getattr(ban_jax, function)(*arguments[function])
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
+    ({"weights": Tensor()}, "expected 2 numbers of at least 0, not all of them 0"),
     ({"weights": [1.0]}, "weights=[1.0]: expected 2 numbers of at least 0, not all of them 0"),
     ({"weights": [0, 0]}, "weights=[0, 0]: expected 2 numbers of at least 0, not all of them 0"),
     ({"weights": "equal"}, "weights='equal': expected 2 numbers of at least 0, not all of them 0"),
@@ -705,6 +790,7 @@ def test_a_function_of_another_library_teaches(dataset, arrays):
     (lambda x: x, {}, "f", "model 'f' cannot be called with images of 8x8x1: "),
     (lambda v, x: None, {}, "f", "the network returns NoneType; expected one array, the logits [B, classes]"),
     (lambda v, x: x, {"kind": "vgg"}, "f", "the variables of 'f' are no tree of arrays: "),
+    (lambda v, x: x, {"w": Tensor()}, "f", "the variables of 'f' are no tree of arrays: can't convert cuda:0"),
     (lambda v, x: x, {}, None, "name=None: expected a printable word, because it identifies the network"),
   ],
 )
@@ -767,6 +853,35 @@ def test_averaged_weights_get_their_own_batch_statistics(run, dataset, cnn):
     ban_jax.average([teacher, generations[0]], own(), dataset=dataset, model=cnn)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_averages_on_several_devices_are_those_of_one(count, run, dataset, cnn, monkeypatch):
+  monkeypatch.setattr("ban_jax.averaging.BATCHES", 20)
+  given_ = {"dataset": dataset, "model": cnn}
+  if count == 3:
+    with pytest.raises(ban_jax.ConfigError, match="train.batch_size=20 cannot be shared equally by 3 devices"):
+      ban_jax.average(run[1], own(), devices=jax.devices()[:3], **given_)
+    return
+  one, several = (ban_jax.average(run[1], own(), devices=jax.devices()[:n], **given_).params for n in (1, count))
+  for mine, theirs in zip(*(jax.tree.leaves(tree["batch_stats"]) for tree in (one, several)), strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=0.2)  # of each device's own examples
+
+
+@pytest.mark.parametrize("statistics", [{}, {"batch_stats": {}}])
+def test_an_average_needs_no_batch_statistics(statistics, dataset):
+  model = ban_jax.from_flax(Linear(), dataset)
+  members = [{"params": model.init(jax.random.key(seed))["params"], **statistics} for seed in (0, 1)]
+  mean = ban_jax.average(members, own(), dataset=dataset, model=model)
+  one, other = (member["params"]["Dense_0"]["kernel"] for member in members)
+  np.testing.assert_allclose(mean.params["params"]["Dense_0"]["kernel"], (one + other) / 2, atol=1e-7)
+  assert ban_jax.predict(mean, np.zeros((1, 8, 8)), **QUIET).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "é" * 125 + "a" * 5], ids=["ascii", "utf-8"])
+def test_a_name_may_be_as_long_as_file_systems_take_it(name, run, tmp_path):
+  ban_jax.export_parameters(run[1][0], tmp_path / name)
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_parameters_are_written_as_safetensors(run, tmp_path):
   from safetensors import safe_open
 
@@ -787,6 +902,11 @@ def test_parameters_are_written_as_safetensors(run, tmp_path):
   ("arguments", "message"),
   [
     ({"path": "."}, "path='.' is a directory; name a file"),
+    ({"path": "x.onnx"}, "path='x.onnx': what is written is "),
+    ({"path": "x.PT"}, "path='x.PT': what is written is "),
+    ({"path": "x.tflite"}, "path='x.tflite': what is written is "),
+    ({"path": "x.npz"}, "path='x.npz': what is written is "),
+    ({"path": "é" * 200}, "expected a name of at most 255 bytes, as file systems take it"),
     ({"path": ROOT / "setup.py" / "x"}, "setup.py is a file, not a directory"),
     ({"path": None}, "path=None: expected a path, not NoneType"),
     ({"platforms": "cpu"}, "platforms='cpu': expected a sequence, some of cpu, cuda, rocm, tpu"),

@@ -67,7 +67,29 @@ def test_samples_follow_the_seed_the_prompt_and_the_temperature(run):
   words = run[0].network.spec.words
   tokens = np.array([[words.index("<eos>"), 3, 4]])
   likely = words[int(ban_jax.predict(run, tokens)[0, -1].argmax())]
-  assert ban_jax.sample(run, 1, prompt=f"{words[3]} {words[4]}", temperature=1e-3) == likely
+  for temperature in (1e-3, 1e-310, 5e-324):
+    assert ban_jax.sample(run, 1, prompt=f"{words[3]} {words[4]}", temperature=temperature) == likely
+  assert ban_jax.sample(run, 1, temperature=1e308) in words  # each as likely
+  assert ban_jax.sample(run, 1, prompt=f"\ufeff{words[3]} {words[4]}", temperature=1e-3) == likely
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize("dtype", [int, float])
+def test_no_tokens_get_no_probabilities(run, shape, dtype):
+  assert ban_jax.predict(run, np.zeros(shape, dtype)).shape == (*shape, run[0].network.spec.num_classes)
+
+
+def test_language_models_of_other_windows_predict_together(run):
+  one, other = run
+  spec = other.network.spec
+  longer = other._replace(network=other.network._replace(spec=spec._replace(shape=(35,))))
+  tokens = np.arange(12).reshape(2, 6)
+  np.testing.assert_array_equal(ban_jax.predict([one, longer], tokens), ban_jax.predict([one, other], tokens))
+  words = other._replace(network=other.network._replace(spec=spec._replace(words=spec.words[::-1])))
+  with pytest.raises(
+    ban_jax.ConfigError, match="the networks read different inputs: tokens of .* words, .*, and tokens"
+  ):
+    ban_jax.predict([one, words], tokens)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +100,20 @@ def test_samples_follow_the_seed_the_prompt_and_the_temperature(run):
     (
       lambda run: ban_jax.sample(run, 1, temperature=0),
       ban_jax.ConfigError,
-      "temperature=0: expected a number above 0",
+      "temperature=0: expected a finite number above 0",
     ),
     (lambda run: ban_jax.log_probabilities(run, None), ban_jax.DataError, "a sequence of sentences, not NoneType"),
     (lambda run: ban_jax.log_probabilities(run, np.array(None)), ban_jax.DataError, "of sentences, not ndarray"),
     (lambda run: ban_jax.log_probabilities(run, [3]), ban_jax.DataError, "a text must be a string .*, not int"),
     (lambda run: ban_jax.sample(run, 1, prompt=("a",)), ban_jax.DataError, "a text must be a string .*, not tuple"),
     (lambda run: ban_jax.sample(run, 1, seed=[1]), ban_jax.ConfigError, r"seed=\[1\]: expected a whole number of at"),
-    (lambda run: ban_jax.sample(run, 1, temperature="1"), ban_jax.ConfigError, "temperature='1': expected a number"),
+    (lambda run: ban_jax.sample(run, 1, temperature="1"), ban_jax.ConfigError, "temperature='1': expected a finite"),
+    (lambda run: ban_jax.sample(run, 1, temperature=np.inf), ban_jax.ConfigError, "temperature=inf: expected a finite"),
+    (
+      lambda run: ban_jax.sample(run, 1, temperature=10**400),
+      ban_jax.ConfigError,
+      "temperature=1000.*: expected a fin",
+    ),
     (lambda run: ban_jax.predict(run, [[-1]]), ban_jax.DataError, "a token is -1; expected 0 to "),
     (lambda run: ban_jax.predict(run, [[0.5]]), ban_jax.DataError, "expected tokens, whole numbers"),
     (lambda run: ban_jax.export(run, "x"), ban_jax.ConfigError, "export takes networks of images"),

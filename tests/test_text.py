@@ -202,6 +202,16 @@ def test_digest_tells_texts_and_vocabularies_apart(tmp_path):
   assert data.load(group(name="ptb", dir=str(tmp_path / "again"), window=3)).digest == digests[0]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_another_system_s_text_is_the_same_text(mark, line_end, tmp_path):
+  expected = data.load(write_ptb(tmp_path / "plain")).digest
+  files = {
+    name.split(".")[1]: mark + content.replace(b"\r", b"").replace(b"\n", line_end) for name, content in GOOD.items()
+  }
+  assert data.load(write_ptb(tmp_path / "other", **files)).digest == expected
+
+
 def test_ptb_directory_may_be_under_home(tmp_path, monkeypatch):
   write_ptb(tmp_path / "penn")
   monkeypatch.setenv("HOME", str(tmp_path))
@@ -221,6 +231,8 @@ def test_ptb_directory_may_be_under_home(tmp_path, monkeypatch):
       {"valid": b"the cat\nthe dog sat\n"},
       "ptb: {directory}/ptb.valid.txt, line 2: 'dog' is not in the vocabulary, the 7 words of ptb.train.txt",
     ),
+    ({"train": b"the cat <eos>\n"}, "ptb: {directory}/ptb.train.txt, line 1: '<eos>' is added at each line's end; exp"),
+    ({"test": b"the\nthe <eos> the\n"}, "ptb: {directory}/ptb.test.txt, line 2: '<eos>' is added at each line's end"),
     ({"test": b"the\n\nc\xe4t\n"}, "ptb: {directory}/ptb.test.txt, line 3: byte 0xe4 is not UTF-8"),
   ],
 )

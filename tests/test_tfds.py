@@ -202,6 +202,22 @@ def test_splits_of_different_sizes_are_reported(tmp_path):
     data.load(group("tiny_mixed", tmp_path))
 
 
+@pytest.mark.parametrize("asked", ["tiny_own:9.9.9", "tiny_own:9.*.*", "tiny_own/small", "tiny_own/small:1.2.0"])
+def test_another_version_of_a_set_without_code_names_those_that_are_there(asked, tmp_path):
+  prepare(make("TinyOwn", greys, features_of((8, 8, 1), GREYS), register=False), tmp_path)
+  with pytest.raises(ConfigError, match=rf"data.dataset='.*': {tmp_path} has another of .*one of: tiny_own:1.2.0$"):
+    data.load(group(asked, tmp_path))
+
+
+def test_a_set_of_one_class_is_reported(tmp_path):
+  def alone():
+    return {split: (pixels, np.zeros_like(labels)) for split, (pixels, labels) in greys().items()}
+
+  prepare(make("TinyAlone", alone, features_of((8, 8, 1), ["all"]), register=False), tmp_path)
+  with pytest.raises(DataError, match="tiny_alone: there is one class alone; expected at least two"):
+    data.load(group("tiny_alone", tmp_path))
+
+
 def test_a_split_without_labels_is_reported(tmp_path):
   def examples():
     return {"train": ([np.zeros((8, 8, 3), np.uint8)], [0]), "test": ([np.zeros((8, 8, 3), np.uint8)], [-1])}

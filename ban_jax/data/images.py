@@ -67,6 +67,8 @@ def _shuffled_by_class(labels: Int[np.ndarray, " N"], rng: np.random.Generator) 
 
 def check_examples(name: str, parts: Mapping[str, Examples], num_classes: int) -> None:
   """Raises a DataError where the examples of the splits cannot be trained on, or do not fit the training images."""
+  if num_classes < 2:
+    raise DataError(f"{name}: there is one class alone; expected at least two")
   height, width, channels = parts["train"].images.shape[1:]
   for split, part in parts.items():
     where = f"{name}, {split}"

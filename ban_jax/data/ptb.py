@@ -21,10 +21,10 @@ WORDS, CHARACTERS = 10_000, 46
 def load(*, dir: str, options: text.Options) -> Dataset:
   """Returns the Penn Treebank: 929,589, 73,760 and 82,430 tokens of 10,000 words.
 
-  Reads the three files in the directory `dir`: words between white space, with `<eos>` at each line's end. The
-  vocabulary is that of the training file. Raises ConfigError if no directory is named or the options do not fit the
-  text, and DataError, naming file and line, for a file that is missing, blank, not UTF-8 or unreadable, and for a word
-  that is not in the vocabulary.
+  Reads the three files in the directory `dir`: words between white space, with `<eos>` at each line's end, whichever
+  system's line ends they are. The vocabulary is that of the training file. Raises ConfigError if no directory is named
+  or the options do not fit the text, and DataError, naming file and line, for a file that is missing, blank, not UTF-8
+  or unreadable, for a word that is not in the vocabulary, and for an `<eos>` that is there already.
   """
   expected = (
     f"ptb is read from {', '.join(FILES.values())} in the directory that data.dir names; nothing is downloaded: the"
@@ -88,11 +88,15 @@ def _read_lines(path: pathlib.Path) -> text.Lines:
   except OSError as error:
     raise DataError(f"ptb: {path} cannot be read: {error}") from error
   try:
-    decoded = content.decode("utf-8")
+    decoded = content.decode("utf-8-sig")  # without the mark that some editors put first
   except UnicodeDecodeError as error:
     number = content[: error.start].count(b"\n") + 1
     raise DataError(f"ptb: {path}, line {number}: byte {content[error.start]:#04x} is not UTF-8") from error
+  decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
   lines = [line.split() for line in decoded.removesuffix("\n").split("\n")]
+  for number, line in enumerate(lines, 1):
+    if text.EOS in line:
+      raise DataError(f"ptb: {path}, line {number}: {text.EOS!r} is added at each line's end; expected text without it")
   if not any(lines):
     raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
   return lines

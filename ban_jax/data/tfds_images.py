@@ -161,6 +161,8 @@ def _prepare(dataset: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   """Downloads and prepares a set under `root` by TFDS's own code; if another process does it, this one waits."""
   name, given = _parse(dataset)
   known = tfds.list_builders(with_community_datasets=False)
+  if name not in known and (there := _prepared(name, root)):
+    raise ConfigError(f"data.dataset={dataset!r}: {root} has another of that name; expected one of: {choices(there)}")
   if name not in known:
     prepared = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     close = difflib.get_close_matches(name, {*known, *prepared})
@@ -186,6 +188,12 @@ def _prepare(dataset: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   except Exception as error:  # no network, a full disk, an archive to be supplied by hand, code that needs TensorFlow
     raise _not_prepared(dataset, root, error) from error
   return _find(dataset, root) or builder
+
+
+def _prepared(name: str, root: pathlib.Path) -> list[str]:
+  """Returns the configurations and versions of a set that are prepared under `root`, as NAME/CONFIG:VERSION."""
+  found = [path.parent.relative_to(root).parts for path in (root / name).glob("**/dataset_info.json")]
+  return ["/".join(parts[:-1]) + f":{parts[-1]}" for parts in found]
 
 
 def _not_prepared(dataset: str, root: pathlib.Path, error: Exception) -> DataError:

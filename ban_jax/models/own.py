@@ -315,7 +315,7 @@ def from_function(
   _check_name(name)
   try:
     variables = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), variables)  # float64 becomes float32
-  except (TypeError, OverflowError) as error:
+  except Exception as error:  # whatever another library's tensor raises
     raise ConfigError(f"the variables of {name!r} are no tree of arrays: {error}") from error
 
   def init(key: jax.Array) -> dict[str, Any]:
