@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ban_jax import config, data, losses, optim, trees
+from ban_jax import config, data, losses, optim, report, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
@@ -92,6 +92,7 @@ class Job(NamedTuple):
   values: dict[str, Any]  # the record of the configuration
   network: Network
   initial: Variables | None = None  # the student's variables before its first step, where the caller gives them
+  watch: report.Watch = report.NOBODY
 
   @property
   def total_steps(self) -> int:
@@ -284,6 +285,7 @@ def prepare(
   params_prev: Member | Sequence[Member] | None,
   generation: int | None,
   initial: Member | None = None,
+  watch: report.Watch = report.NOBODY,
 ) -> Job:
   """Returns the job of one generation; raises a BanError where it cannot be trained.
 
@@ -329,6 +331,7 @@ def prepare(
     values=setup.values,
     network=setup.network(generation),
     initial=None if initial is None else _initial(initial, student),
+    watch=watch,
   )
 
 
