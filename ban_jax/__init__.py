@@ -1,6 +1,7 @@
 """Born-Again Networks in JAX and Flax: self-distillation over generations (Furlanello et al., ICML 2018)."""
 
 from ban_jax.averaging import average
+from ban_jax.card import export_card
 from ban_jax.data.own import from_arrays
 from ban_jax.errors import (
   BanError,
@@ -47,6 +48,7 @@ __all__ = [
   "compare",
   "evaluate",
   "export",
+  "export_card",
   "export_parameters",
   "from_arrays",
   "from_flax",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ban_jax import config, data, losses, optim, presets, trees
+from ban_jax import config, data, losses, optim, presets, report, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.data import arrays as arrays_lib
@@ -100,6 +100,7 @@ class Job(NamedTuple):
   values: dict[str, Any]  # the record of the configuration
   network: Network
   initial: Variables | None = None  # the student's variables before its first step, where the caller gives them
+  watch: report.Watch = report.NOBODY
 
   @property
   def total_steps(self) -> int:
@@ -419,6 +420,7 @@ def prepare(
   params_prev: Member | Sequence[Member] | None,
   generation: int | None,
   initial: Member | None = None,
+  watch: report.Watch = report.NOBODY,
 ) -> Job:
   """Returns the job of one generation; raises a BanError where it cannot be trained.
 
@@ -449,7 +451,7 @@ def prepare(
   loss = _loss(setup, taught=bool(parents))
   teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
   return _job(setup, generation, student, teacher, loss)._replace(
-    initial=None if initial is None else _initial(initial, student)
+    initial=None if initial is None else _initial(initial, student), watch=watch
   )
 
 

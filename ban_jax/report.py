@@ -1,20 +1,59 @@
-"""What a run shows while it trains: a progress bar on a terminal or plain lines, and TensorBoard events."""
+"""What a run shows while it trains: progress, TensorBoard events, and the caller's own functions."""
 
 import contextlib
 import io
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import tqdm
 from etils import epath
+
+from ban_jax import processes
+from ban_jax.errors import ConfigError, StorageError
 
 # What the names of TensorBoard's files begin with; a time in seconds follows.
 EVENTS = "events.out.tfevents."
 # Minimum seconds between lines where there is no terminal.
 PLAIN_INTERVAL = 30.0
+
+Writer = Callable[[int, Mapping[str, float]], Any]
+
+
+class Watch(NamedTuple):
+  """The caller's functions that a training calls after each epoch, in the first process of several."""
+
+  writers: tuple[Writer, ...] = ()
+  on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Calls the writers; raises a StorageError if one of them cannot write."""
+    for writer in self.writers:
+      try:
+        writer(step, dict(scalars))
+      except OSError as error:
+        name = getattr(writer, "__name__", type(writer).__name__)
+        raise StorageError(f"the writer {name} failed: {error}; what the run saved before is intact") from error
+
+  def stops(self, history: Sequence[Mapping[str, float]]) -> bool:
+    """Returns whether `on_epoch` asks to end the training, the same in all processes."""
+    if self.on_epoch is None:
+      return False
+    return processes.on_any_process(processes.is_primary() and bool(self.on_epoch(tuple(map(dict, history)))))
+
+
+NOBODY = Watch()
+
+
+def watch(writers: Sequence[Writer], on_epoch: Callable[..., Any] | None) -> Watch:
+  """Returns the caller's functions; raises a ConfigError if they are none."""
+  if not isinstance(writers, Sequence) or not all(map(callable, writers)):
+    raise ConfigError(f"writers must be a sequence of functions of (step, scalars), not {writers!r}")
+  if on_epoch is not None and not callable(on_epoch):
+    raise ConfigError(f"on_epoch must be a function of the history, or None, not {on_epoch!r}")
+  return Watch(tuple(writers), on_epoch)
 
 
 class Progress:

@@ -57,6 +57,8 @@ def train_generation(
   teacher_model: Model | None = None,
   optimizer: Optimizer | None = None,
   initial: Member | None = None,
+  writers: Sequence[report.Writer] = (),
+  on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
 ) -> Generation:
   """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
 
@@ -68,6 +70,11 @@ def train_generation(
   `teacher.model` and `optim`: what `from_arrays`, `from_flax` and `from_optax` return. `initial`, a Generation or a
   variables tree of the student's network, is what the student begins with, in place of random parameters: to fine-tune,
   or to train a finished generation longer.
+
+  After each epoch, `on_epoch` is called with the history so far, a row per epoch; if it returns true, the training ends
+  there, with the parameters as they are, which the manifest records. It must decide by the history alone, so that a
+  resumed training ends there too. Then each of `writers` is called with the step and the epoch's numbers, "generation"
+  and "epoch" among them, as is TensorBoard's of a workdir; a resumed training repeats what came after its checkpoint.
 
   With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
   only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
@@ -81,7 +88,7 @@ def train_generation(
   """
   progress = check_flag("progress", progress)
   setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
-  job = job_lib.prepare(setup, params_prev, generation, initial)
+  job = job_lib.prepare(setup, params_prev, generation, initial, report.watch(writers, on_epoch))
   replay.check(setup.cfg)
   with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
     return finished_or_trained([job], [held], progress)[0]
@@ -99,6 +106,8 @@ def run(
   model: Model | None = None,
   teacher_model: Model | None = None,
   optimizer: Optimizer | None = None,
+  writers: Sequence[report.Writer] = (),
+  on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
 ) -> list[Generation]:
   """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
 
@@ -106,13 +115,15 @@ def run(
   `cfg.generations` students follow, the first of them taught by `params_prev`, and their numbers go on from its own.
 
   Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations of the
-  workdir. Other arguments and errors are those of `train_generation`.
+  workdir. `on_epoch` and `writers` see one generation after the other. Other arguments and errors are those of
+  `train_generation`.
   """
   progress = check_flag("progress", progress)
   setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model, optimizer))
+  watch = report.watch(writers, on_epoch)
   replay.check(setup.cfg)
   with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
-    return run_generations([setup], [held], progress, params_prev)[0]
+    return run_generations([setup], [held], progress, params_prev, watch)[0]
 
 
 def run_generations(
@@ -120,6 +131,7 @@ def run_generations(
   workdirs: Sequence[epath.Path],
   progress: bool,
   params_prev: Member | Sequence[Member] | None = None,
+  watch: report.Watch = report.NOBODY,
 ) -> list[list[Generation]]:
   """Returns the generations of several runs, trained side by side, each on devices of its own.
 
@@ -130,7 +142,8 @@ def run_generations(
   counts = [setup.cfg.generations + (params_prev is None) for setup in setups]
   for number in range(max(counts)):
     due = [place for place, count in enumerate(counts) if number < count]
-    jobs = [job_lib.prepare(setups[place], runs[place][-1] if number else params_prev, None) for place in due]
+    parents = [runs[place][-1] if number else params_prev for place in due]
+    jobs = [job_lib.prepare(setups[i], parent, None, watch=watch) for i, parent in zip(due, parents, strict=True)]
     if number == 0:
       for job, place in zip(jobs, due, strict=True):
         storage.begin(workdirs[place], job.generation, job.teacher.digests)
@@ -181,6 +194,11 @@ def _finished(job: Job, directory: epath.Path) -> Generation | None:
     return None
   generation, manifest = finished
   storage.check_lineage(job.lineage, manifest, directory)
+  if "stopped" in manifest and job.watch.on_epoch is None:
+    raise CheckpointError(
+      f"{directory} was ended by on_epoch after {manifest['stopped']['epoch']} of {manifest['stopped']['of']} epochs; "
+      "give on_epoch again, or another workdir"
+    )
   if processes.is_primary():
     storage.remove_leftovers(directory)
   return generation._replace(network=job.network)  # an earlier version recorded none, and a network may be the caller's
@@ -210,6 +228,7 @@ class Live(NamedTuple):
   pending: tuple[tuple[int, int, jax.Array], ...] = ()  # first step, number of steps, and their sums on the devices
   order: Int[np.ndarray, "steps B"] | None = None  # the epoch's mini-batches
   source: PyTree = ()  # the teacher's, in this epoch
+  stopped: bool = False  # by on_epoch
 
 
 class Lane(NamedTuple):
@@ -255,13 +274,17 @@ def train(
       stop = stop_requested()
       for place in running:
         with storage.storage_errors(directories[place]):
-          if lives[place].done == jobs[place].total_steps:
+          if _is_done(lanes[place], lives[place]):
             finished[place] = _finish(lanes[place], lives[place])
           else:
             lives[place] = _checkpoint(lanes[place], lives[place], due=stop)
       if stop:
         _end_early(lanes, lives)
   return [finished[place] for place in range(len(jobs))]
+
+
+def _is_done(lane: Lane, live: Live) -> bool:
+  return live.stopped or live.done == lane.job.total_steps
 
 
 @contextlib.contextmanager
@@ -414,19 +437,27 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
   """Adds the epoch's row to the history, evaluates where that is due, and sets the rate where it depends on that."""
   job, live = lane.job, _read(lane, live, keep=0)
   epoch, state = live.done // job.steps_per_epoch, live.state
+  last = epoch == job.cfg.train.epochs
   rate = job.optimizer.rate
   values = {
     **({"learning_rate": rate(live.done - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
-    **_evaluate(job, state, epoch),
+    **_evaluate(job, state, epoch, last),
   }
-  history = (*live.history, {"epoch": epoch, "step": live.done, **values})
+  row = {"epoch": epoch, "step": live.done, **values}
+  stopped = job.watch.stops((*live.history, row)) and not last
+  if stopped:
+    values |= _evaluate(job, state, epoch, last=True)
+    row |= values
+  history = (*live.history, row)
   if job.optimizer.between_epochs:
     state = state._replace(opt_state=job.optimizer.between_epochs(state.opt_state, _validated(job, history)))
   lane.write(live.done, values)
+  if processes.is_primary():
+    job.watch.write(live.done, {"generation": job.generation, "epoch": epoch, **values})
   lane.bar.note(**{name: values[name] for name in SHOWN if name in values})
-  return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic())
+  return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic(), stopped=stopped)
 
 
 def _validated(job: Job, history: Sequence[Mapping[str, float]]) -> list[float]:
@@ -434,9 +465,9 @@ def _validated(job: Job, history: Sequence[Mapping[str, float]]) -> list[float]:
   return [row[VALIDATION_METRICS[job.dataset.spec.kind]] for row in history] if job.optimizer.between_epochs else []
 
 
-def _evaluate(job: Job, state: TrainState, epoch: int) -> dict[str, float]:
+def _evaluate(job: Job, state: TrainState, epoch: int, last: bool) -> dict[str, float]:
   """Returns the metrics, by split, of a network in training where they are due after this epoch."""
-  cfg, last = job.cfg, epoch == job.cfg.train.epochs
+  cfg = job.cfg
   every = cfg.train.evaluate_every
   # Splits beside these three show what a finished generation made of its training examples.
   splits = [split for split in job.dataset.splits if split in ("validation", "test") or last and split != "train"]
@@ -476,7 +507,9 @@ def _finish(lane: Lane, live: Live) -> Generation:
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
     lane.checkpoints.wait_until_finished()  # all checkpoints are removed: a save that still runs would miss its own
-    storage.finish(lane.directory, generation, job.lineage | {"layouts": lane.layouts} | storage.provenance())
+    ended = {"stopped": {"epoch": len(live.history), "of": job.cfg.train.epochs}} if live.stopped else {}
+    record = job.lineage | {"layouts": lane.layouts} | ended | storage.provenance()
+    storage.finish(lane.directory, generation, record)
   return generation
 
 
@@ -485,7 +518,7 @@ def _end_early(lanes: Sequence[Lane], lives: Sequence[Live]) -> None:
   states = []
   for lane, live in zip(lanes, lives, strict=True):
     state = "finished"
-    if live.done < lane.job.total_steps:
+    if not _is_done(lane, live):
       with storage.storage_errors(lane.directory):
         lane.checkpoints.wait_until_finished()
       state = f"saved at step {live.done} of {lane.job.total_steps}"

@@ -55,6 +55,13 @@ def test_an_optimizer_is_a_function_and_an_entry(monkeypatch, tiny):
   assert "optim.weight_decay" not in identity
 
 
+def test_a_writer_is_a_function(tiny):
+  seen = {}
+  cfg = config("digits,own,smoke", train__batch_size=8, **SHORT)
+  generation = ban_jax.train_generation(None, cfg, **tiny, **QUIET, writers=[seen.__setitem__])
+  assert seen == {6: {"generation": 0, **{name: v for name, v in generation.history[0].items() if name != "step"}}}
+
+
 def test_a_network_is_a_file_and_an_entry(monkeypatch):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class LinearOptions:
