@@ -105,6 +105,7 @@ RULES = {
   "train.checkpoint_every": whole(1),
   "train.evaluate_every": whole(0),
   "train.steps_per_dispatch": whole(0),
+  "train.mapping": NAME,
   "train.replay": Rule(lambda v: isinstance(v, str), 'a directory, or "" for a live teacher'),
   "train.replay_gib": POSITIVE,
   "train.sync_batch_stats": FLAG,
@@ -132,7 +133,7 @@ UNUSED = {
 FREE = (
   *("generations", "scale", "data.dir", "evaluate.batch_size", "evaluate.training_batch_size"),
   *("train.checkpoint_every", "train.evaluate_every", "train.gradient_split", "train.steps_per_dispatch"),
-  *("train.replay", "train.replay_gib"),
+  *("train.mapping", "train.replay", "train.replay_gib"),
 )
 # Keys that were added after the first runs, each with its neutral value: the one under which a run is as it was before
 # the key existed, as JSON holds it. While a key has it, the identity leaves the key out, so every earlier run and table

@@ -158,6 +158,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   found = devices_lib.resolve(devices)
   check_own(own)
   config.check(cfg)
+  devices_lib.check_mapping(cfg.train.mapping)
   dataset = own.dataset or data.load(cfg.data)
   config.check_dataset(cfg, dataset)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own, found), found, own)

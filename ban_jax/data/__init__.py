@@ -64,7 +64,8 @@ def describe(group: Mapping[str, Any]) -> Known:
   if source.describe:
     return source.describe(arguments["options"])
   dataset = load(group)
-  arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in dataset.splits["train"].items()}
+  packed = dataset.pack(dataset.splits["train"])
+  arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in packed.items()}
   return Known(dataset.spec, dataset.fetch, arrays, dataset.train_order(jax.random.key(0), 1).size)
 
 

@@ -16,7 +16,7 @@ class Known(NamedTuple):
 
   spec: InputSpec
   fetch: Callable[..., Batch]
-  arrays: Mapping[str, jax.ShapeDtypeStruct]  # of the training split
+  arrays: Mapping[str, jax.ShapeDtypeStruct]  # of the training split, as the devices hold it
   rows: int  # training examples, or whole windows of text; an epoch has rows // batch_size steps
 
 

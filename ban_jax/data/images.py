@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,8 @@ def build(
     splits=splits,
     sizes=sizes,
     digest=digest(splits),
-    fetch=make_fetch(options.pad, options.flip),
+    fetch=make_fetch(options.pad, options.flip, shape),
+    pack=pack,
     train_order=functools.partial(_train_order, name, sizes["train"]),
     eval_order=functools.partial(_eval_order, name, sizes),
     record=record,
@@ -164,12 +165,12 @@ def describe(name: str, *, pool: int, shape: tuple[int, int, int], num_classes: 
   chosen = _train_size(name, pool, round(options.validation * pool), options)
   channels = shape[-1:]
   arrays = {
-    "images": jax.ShapeDtypeStruct((chosen, *shape), np.uint8),
+    "images": jax.ShapeDtypeStruct((chosen, math.prod(shape)), np.uint8),
     "labels": jax.ShapeDtypeStruct((chosen,), np.int32),
     "mean": jax.ShapeDtypeStruct(channels, np.float32),
     "std": jax.ShapeDtypeStruct(channels, np.float32),
   }
-  return Known(InputSpec("images", shape, num_classes), make_fetch(options.pad, options.flip), arrays, chosen)
+  return Known(InputSpec("images", shape, num_classes), make_fetch(options.pad, options.flip, shape), arrays, chosen)
 
 
 def divide(
@@ -246,9 +247,18 @@ def _train_size(name: str, pool: int, held_out: int, options: Options) -> int:
   return options.train_examples or available
 
 
+def pack(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a split's arrays with an image in each row, [N, H W C].
+
+  Of images [N, H, W, C], XLA for TPUs copies all into another layout before it gathers any, in every dispatch.
+  """
+  images = arrays["images"]
+  return {**arrays, "images": images if images.ndim == 2 else images.reshape(len(images), -1)}
+
+
 @functools.cache
-def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
-  """Returns the function that cuts a mini-batch out of a split; the same object for the same arguments.
+def make_fetch(pad: int, flip: bool, shape: tuple[int, int, int]) -> Callable[..., Batch]:
+  """Returns the function that cuts a mini-batch of images of `shape` out of a split, the same for the same arguments.
 
   Compiled steps are memoised on that object, so what differs between image data sets comes in through `arrays` and is
   never a constant of the program.
@@ -268,7 +278,7 @@ def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
     padding row: some image, mask False. `key` and `positions` may be None if `train` is false.
     """
     rows = jnp.maximum(index, 0)
-    images = arrays["images"][rows]  # uint8 [B, H, W, C]
+    images = arrays["images"][rows].reshape(-1, *shape)  # uint8 [B, H, W, C]
     if train and (pad or flip):
       assert key is not None
       assert positions is not None

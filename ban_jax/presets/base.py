@@ -108,6 +108,9 @@ def get_config() -> ConfigDict:
   # Steps a dispatch to the devices. 0 chooses: 1 for images on CPU, where a convolution inside a compiled loop is 30
   # times slower, else ban_jax.job.BLOCK.
   config.train.steps_per_dispatch = 0
+  # How the training step is mapped over the devices: "pmap", or in one process "shard_map", which will succeed it in
+  # JAX. The bytes are the same.
+  config.train.mapping = "pmap"
   # Directory in which a teacher's logits are recorded once and read by all students of the same teacher, seed and
   # generation, such as those of different losses; "" runs the teacher live for each. And the most they may take, GiB.
   config.train.replay = ""

@@ -59,6 +59,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True, tea
     devices=devices,
     sync_batch_stats=cfg.train.sync_batch_stats,
     gradient_split=cfg.train.gradient_split,
+    mapping=cfg.train.mapping,
   )
   rows = cfg.train.batch_size // len(devices)
 
@@ -71,7 +72,7 @@ def train_program(cfg: ConfigDict, devices: Devices, *, taught: bool = True, tea
   index = jax.ShapeDtypeStruct((1, rows), np.int32)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   mapped = functools.partial(_on_each, devices)
-  return Program(step.run, (mapped(state), source, mapped(carry), known.arrays, mapped(index), key_data))
+  return Program(step.run, (state, source, mapped(carry), known.arrays, mapped(index), key_data))
 
 
 def eval_program(cfg: ConfigDict, devices: Devices) -> Program:
