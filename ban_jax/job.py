@@ -14,7 +14,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
-from ban_jax.models import make_model
+from ban_jax.models import common, make_model
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
@@ -97,9 +97,16 @@ class Job(NamedTuple):
     return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
 
   @property
+  def has_dropout(self) -> bool:
+    """Whether the student's network has the library's dropout."""
+    group = self.network.group
+    return group["name"] != "own" and "dropout" in group and group["dropout"] > 0
+
+  @property
   def lineage(self) -> dict[str, Any]:
     """What ties the generation to where it comes from, for its checkpoints and its manifest."""
     started = {} if self.initial is None else {"initial": trees.digest(self.initial)}
+    drawn = {"dropout_draws": common.DRAWS} if self.has_dropout else {}
     return {
       "generation": self.generation,
       "seed": self.cfg.seed,
@@ -117,6 +124,7 @@ class Job(NamedTuple):
         **devices_lib.layout(self.devices),
         "steps_per_dispatch": self.steps_per_dispatch,
         "replayed": self.teacher.recorded is not None,
+        **drawn,
       },
     }
 

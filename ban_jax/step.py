@@ -127,8 +127,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     params = {**optax.apply_updates(trainable, updates), **fixed}
     new = TrainState(state.step + 1, params, batch_stats, opt_state)
-    # A momentum that is not finite makes its parameter so in the same step. The parameters are read as they are written:
-    # XLA fuses this into the update.
+    # A momentum that is not finite makes its parameter so in the same step. XLA fuses this into the update.
     sums["finite"] = all_finite((params, batch_stats))
     # One array is read at a time. Counts stay exact: a mini-batch has fewer than 2^24 examples or tokens.
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])

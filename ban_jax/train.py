@@ -328,6 +328,11 @@ def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -
       f"{directory} was begun with a {begun} teacher, and is now to have a {now} one (train.replay; tables record the "
       f"teachers that several of their columns share); continue it as it was begun, or remove {directory}/steps"
     )
+  if job.has_dropout and recorded["layout"].get("dropout_draws", 1) != own["layout"]["dropout_draws"]:
+    raise CheckpointError(
+      f"{directory} was begun by an earlier version, which drew dropout's masks otherwise; continue it with that "
+      f"version, or remove {directory}/steps to train it anew"
+    )
   before, now = (flatten_dict(lineage["layout"], sep=".") for lineage in (recorded, own))
   # An earlier version recorded fewer settings: of those nothing is known.
   changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
