@@ -131,15 +131,8 @@ def sum_predictions(
   rounded up; but a model with a carry keeps its batch, because more rows would start more streams from a zero state,
   and runs on as many of this process's devices as can share it.
   """
-  models, variables, dataset, devices = subject
-  # Further rows would be padding, for text too: where every window has a row of its own, no stream is left to start.
-  batch_size = min(batch_size, -(-len(dataset.eval_order(split, 1)) // len(devices)) * len(devices))
-  if batch_size % len(devices):
-    if any(jax.tree.leaves(model.init_carry(1)) for model in models):
-      own = devices_lib.local(devices)
-      devices = own[: max(count for count in range(1, len(own) + 1) if batch_size % count == 0)]
-    else:
-      batch_size = -(-batch_size // len(devices)) * len(devices)
+  models, variables, dataset, _ = subject
+  batch_size, devices = share(models, dataset, split, batch_size, subject.devices)
   variables = devices_lib.broadcast(variables, devices)
   arrays = devices_lib.broadcast_split(dataset, split, devices)
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
@@ -155,3 +148,18 @@ def sum_predictions(
   shapes, structure = jax.tree.flatten(step.shapes)
   parts = np.split(total, np.cumsum([leaf.size for leaf in shapes])[:-1])
   return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, shapes, strict=True)])
+
+
+def share(
+  models: Sequence[Model], dataset: Dataset, split: str, batch_size: int, devices: Devices
+) -> tuple[int, Devices]:
+  """Returns the batch and the devices of an evaluation, as `sum_predictions` chooses them."""
+  # Further rows would be padding, for text too: where every window has a row of its own, no stream is left to start.
+  batch_size = min(batch_size, -(-len(dataset.eval_order(split, 1)) // len(devices)) * len(devices))
+  if batch_size % len(devices):
+    if any(jax.tree.leaves(model.init_carry(1)) for model in models):
+      own = devices_lib.local(devices)
+      devices = own[: max(count for count in range(1, len(own) + 1) if batch_size % count == 0)]
+    else:
+      batch_size = -(-batch_size // len(devices)) * len(devices)
+  return batch_size, devices

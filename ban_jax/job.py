@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -151,10 +152,16 @@ def _group(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
   return {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
-def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NOTHING) -> Setup:
+def resolve(
+  cfg: ConfigDict,
+  devices: Sequence[jax.Device] | None,
+  own: Own = NOTHING,
+  load: Callable[[ConfigDict], Dataset] = data.load,
+) -> Setup:
   """Returns what a configuration names, or the caller gives in its place.
 
-  Raises a ConfigError or a DataError where it cannot be run or evaluated.
+  With `load=data.describe`, data sets that can be described are not read: that Setup is for `describe`. Raises a
+  ConfigError or a DataError where it cannot be run or evaluated.
   """
   if devices_lib.SETTINGS.jax_enable_x64:
     raise ConfigError("jax_enable_x64 is set: ban_jax trains in float32 or bfloat16; switch 64-bit mode off")
@@ -167,7 +174,7 @@ def resolve(cfg: ConfigDict, devices: Sequence[jax.Device] | None, own: Own = NO
   check_own(own)
   config.check(cfg)
   devices_lib.check_mapping(cfg.train.mapping)
-  dataset = own.dataset or data.load(cfg.data)
+  dataset = own.dataset or load(cfg.data)
   config.check_dataset(cfg, dataset)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own, found), found, own)
 
@@ -267,8 +274,7 @@ def prepare(
   `generation` None is 0 without parents, and else one more than theirs. `initial` replaces the student's initial
   variables.
   """
-  cfg, dataset = setup.cfg, setup.dataset
-  config.check_batch_size(cfg.train.batch_size, setup.devices)
+  config.check_batch_size(setup.cfg.train.batch_size, setup.devices)
   parents, models = members(params_prev, setup, "teacher")
   if params_prev is not None and not parents:
     raise ConfigError("an empty sequence cannot teach; pass None for generation 0")
@@ -283,13 +289,45 @@ def prepare(
   student = setup.models[min(generation, 1)]
   if parents:
     _check_inherits(student, parents)
-  loss = losses.make_loss(cfg.loss if parents else {"name": "label"})
-  if cfg.loss.class_weights:
-    labels = dataset.splits["train"]["labels"]
-    loss = losses.weighted(loss, losses.class_weights(cfg.loss.class_weights, labels, dataset.spec.num_classes))
+  loss = _loss(setup, taught=bool(parents))
+  teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
+  return _job(setup, generation, student, teacher, loss)._replace(
+    initial=None if initial is None else _initial(initial, student)
+  )
+
+
+def describe(setup: Setup, generation: int, *, teachers: int = 1) -> Job:
+  """Returns the job of a generation as shapes, for programs that are compiled or counted, and not run.
+
+  Its data are shapes, too, if `setup` is so. A student has as many `teachers` of the generation before it, whose
+  variables are jax.ShapeDtypeStructs. Raises as `prepare` does.
+  """
+  config.check_batch_size(setup.cfg.train.batch_size, setup.devices)
+  student = setup.models[min(generation, 1)]
+  models = [setup.models[min(generation - 1, 1)]] * teachers if generation else []
+  if models:
+    _check_inherits(student, [model.shapes for model in models])
+  loss = _loss(setup, taught=bool(models))
+  return _job(setup, generation, student, teacher_lib.describe(models, student, needed=loss.needs_teacher), loss)
+
+
+def _loss(setup: Setup, *, taught: bool) -> Loss:
+  """Returns the loss of a generation that is taught, or of generation 0."""
+  cfg, dataset = setup.cfg, setup.dataset
+  loss, weights = losses.make_loss(cfg.loss if taught else {"name": "label"}), cfg.loss.class_weights
+  if not weights:
+    return loss
+  labels, classes = dataset.splits["train"]["labels"], dataset.spec.num_classes
+  if isinstance(labels, jax.ShapeDtypeStruct):
+    labels = np.arange(classes)  # no shape depends on them
+  return losses.weighted(loss, losses.class_weights(weights, labels, classes))
+
+
+def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: Loss) -> Job:
+  """Returns the job of a student with this teacher; raises a ConfigError for an epoch without a step."""
+  cfg, dataset = setup.cfg, setup.dataset
   steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
   total = steps_per_epoch * cfg.train.epochs
-  teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps_per_epoch)
     teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
@@ -307,7 +345,6 @@ def prepare(
     steps_per_dispatch=cfg.train.steps_per_dispatch or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
-    initial=None if initial is None else _initial(initial, student),
   )
 
 

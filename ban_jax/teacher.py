@@ -46,11 +46,20 @@ def make(parents: Sequence[Variables], models: Sequence[Model], student: Model, 
   Where its outputs are not `needed`, since the loss does not use them, the parents only lend the layers that the
   student copies.
   """
-  plain = [trees.to_plain(parent) for parent in parents]
+  teacher = _of([trees.to_plain(parent) for parent in parents], models, student, needed)
+  used = teacher.teaching.teaches or teacher.copied
+  return teacher._replace(digests=tuple(trees.digest(parent) for parent in parents) if used else ())
+
+
+def describe(models: Sequence[Model], student: Model, *, needed: bool) -> Teacher:
+  """Returns `make`'s teacher with jax.ShapeDtypeStructs as variables, and no digests."""
+  return _of([model.shapes for model in models], models, student, needed)
+
+
+def _of(plain: Sequence[PyTree], models: Sequence[Model], student: Model, needed: bool) -> Teacher:
   copied = {name: plain[0]["params"][name] for name in student.inherits} if plain else {}
   taught = bool(plain) and needed
-  digests = tuple(trees.digest(parent) for parent in parents) if taught or copied else ()
-  return Teacher(live(tuple(models)) if taught else none(), tuple(plain) if taught else (), digests, copied)
+  return Teacher(live(tuple(models)) if taught else none(), tuple(plain) if taught else (), (), copied)
 
 
 @functools.cache

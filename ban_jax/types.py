@@ -74,7 +74,7 @@ class Dataset(NamedTuple):
 
   name: str
   spec: InputSpec
-  splits: Mapping[str, Mapping[str, np.ndarray]]  # "train", "test", perhaps "validation" -> arrays for `fetch`
+  splits: Mapping[str, Mapping[str, Any]]  # "train", "test", perhaps "validation" -> arrays for `fetch`
   sizes: Mapping[str, int]  # examples, or tokens, of each split
   digest: str  # SHA-256 of the arrays
   fetch: Callable[..., Batch]
@@ -91,9 +91,10 @@ class Dataset(NamedTuple):
 
   @property
   def scaling(self) -> dict[str, Any]:
-    """How its images are normalised, as Network records it; {} for text, and for images without a mean."""
+    """How its images are normalised, as Network records it; {} for text, images without a mean, and shapes."""
     arrays = self.splits["train"]
-    if self.spec.kind != "images" or not {"images", "mean", "std"} <= arrays.keys():
+    known = {"images", "mean", "std"} <= arrays.keys() and not isinstance(arrays["mean"], jax.ShapeDtypeStruct)
+    if self.spec.kind != "images" or not known:
       return {}
     statistics = {name: [float(value) for value in arrays[name]] for name in ("mean", "std")}
     return {"dtype": str(arrays["images"].dtype), **statistics}

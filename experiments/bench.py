@@ -55,11 +55,11 @@ from ban_jax import devices as devices_lib
 from ban_jax.errors import BanError, ConfigError, look_up
 from ban_jax.job import Job, Setup, make_models
 from ban_jax.models import DTYPES
+from ban_jax.programs import count_flops
 from ban_jax.types import Devices
 from experiments import cli, results
 from experiments.analysis import cases
 from experiments.analysis.cases import KINDS, ROWS, Run
-from experiments.analysis.programs import count_flops
 
 # Load average above which another program takes part of a core.
 BUSY = 1.5
@@ -225,7 +225,7 @@ def _step(options: Options, place: Place, case: Case) -> Measurement:
   times = {name: [1e3 * each for each in found] for name, found in seconds.items()}
   ours = times.pop("ours")
   against = min(times, key=lambda name: statistics.median(times[name])) if times else ""
-  flops = count_flops(kind.program(job.cfg, place.devices)) * len(place.devices)
+  flops = count_flops(kind.program(job)) * len(place.devices)
   return Measurement("steps", case, "ms a step", ours, against, times.get(against, ()), flops)
 
 
@@ -280,7 +280,7 @@ def floor(options: Options, place: Place) -> Iterator[Measurement]:
     if case.dtype not in rates:
       rates[case.dtype] = peak_rates(options, place, case.dtype)
     job, kind, devices = job_of(options, place, case), KINDS[case.kind], len(place.devices)
-    program = kind.program(job.cfg, place.devices)
+    program = kind.program(job)
     compiled = program.step.lower(*program.arguments).compile()
     work = {"operations": count_flops(program), "bytes": compiled.cost_analysis()["bytes accessed"]}
     least = {

@@ -19,8 +19,7 @@ from ban_jax.data import ptb
 from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
 from experiments import cli, results, table1, table2, table3, table4, table5, table6
-from experiments.analysis.memory import count_memory
-from experiments.analysis.programs import trained_sizes
+from experiments.analysis.memory import count_memory, trained_sizes
 from experiments.tables.graph import topological_order
 
 _MEMORY = flags.DEFINE_bool("memory", False, "Also count the memory of a training step of --network.")

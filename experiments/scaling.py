@@ -20,9 +20,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from ban_jax import data, job, programs
+from ban_jax.compiled import exchanges
 from ban_jax.errors import ConfigError
 from experiments import cli, results
-from experiments.analysis.programs import count_flops, train_program
 
 BOUNDS = (1e-6, 1e6)  # of rates: positive and finite
 CONFIG = config_flags.DEFINE_config_file(
@@ -37,11 +38,6 @@ _HOP = flags.DEFINE_float("hop_us", 1.0, "Latency of a hop between neighboring c
 
 # Collectives do not depend on the number of devices if there are several; every preset's batch is even.
 VIRTUAL = 2
-_COLLECTIVE = re.compile(
-  r" = (?P<shape>.+?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|"
-  r"collective-broadcast|send|recv|infeed|outfeed)(-start)?\("
-)
-_ARRAY = re.compile(r"(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
 
 
 class Collective(NamedTuple):
@@ -63,17 +59,9 @@ class Slice(NamedTuple):
     return math.prod(self.axes)
 
 
-def collectives(compiled: str) -> list[Collective]:
+def collectives(text: str) -> list[Collective]:
   """Returns the exchanges between devices, and between device and host, in the text of a compiled program."""
-  return [
-    Collective(found["kind"], sum(_bytes(array) for array in _ARRAY.finditer(found["shape"])))
-    for found in _COLLECTIVE.finditer(compiled)
-  ]
-
-
-def _bytes(array: re.Match[str]) -> int:
-  size = math.prod(int(length) for length in array["shape"].split(",") if length)
-  return size * (int(array["bits"]) // 8 if array["bits"] else 1)
+  return [Collective(kind, each.bytes) for kind, each in exchanges(text)]
 
 
 def all_reduce_seconds(size: int, pod: Slice) -> float:
@@ -146,9 +134,10 @@ def main() -> None:
   jax.config.update("jax_num_cpu_devices", VIRTUAL)
   cli.use_compilation_cache()
   cfg = CONFIG.value
-  program = train_program(cfg, tuple(jax.devices()), taught=_TEACHER.value)
+  setup = job.resolve(cfg, jax.devices(), load=data.describe)
+  program = programs.training(job.describe(setup, int(_TEACHER.value)), 1)
   batch = cfg.train.batch_size
-  flops = count_flops(program) * VIRTUAL / batch
+  flops = programs.count_flops(program) * VIRTUAL / batch
   found = collectives(program.step.lower(*program.arguments).compile().as_text())
   rate = _PEAK.value * 1e12 * _UTILIZATION.value
   teacher = "with" if _TEACHER.value else "without"

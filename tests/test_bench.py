@@ -12,10 +12,10 @@ from conftest import ROOT
 from ban_jax import data, trees
 from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
+from ban_jax.programs import count_flops
 from experiments import bench, forks
 from experiments.analysis import cases
 from experiments.analysis.cases import KINDS, Row
-from experiments.analysis.programs import count_flops
 
 WINDOW = {"data.window": 4, "model.dropout": 0.0}
 TINY = {
@@ -78,11 +78,14 @@ def test_taught_steps_take_turns_with_supervised_ones(place):
   assert [each.case.kind for each in found] == ["distilled", "distilled_3", "replayed", "replayed_3"]  # of images alone
   assert all(min(*each.ours, *each.other) > 0 for each in found)
   assert len({tuple(each.other) for each in found}) == 1
-  one, three = (
-    KINDS[name].program(cases.configuration("tiny_wrn"), place.devices) for name in ("distilled", "distilled_3")
+  setup = cases.setup_of(cases.configuration("tiny_wrn"), place.devices)
+  names = ("supervised", "distilled", "distilled_3", "replayed", "replayed_3", "evaluation")
+  none, one, three, *replayed, forward = (
+    count_flops(KINDS[name].program(cases.job_of(KINDS[name], setup))) for name in names
   )
-  forward = count_flops(KINDS["evaluation"].program(cases.configuration("tiny_wrn"), place.devices))
-  assert count_flops(three) - count_flops(one) == 2 * forward
+  assert one - none == forward
+  assert three - one == 2 * forward
+  assert replayed == [none, none]
 
 
 def test_students_side_by_side_are_timed_on_a_device_each(place):
@@ -96,9 +99,9 @@ def test_a_step_is_set_beside_the_least_that_its_work_takes(place):
   assert found.against in ("operations", "bytes")
   assert found.what.startswith("ms a step; operations ")
   assert found.other[0] == found.other[1] > 0
-  assert found.flops == 2 * count_flops(
-    KINDS["supervised"].program(cases.configuration("tiny_lstm", batch=2), place.devices)
-  )
+  setup = cases.setup_of(cases.configuration("tiny_lstm", batch=2), place.devices)
+  supervised = KINDS["supervised"]
+  assert found.flops == 2 * count_flops(supervised.program(cases.job_of(supervised, setup)))
 
 
 def test_a_dispatch_of_many_steps_costs_the_host_less_than_as_many_dispatches(place):

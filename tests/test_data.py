@@ -780,10 +780,14 @@ def assert_describes(known, dataset):
   assert known.spec._replace(words=()) == dataset.spec._replace(words=())
   assert len(known.spec.words) == len(dataset.spec.words)
   assert known.fetch is dataset.fetch
-  shapes = {name: (array.shape, array.dtype) for name, array in known.arrays.items()}
-  assert shapes == {name: (array.shape, array.dtype) for name, array in dataset.splits["train"].items()}
+  of = lambda found: jax.tree.map(lambda array: (array.shape, array.dtype), found)  # noqa: E731
+  assert of(dict(known.splits)) == of({split: dataset.splits[split] for split in known.splits})
+  assert known.sizes == {split: dataset.sizes[split] for split in known.splits}
+  assert {"train", "test"} <= known.splits.keys()
+  assert ("validation" in known.splits) == ("validation" in dataset.splits)
   for batch_size in (1, 7):
-    assert known.rows // batch_size == len(dataset.train_order(jax.random.key(0), batch_size))
+    for order in (lambda data_, size: data_.train_order(jax.random.key(0), size), lambda d, n: d.eval_order("test", n)):
+      np.testing.assert_array_equal(order(known, batch_size), order(dataset, batch_size))
 
 
 OPTIONS = [{}, {"pad": 1, "flip": True}, {"validation": 0.1}, {"validation": 0.1, "train_examples": 60}]
@@ -797,7 +801,7 @@ def test_embedded_images_are_described_by_loading(change):
 @pytest.mark.parametrize("change", OPTIONS)
 def test_images_described_without_data_are_those_that_are_built(change):
   options = images.Options(*[group(**change)[key] for key in images.Options._fields])
-  known = images.describe("digits", pool=400, shape=(8, 8, 1), num_classes=10, options=options)
+  known = images.describe("digits", pool=400, test=1397, shape=(8, 8, 1), num_classes=10, options=options)
   assert_describes(known, data.load(group(**change)))
 
 
@@ -806,8 +810,8 @@ def test_cifar_is_described_without_data(name, tmp_path, no_connections):
   absent = str(tmp_path / "absent")
   known = data.describe(group(name=name, dir=absent, validation=0.1, pad=4, flip=True))
   assert known.spec == InputSpec("images", (32, 32, 3), {"cifar10": 10, "cifar100": 100}[name])
-  assert known.arrays["images"].shape == (45_000, 32, 32, 3)
-  assert known.rows == 45_000
+  assert known.splits["train"]["images"].shape == (45_000, 32, 32, 3)
+  assert known.sizes == {"train": 45_000, "validation": 5_000, "test": 10_000}
   with pytest.raises(ConfigError, match=rf"data.train_examples=50001: expected at most 50000, what {name} has"):
     data.describe(group(name=name, dir=absent, train_examples=50_001))
   assert list(tmp_path.iterdir()) == []

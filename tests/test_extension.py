@@ -77,7 +77,7 @@ def test_a_data_set_is_a_file_and_an_entry(monkeypatch):
   generation = ban_jax.train_generation(None, cfg, **QUIET)
   assert generation.metrics["test_count"] == 60
   assert generation.metrics["wrong_seen_count"] == 8
-  assert data.describe(cfg.data).rows == 40
+  assert data.describe(cfg.data).sizes["train"] == 40
 
 
 def test_a_table_is_a_script(tmp_path, monkeypatch):

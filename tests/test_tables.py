@@ -26,7 +26,6 @@ from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
 from experiments import forks, results
-from experiments.analysis import programs
 from experiments.tables import cost, graph, report, run
 from experiments.tables import train as training
 from experiments.tables import values as cell_values
@@ -538,7 +537,7 @@ def test_a_plan_is_priced_before_it_is_trained(pair, tmp_path):
 
 
 def test_work_does_not_depend_on_the_devices_that_share_it(pair):
-  works = [programs.work(pair[1].cfg, jax.devices()[:count]) for count in (1, 4)]
+  works = [cost.work(pair[1].cfg, jax.devices()[:count]) for count in (1, 4)]
   assert works[0] == works[1]
   dataset = load(pair[1].cfg.data)
   assert works[0].steps_per_epoch == len(dataset.train_order(jax.random.key(0), 20)) == 5
@@ -554,9 +553,9 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
   cfg = node.cfg.copy_and_resolve_references()
   cfg.data.dir = str(SHARED)
   dataset = load(cfg.data)
-  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
+  assert known.splits["train"]["tokens"].shape == dataset.splits["train"]["tokens"].shape
   batch = cfg.train.batch_size
-  assert known.rows // batch == len(dataset.train_order(jax.random.key(0), batch))
+  assert len(known.train_order(jax.random.key(0), batch)) == len(dataset.train_order(jax.random.key(0), batch))
   assert (known.spec.shape, known.spec.num_classes) == (dataset.spec.shape, dataset.spec.num_classes)
 
 

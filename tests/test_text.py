@@ -264,14 +264,14 @@ def test_the_real_penn_treebank(caplog):
   assert character_table(dataset.spec.words, 65, 7)[1] == 51
   known = data.describe(group(name="ptb"))
   assert known.spec._replace(words=()) == dataset.spec._replace(words=())
-  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
-  assert known.rows == len(dataset.train_order(jax.random.key(0), 1))
+  shapes = {split: arrays["tokens"].shape for split, arrays in dataset.splits.items()}
+  assert {split: arrays["tokens"].shape for split, arrays in known.splits.items()} == shapes
 
 
 def test_the_penn_treebank_is_described_without_its_files():
   known = data.describe(group(name="ptb", dir="/nowhere"))
-  assert known.rows == 929_589 // 35
-  assert known.arrays == {"tokens": jax.ShapeDtypeStruct((929_590,), np.int32)}
+  assert len(known.train_order(jax.random.key(0), 1)) == 929_589 // 35
+  assert known.splits["train"] == {"tokens": jax.ShapeDtypeStruct((929_590,), np.int32)}
   assert known.fetch is text.make_fetch(35)
   assert (known.spec.kind, known.spec.shape, known.spec.num_classes) == ("tokens", (35,), 10_000)
   assert len(set(known.spec.words)) == 10_000
@@ -283,15 +283,20 @@ def test_the_penn_treebank_is_described_without_its_files():
 @pytest.mark.parametrize("change", [{}, {"train_examples": 2000, "window": 10}])
 def test_text_described_without_data_is_what_is_built(change):
   dataset = data.load(group(**change))
-  tokens, words = data.load(group()).sizes["train"], dataset.spec.words
+  words = dataset.spec.words
   options = text.Options(*[group(**change)[key] for key in text.Options._fields])
-  known = data.describe(group(**change))
-  assert text.describe("pydoc", tokens=tokens, words=words, options=options) == known
-  assert known.spec == dataset.spec
-  assert known.fetch is dataset.fetch
-  assert known.arrays["tokens"].shape == dataset.splits["train"]["tokens"].shape
-  for batch_size in (1, 7):
-    assert known.rows // batch_size == len(dataset.train_order(jax.random.key(0), batch_size))
+  for known in (
+    data.describe(group(**change)),
+    text.describe("pydoc", tokens=data.load(group()).sizes, words=words, options=options),
+  ):
+    assert known.spec == dataset.spec
+    assert known.fetch is dataset.fetch
+    assert known.sizes == dataset.sizes
+    for split, arrays in dataset.splits.items():
+      assert known.splits[split]["tokens"].shape == arrays["tokens"].shape
+    for batch_size in (1, 7):
+      order = known.train_order(jax.random.key(0), batch_size)
+      np.testing.assert_array_equal(order, dataset.train_order(jax.random.key(0), batch_size))
 
 
 # --- The Python manual ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 
 from ban_jax.data import cifar, digits, own, ptb, pydoc, tfds
-from ban_jax.data.arrays import Known
 from ban_jax.errors import look_up
 from ban_jax.types import Dataset, Kind
 
@@ -25,7 +24,7 @@ class Source(NamedTuple):
 
   load: Callable[..., Dataset]
   kind: Kind
-  describe: Callable[..., Known] | None = None  # from the options, without reading anything; None: only by loading
+  describe: Callable[..., Dataset] | None = None  # from the options, without reading anything; None: only by loading
   embedded: bool = False  # comes with an installed package: always there, and small
 
 
@@ -55,8 +54,8 @@ def _load(name: str, **arguments: Any) -> Dataset:
   return DATASETS[name].load(**arguments)
 
 
-def describe(group: Mapping[str, Any]) -> Known:
-  """Returns what the programs and the length of an epoch depend on, for a `data` group as `load` takes it.
+def describe(group: Mapping[str, Any]) -> Dataset:
+  """Returns the data set that `load` returns for a `data` group, with jax.ShapeDtypeStructs as arrays and no digest.
 
   Of data sets with a `describe` nothing is read, so they need not be there; others are loaded. Raises as `load` does.
   """
@@ -64,9 +63,8 @@ def describe(group: Mapping[str, Any]) -> Known:
   if source.describe:
     return source.describe(arguments["options"])
   dataset = load(group)
-  packed = dataset.pack(dataset.splits["train"])
-  arrays = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in packed.items()}
-  return Known(dataset.spec, dataset.fetch, arrays, dataset.train_order(jax.random.key(0), 1).size)
+  splits = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(dataset.splits))
+  return dataset._replace(splits=splits, digest="")
 
 
 def keys_of(name: str) -> tuple[str, ...]:

@@ -1,23 +1,11 @@
-"""What data sets of every kind share: the digest of their arrays, orders in whole batches, and what is known of one."""
+"""What data sets of every kind share: the digest of their arrays, and orders in whole batches."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jaxtyping import Int32, PyTree
-
-from ban_jax.types import Batch, InputSpec
-
-
-class Known(NamedTuple):
-  """What the programs of a training step and the length of an epoch depend on."""
-
-  spec: InputSpec
-  fetch: Callable[..., Batch]
-  arrays: Mapping[str, jax.ShapeDtypeStruct]  # of the training split, as the devices hold it
-  rows: int  # training examples, or whole windows of text; an epoch has rows // batch_size steps
 
 
 def digest(splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:

@@ -1,10 +1,9 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 10 and of 100 classes."""
 
 from ban_jax.data import images
-from ban_jax.data.arrays import Known
 from ban_jax.types import Dataset
 
-TRAIN, SHAPE = 50_000, (32, 32, 3)
+TRAIN, TEST, SHAPE = 50_000, 10_000, (32, 32, 3)
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -28,15 +27,15 @@ def _load(name: str, directory: str, options: images.Options) -> Dataset:
   return images.build(name, splits["train"], splits["test"], num_classes=CLASSES[name], options=options)
 
 
-def describe_cifar10(options: images.Options) -> Known:
-  """Returns what is known of CIFAR-10 without its data; raises ConfigError for options that do not fit it."""
+def describe_cifar10(options: images.Options) -> Dataset:
+  """Returns CIFAR-10 as shapes, without its data; raises ConfigError for options that do not fit it."""
   return _describe("cifar10", options)
 
 
-def describe_cifar100(options: images.Options) -> Known:
-  """Returns what is known of CIFAR-100 without its data; raises ConfigError for options that do not fit it."""
+def describe_cifar100(options: images.Options) -> Dataset:
+  """Returns CIFAR-100 as shapes, without its data; raises ConfigError for options that do not fit it."""
   return _describe("cifar100", options)
 
 
-def _describe(name: str, options: images.Options) -> Known:
-  return images.describe(name, pool=TRAIN, shape=SHAPE, num_classes=CLASSES[name], options=options)
+def _describe(name: str, options: images.Options) -> Dataset:
+  return images.describe(name, pool=TRAIN, test=TEST, shape=SHAPE, num_classes=CLASSES[name], options=options)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, UInt8
 
 from ban_jax import errors
 from ban_jax.data import augment, noise
-from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
+from ban_jax.data.arrays import digest, make_read_only, padded_range
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Batch, Dataset, InputSpec
 
@@ -142,35 +142,46 @@ def build(
   }
   make_read_only(splits)
   sizes = {split: len(part.labels) for split, part in parts.items()}
+  dataset = _dataset(name, InputSpec("images", shape, num_classes), splits, sizes, options)
+  return dataset._replace(digest=digest(splits), record=record)
+
+
+def describe(
+  name: str, *, pool: int, test: int, shape: tuple[int, int, int], num_classes: int, options: Options
+) -> Dataset:
+  """Returns `build`'s Dataset for a pool and a test set of so many uint8 images of `shape` (H, W, C), as shapes.
+
+  The classes must be about equally large: how many examples are held out of others depends on the size of each. Label
+  noise changes no shape, and its splits are left out. Raises as `build` does.
+  """
+  _check_padding(name, shape, options)
+  held_out = round(options.validation * pool)
+  sizes = {"train": _train_size(name, pool, held_out, options), "test": test}
+  sizes |= {"validation": held_out} if held_out else {}
+  statistics = {key: jax.ShapeDtypeStruct(shape[-1:], np.float32) for key in ("mean", "std")}
+  splits = {
+    split: {
+      "images": jax.ShapeDtypeStruct((size, *shape), np.uint8),
+      "labels": jax.ShapeDtypeStruct((size,), np.int32),
+      **statistics,
+    }
+    for split, size in sizes.items()
+  }
+  return _dataset(name, InputSpec("images", shape, num_classes), splits, sizes, options)
+
+
+def _dataset(name: str, spec: InputSpec, splits: Any, sizes: Mapping[str, int], options: Options) -> Dataset:
   return Dataset(
     name=name,
-    spec=InputSpec("images", shape, num_classes),
+    spec=spec,
     splits=splits,
     sizes=sizes,
-    digest=digest(splits),
-    fetch=make_fetch(options.pad, options.flip, shape),
+    digest="",
+    fetch=make_fetch(options.pad, options.flip, spec.shape),
     pack=pack,
     train_order=functools.partial(_train_order, name, sizes["train"]),
     eval_order=functools.partial(_eval_order, name, sizes),
-    record=record,
   )
-
-
-def describe(name: str, *, pool: int, shape: tuple[int, int, int], num_classes: int, options: Options) -> Known:
-  """Returns what is known of `build`'s Dataset for a pool of `pool` images of `shape` (H, W, C); raises as it does.
-
-  The classes must be about equally large: how many examples are held out of others depends on the size of each.
-  """
-  _check_padding(name, shape, options)
-  chosen = _train_size(name, pool, round(options.validation * pool), options)
-  channels = shape[-1:]
-  arrays = {
-    "images": jax.ShapeDtypeStruct((chosen, math.prod(shape)), np.uint8),
-    "labels": jax.ShapeDtypeStruct((chosen,), np.int32),
-    "mean": jax.ShapeDtypeStruct(channels, np.float32),
-    "std": jax.ShapeDtypeStruct(channels, np.float32),
-  }
-  return Known(InputSpec("images", shape, num_classes), make_fetch(options.pad, options.flip, shape), arrays, chosen)
 
 
 def divide(

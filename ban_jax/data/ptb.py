@@ -6,7 +6,6 @@ import os
 import pathlib
 
 from ban_jax.data import text
-from ban_jax.data.arrays import Known
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Dataset
 
@@ -55,12 +54,12 @@ def load(directory: str, options: text.Options) -> Dataset:
   return text.build("ptb", lines, words, options=options)
 
 
-def describe(options: text.Options) -> Known:
-  """Returns what is known of the Penn Treebank without its files; raises ConfigError for options that do not fit it.
+def describe(options: text.Options) -> Dataset:
+  """Returns the Penn Treebank as shapes, without its files; raises ConfigError for options that do not fit it.
 
   The vocabulary is `made_up_words()`.
   """
-  return text.describe("ptb", tokens=SIZES["train"], words=made_up_words(), options=options)
+  return text.describe("ptb", tokens=SIZES, words=made_up_words(), options=options)
 
 
 @functools.cache

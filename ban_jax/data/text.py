@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, PRNGKeyArray
 
 from ban_jax import errors
-from ban_jax.data.arrays import Known, digest, make_read_only, padded_range
+from ban_jax.data.arrays import digest, make_read_only, padded_range
 from ban_jax.errors import ConfigError
 from ban_jax.types import Batch, Dataset, InputSpec
 
@@ -54,24 +54,32 @@ def build(name: str, lines: Mapping[str, Lines], words: tuple[str, ...], *, opti
   make_read_only(splits)
   sizes = {split: len(tokens) - 1 for split, tokens in streams.items()}
   listed = np.frombuffer("\n".join(words).encode(), np.uint8)
+  return _dataset(name, splits, sizes, words, options)._replace(
+    digest=digest({**splits, "vocabulary": {"words": listed}})
+  )
+
+
+def describe(name: str, *, tokens: Mapping[str, int], words: tuple[str, ...], options: Options) -> Dataset:
+  """Returns `build`'s Dataset for so many `tokens` of each split, all in the vocabulary `words`, as shapes.
+
+  Raises as `build` does.
+  """
+  sizes = {**tokens, "train": _train_tokens(name, tokens["train"], options)}
+  splits = {split: {"tokens": jax.ShapeDtypeStruct((size + 1,), np.int32)} for split, size in sizes.items()}
+  return _dataset(name, splits, sizes, words, options)
+
+
+def _dataset(name: str, splits: Any, sizes: Mapping[str, int], words: tuple[str, ...], options: Options) -> Dataset:
   return Dataset(
     name=name,
     spec=InputSpec("tokens", (options.window,), len(words), words),
     splits=splits,
     sizes=sizes,
-    digest=digest({**splits, "vocabulary": {"words": listed}}),
+    digest="",
     fetch=make_fetch(options.window),
-    train_order=functools.partial(_train_order, name, chosen, options.window),
+    train_order=functools.partial(_train_order, name, sizes["train"], options.window),
     eval_order=functools.partial(_eval_order, name, sizes, options.window),
   )
-
-
-def describe(name: str, *, tokens: int, words: tuple[str, ...], options: Options) -> Known:
-  """Returns what is known of `build`'s Dataset for `tokens` training tokens of the `words`; raises as it does."""
-  chosen = _train_tokens(name, tokens, options)
-  arrays = {"tokens": jax.ShapeDtypeStruct((chosen + 1,), np.int32)}
-  spec = InputSpec("tokens", (options.window,), len(words), words)
-  return Known(spec, make_fetch(options.window), arrays, chosen // options.window)
 
 
 def _train_tokens(name: str, available: int, options: Options) -> int:

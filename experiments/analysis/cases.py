@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, data, presets, replay, step, train
+from ban_jax import config, data, presets, programs, replay, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.data import images, text
 from ban_jax.errors import look_up
 from ban_jax.job import Job, Setup
+from ban_jax.programs import Program
 from ban_jax.types import Dataset, Devices, Model, Variables
-from experiments.analysis.programs import Program, eval_program, train_program
 
 Run = Callable[[int], None]
 
@@ -60,12 +60,13 @@ ROWS = {
 class Kind(NamedTuple):
   """A kind of step: how its job is prepared, how a job's steps are run, and the program whose operations are counted.
 
-  `prepare(setup, parent)` takes the variables of an untrained network, which may teach.
+  `prepare(setup, parent)` takes the variables of an untrained network, which may teach. The program takes one
+  mini-batch a call.
   """
 
   prepare: Callable[[Setup, Variables], Job]
   run: Callable[[Job], Run]
-  program: Callable[[ConfigDict, Devices], Program]
+  program: Callable[[Job], Program] = functools.partial(programs.training, steps=1)
   trains: bool = True
   images_only: bool = False
 
@@ -107,7 +108,7 @@ def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
   known, rng = data.describe(group), np.random.default_rng(0)
   classes = known.spec.num_classes
   if known.spec.kind == "images":
-    shape = (*known.arrays["images"].shape[:1], *known.spec.shape)
+    shape = known.splits["train"]["images"].shape
     pixels = rng.integers(0, 256, shape, np.uint8)
     labels = rng.permutation(np.arange(len(pixels), dtype=np.int32) % classes)  # some of each class
     pool = images.Examples(pixels, labels)
@@ -115,7 +116,7 @@ def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
     return images.build(group["name"], pool, images.take(pool, np.arange(1)), num_classes=classes, options=options)
   words = known.spec.words
   # A line's end is a token, too.
-  line = [words[number] for number in rng.integers(0, classes, known.arrays["tokens"].shape[0] - 2)]
+  line = [words[number] for number in rng.integers(0, classes, known.splits["train"]["tokens"].shape[0] - 2)]
   window = line[: group["window"] - 1]
   lines = {"train": [line], "validation": [window], "test": [window]}
   options = text.Options(**{key: group[key] for key in text.Options._fields})
@@ -198,6 +199,17 @@ def recordings() -> tempfile.TemporaryDirectory:
   return tempfile.TemporaryDirectory(prefix="ban_jax_bench")
 
 
+def evaluation_program(job: Job) -> Program:
+  """Returns the program of `evaluation`'s steps."""
+  return programs.evaluation(job, job.cfg.train.batch_size, 1, "train")
+
+
+def prepare_supervised(setup: Setup, parent: Variables) -> Job:
+  """Returns the job of generation 0."""
+  del parent
+  return job_lib.prepare(setup, None, 0)
+
+
 def prepare_taught(setup: Setup, parent: Variables, *, teachers: int = 1) -> Job:
   """Returns the job of a student of a teacher, or of an ensemble of as many as `teachers` says."""
   return job_lib.prepare(setup, [parent] * teachers, 1)
@@ -211,22 +223,13 @@ def prepare_replayed(setup: Setup, parent: Variables, *, teachers: int = 1) -> J
 
 
 KINDS = {
-  "supervised": Kind(
-    lambda setup, parent: job_lib.prepare(setup, None, 0), training, functools.partial(train_program, taught=False)
-  ),
-  "distilled": Kind(prepare_taught, training, train_program),
-  "replayed": Kind(prepare_replayed, training, functools.partial(train_program, taught=False), images_only=True),
-  "evaluation": Kind(lambda setup, parent: job_lib.prepare(setup, None, 0), evaluation, eval_program, trains=False),
+  "supervised": Kind(prepare_supervised, training),
+  "distilled": Kind(prepare_taught, training),
+  "replayed": Kind(prepare_replayed, training, images_only=True),
+  "evaluation": Kind(prepare_supervised, evaluation, evaluation_program, trains=False),
   # By an ensemble of three.
-  "distilled_3": Kind(
-    functools.partial(prepare_taught, teachers=3), training, functools.partial(train_program, teachers=3)
-  ),
-  "replayed_3": Kind(
-    functools.partial(prepare_replayed, teachers=3),
-    training,
-    functools.partial(train_program, taught=False),
-    images_only=True,
-  ),
+  "distilled_3": Kind(functools.partial(prepare_taught, teachers=3), training),
+  "replayed_3": Kind(functools.partial(prepare_replayed, teachers=3), training, images_only=True),
 }
 
 

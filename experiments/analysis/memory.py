@@ -1,5 +1,6 @@
-"""The memory of a training step, counted from shapes by the lifetimes of its intermediate results."""
+"""The sizes of a network, counted from shapes: its trained parameters, and the memory of a training step."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from ban_jax.programs import subprograms
 from ban_jax.types import Model
-from experiments.analysis.programs import subprograms
 
 
 class Memory(NamedTuple):
@@ -17,6 +18,14 @@ class Memory(NamedTuple):
   weights: int  # parameters and batch statistics, momentum, gradient, and a teacher as large as the student
   kept: int  # what the forward pass keeps for the backward pass, except parameters, images and broadcasts
   peak: int  # the most that is alive at any moment, including the weights
+
+
+@functools.cache
+def trained_sizes(model: Model) -> dict[str, int]:
+  """Returns the number of parameters of each top-level layer, except those copied from the teacher."""
+  params = model.shapes["params"]
+  trained = {name: tree for name, tree in params.items() if name not in model.inherits}
+  return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in trained.items()}
 
 
 def count_memory(model: Model, batch: int) -> Memory:

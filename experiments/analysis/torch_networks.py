@@ -25,7 +25,7 @@ from ban_jax.models.lstm import LSTMOptions
 from ban_jax.models.recurrent import StackOptions
 from ban_jax.models.wide_resnet import WideResNetOptions
 from ban_jax.types import InputSpec, Model
-from experiments.analysis.programs import trained_sizes
+from experiments.analysis.memory import trained_sizes
 
 Run = Callable[[int], None]
 # Mini-batches that the steps go through again and again.

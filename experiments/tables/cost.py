@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
-from ban_jax import losses
+from ban_jax import data, job, losses, programs
+from ban_jax.types import Devices
 from experiments import results
-from experiments.analysis import programs
 from experiments.tables import graph
 from experiments.tables.graph import Node
 
@@ -30,12 +31,25 @@ class Cost(NamedTuple):
     return (self.flops / (peak * UTILIZATION) + self.steps * STEP_SECONDS) / 3600
 
 
-def cost(node: Node, known: dict[str, programs.Work]) -> Cost:
+class Work(NamedTuple):
+  """The work of an epoch of training: its steps, and the floating-point operations of each on all devices together."""
+
+  steps_per_epoch: int
+  flops: int
+
+
+def work(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Work:
+  """Returns the work of an epoch of a student, or without `taught` of generation 0; raises as a run would."""
+  found = job.describe(job.resolve(cfg, devices, load=data.describe), int(taught))
+  return Work(found.steps_per_epoch, programs.count_flops(programs.training(found, 1)) * len(devices))
+
+
+def cost(node: Node, known: dict[str, Work]) -> Cost:
   """Returns the cost of training a node from start to end; `known` caches counts across calls."""
   taught = node.generation > 0 and losses.make_loss(node.cfg.loss).needs_teacher
   key = f"{node.network} {node.teacher.network if taught else ''} {node.cfg.data} {node.cfg.train.batch_size}"
   if key not in known:
-    known[key] = programs.work(node.cfg, jax.devices()[:1], taught=node.generation > 0)
+    known[key] = work(node.cfg, tuple(jax.devices()[:1]), taught=node.generation > 0)
   steps = known[key].steps_per_epoch * node.cfg.train.epochs
   return Cost(steps, steps * float(known[key].flops))
 
@@ -44,7 +58,7 @@ def cost_table(nodes: Sequence[Node], workdir: epath.Path) -> str:
   """Returns a Markdown table of every node's state and cost, and the sum of what is left to do."""
   if not nodes:
     return "0 generations: there is nothing to do for this shard"
-  counted: dict[str, programs.Work] = {}
+  counted: dict[str, Work] = {}
   known: dict[str, graph.Found] = {}
   states = [graph.state(node, workdir, known) for node in nodes]
   costs = [cost(node, counted) for node in nodes]

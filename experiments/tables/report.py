@@ -12,7 +12,7 @@ from ban_jax import data
 from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
 from experiments import plots, results
-from experiments.analysis import programs
+from experiments.analysis.memory import trained_sizes
 from experiments.results import CONFIDENCE
 from experiments.tables.graph import Node
 from experiments.tables.plot import plot_table
@@ -169,4 +169,4 @@ def _networks(table: Table, cells: Iterable[Cell]) -> list[list[str]]:
 def _parameters(node: Node) -> int:
   """Returns the number of trained parameters, without those that are copied from the teacher."""
   model = make_models(node.cfg, data.describe(node.cfg.data).spec)[min(node.generation, 1)]
-  return sum(programs.trained_sizes(model).values())
+  return sum(trained_sizes(model).values())
