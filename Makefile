@@ -4,6 +4,7 @@
 # make matrix       runs the tests on each Python that is supported, and on the oldest versions of packages
 # make docs         builds the documentation as a site, and fails for a broken link or an undocumented name
 # make soak         runs the long forms of some tests, which take about half an hour
+# make compile      compiles large programs for TPUs, and for GPUs where their compiler is, without either: minutes each
 # make lint         runs the linter and the type checker alone
 # make bench        measures steps, epochs, starts and memory, for an hour or two: make bench ARGS=--rows=wrn_16_1 is less
 # make clean        removes the virtual environment (runs and results stay)
@@ -17,7 +18,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,_,$(PYTHON)))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test quick matrix oldest soak lint docs bench clean
+.PHONY: quickstart test quick matrix oldest soak compile lint docs bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart $(ARGS)
@@ -27,6 +28,9 @@ test: $(INSTALLED) lint
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+compile: $(INSTALLED)
+	$(BIN)/python -m pytest -m compiler $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,7 +48,7 @@ oldest:
 	$(MAKE) quick PYTHON=python3.11 VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
 
 quick: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not soak' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not soak and not compiler' $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -5,6 +5,8 @@ import re
 
 import setuptools
 
+# libtpu, the compiler for TPUs, in the version that fits the installed JAX. It compiles where there is no TPU.
+LIBTPU = 'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"'
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text("utf-8")).group(1)
 
@@ -60,12 +62,14 @@ setuptools.setup(
   ],
   extras_require={
     "benchmark": ["torch"],  # what experiments/bench.py compares with
+    "compile": [LIBTPU],  # what experiments/compile.py needs for TPUs
     "cuda": ["jax[cuda12]>=0.10.2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
     "notebook": ["ipywidgets", "jupyterlab"],
     "test": [
       *("beartype", "hypothesis", "ipykernel", "mypy==2.4.1", "nbclient", "nbformat", "pytest", "pytest-xdist"),
       "ruff==0.17.6",
+      LIBTPU,
       "tensorboard",  # reads what a run shows; it needs no TensorFlow
     ],
     "tpu": ["jax[tpu]>=0.10.2"],

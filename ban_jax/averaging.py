@@ -68,9 +68,9 @@ def _statistics(setup: job.Setup, model: Model, variables: dict) -> dict:
   cfg, devices = setup.cfg, setup.devices
   config.check_batch_size(cfg.train.batch_size, devices)
   step = make_statistics_step(model, setup.dataset.fetch, devices)
-  statistics = devices_lib.replicate(variables["batch_stats"], devices)
+  statistics = devices_lib.broadcast(variables["batch_stats"], devices)
   params = devices_lib.broadcast(variables["params"], devices)
-  arrays = devices_lib.broadcast(setup.dataset.splits["train"], devices)
+  arrays = devices_lib.broadcast_split(setup.dataset, "train", devices)
   key = jax.random.key(cfg.seed, impl="threefry2x32")
   key_data = devices_lib.broadcast(jax.random.key_data(key), devices)
   done, epoch = 0, 0

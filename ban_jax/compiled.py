@@ -206,7 +206,11 @@ def _trips(condition: Sequence[str]) -> int:
 
 def _layer(source: str) -> str:
   """Returns the layer that an instruction comes from, and its operation, marked if it belongs to the gradient."""
-  parts = [part for part in source.split("/") if part not in ("shard_map", "while", "body", "cond", "closed_call")]
+  parts = [
+    part
+    for part in source.split("/")
+    if part not in ("shard_map", "while", "body", "cond", "closed_call", "branch_0_fun", "branch_1_fun")
+  ]
   parts = [part for part in parts if not re.fullmatch(r"(jit|pjit|xla_pmap)\(.*\)", part)]
   gradient = any(part.startswith("transpose(") for part in parts)
   parts = [
@@ -272,7 +276,8 @@ def largest_batch(needed: Callable[[int], tuple[bool, int]], first: int, most: i
     fitting, failing = (batch, failing) if fits else (fitting, batch)
     if failing - fitting <= max(step, fitting // 50):
       break
-    guess = _crossing(known[-2:], memory) // step * step
+    # With one point known, the line is that through 0, which lies too high.
+    guess = max(_crossing(known[-2:], memory), 2 * batch if fits and len(known) == 2 else 0) // step * step
     if guess <= fitting:
       guess, stride = fitting + stride, 2 * stride
     if guess >= failing:

@@ -1,12 +1,13 @@
 """Where arrays lie and how devices talk: the axis that every step is mapped over, placement, and the one reduction.
 
-State and carry have a leading device axis; a teacher's variables and the data set are placed once and broadcast.
-`jax.pmap` is used in this file alone.
+What is alike on all devices (state, teacher, data set, sums) has no device axis: XLA for TPUs would copy every large
+matrix of a state with one into another layout and back. Carry and index have one. `jax.pmap` and its successor,
+`jax.shard_map`, are used in this file alone.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from ban_jax.errors import ConfigError
-from ban_jax.types import Devices
+from ban_jax.errors import ConfigError, look_up
+from ban_jax.types import Dataset, Devices
 
 AXIS = "devices"
 # The index in place of all examples of a mini-batch that only fills up a dispatch. (-1 is one example's padding.)
@@ -73,11 +74,48 @@ def local(devices: Devices) -> Devices:
   return tuple(device for device in devices if device.process_index == jax.process_index())
 
 
-def pmap(function, *, devices: Devices, in_axes, donate_argnums: tuple[int, ...] = ()):
-  """Maps `function` over `devices`; arrays go in and come out with one leading row per device of this process."""
+def pmap(function, *, devices: Devices, in_axes, out_axes: Any = 0, donate_argnums: tuple[int, ...] = ()):
+  """Maps `function` over `devices`.
+
+  Arguments and results of axis 0 have one leading row per device of this process; those of axis None are alike on all
+  devices and have none.
+  """
   # Named devices would pin a run of several processes to a layout that pmap already knows: leave that case to it.
   named = None if devices == tuple(jax.devices()) else devices
-  return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate_argnums, devices=named)
+  return jax.pmap(
+    function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate_argnums, devices=named
+  )
+
+
+def shard_map(function, *, devices: Devices, in_axes, out_axes: Any = 0, donate_argnums: tuple[int, ...] = ()):
+  """Maps `function` as `pmap` does, by jax.jit and jax.shard_map, in one process; an axis is one for all of a tree."""
+  mesh = Mesh(np.asarray(devices), (AXIS,))
+
+  def specs(axes):
+    return tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in axes)
+
+  def body(*arguments):
+    own = [
+      tree if axis is None else jax.tree.map(lambda x: x[0], tree)
+      for tree, axis in zip(arguments, in_axes, strict=True)
+    ]
+    results = zip(function(*own), out_axes, strict=True)
+    return tuple(tree if axis is None else jax.tree.map(lambda x: x[None], tree) for tree, axis in results)
+
+  # Without check_vma gradients are each device's own, as under pmap.
+  mapped = jax.shard_map(body, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+  placed = tuple(NamedSharding(mesh, spec) for spec in specs(in_axes))
+  return jax.jit(mapped, in_shardings=placed, donate_argnums=donate_argnums)
+
+
+# How a training step is mapped over the devices; with the same bytes.
+MAPPINGS = {"pmap": pmap, "shard_map": shard_map}
+
+
+def check_mapping(name: str) -> None:
+  """Raises a ConfigError for an unknown mapping, and for one that cannot map over the devices of several processes."""
+  if look_up(MAPPINGS, name, "train.mapping") is shard_map and jax.process_count() > 1:
+    raise ConfigError(f"train.mapping={name!r} takes one process, and there are {jax.process_count()}; choose 'pmap'")
 
 
 def psum(tree: PyTree) -> PyTree:
@@ -115,11 +153,9 @@ def broadcast(tree: PyTree, devices: Devices) -> PyTree:
   return jax.device_put(tree, _sharding(devices, PartitionSpec()))
 
 
-def replicate(tree: PyTree, devices: Devices) -> PyTree:
-  """Copies every leaf to each local device, with a leading device axis, for an argument mapped with axis 0."""
-  count = len(local(devices))
-  stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *np.shape(leaf))), tree)
-  return place(stacked, devices)
+def broadcast_split(dataset: Dataset, split: str, devices: Devices) -> Mapping[str, jax.Array]:
+  """Copies a split's arrays to each local device, as programs read them; those that lie there already stay."""
+  return broadcast(dataset.pack(dataset.splits[split]), devices)
 
 
 def place(tree: PyTree, devices: Devices) -> PyTree:
@@ -155,9 +191,8 @@ def join_rows(tree: PyTree, devices: Devices) -> PyTree:
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-  """Returns the first local device's copy of every leaf as a NumPy array: what `replicate` placed there."""
-  shards = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
-  return jax.tree.map(lambda leaf: leaf[0], jax.device_get(shards))
+  """Returns the first local device's copy of every leaf, which is alike on all, as a NumPy array."""
+  return jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree))
 
 
 def cores() -> int:

@@ -16,7 +16,10 @@ from ban_jax.types import Dataset, Devices, Model
 
 
 class Subject(NamedTuple):
-  """What is evaluated: one network or an ensemble, on which data, on which devices."""
+  """What is evaluated: one network or an ensemble, on which data, on which devices.
+
+  Variables and splits that lie on these devices already, as `devices.broadcast` places them, are not copied.
+  """
 
   models: tuple[Model, ...]
   variables: tuple[Any, ...]  # plain trees, known to fit their models
@@ -129,7 +132,7 @@ def sum_predictions(
   models, variables, dataset, _ = subject
   batch_size, devices = share(models, dataset, split, batch_size, subject.devices)
   variables = devices_lib.broadcast(variables, devices)
-  arrays = devices_lib.broadcast(dataset.splits[split], devices)
+  arrays = devices_lib.broadcast_split(dataset, split, devices)
   carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
   step = make_eval_step(models, dataset.fetch, devices, sums_of)
   order, block = dataset.eval_order(split, batch_size), job.block_size(dataset.spec, devices)

@@ -18,7 +18,7 @@ from ban_jax.data import arrays as arrays_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.keys import KEYS
 from ban_jax.losses import Loss
-from ban_jax.models import make_model, program
+from ban_jax.models import common, make_model, program
 from ban_jax.optim import Optimizer
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
@@ -122,11 +122,18 @@ class Job(NamedTuple):
     )
 
   @property
+  def has_dropout(self) -> bool:
+    """Whether the student's network has the library's dropout."""
+    group = self.network.group
+    return group["name"] != "own" and any(group.get(key, 0) > 0 for key in ("dropout", "drop_path"))
+
+  @property
   def lineage(self) -> dict[str, Any]:
     """What ties the generation to where it comes from, for its checkpoints and its manifest."""
     more: dict[str, Any] = {} if self.initial is None else {"initial": trees.digest(self.initial)}
     if any(self.programs):
       more["programs"] = list(self.programs)
+    drawn = {"dropout_draws": common.DRAWS} if self.has_dropout else {}
     return {
       "generation": self.generation,
       "seed": self.cfg.seed,
@@ -144,6 +151,7 @@ class Job(NamedTuple):
         **devices_lib.layout(self.devices),
         "steps_per_dispatch": self.steps_per_dispatch,
         "replayed": self.teacher.recorded is not None,
+        **drawn,
       },
     }
 
@@ -226,6 +234,7 @@ def resolve(
   found = devices_lib.resolve(devices)
   check_own(own)
   config.check(cfg)
+  devices_lib.check_mapping(cfg.train.mapping)
   _check_replaced(cfg, own)
   dataset = own.dataset or load(cfg.data)
   config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)

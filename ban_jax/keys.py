@@ -268,6 +268,14 @@ KEYS = {
     "30 times slower, else ban_jax.job.BLOCK. It changes the rounding, which the recorded layout says.",
     in_identity=False,
   ),
+  "train.mapping": Key(
+    "pmap",
+    NAME,
+    'How the training step is mapped over the devices: "pmap", or in one process "shard_map", which will succeed it in '
+    "JAX. The bytes are the same.",
+    in_identity=False,
+    neutral="pmap",
+  ),
   "train.replay": Key(
     "",
     text('a directory, or "" for a live teacher'),

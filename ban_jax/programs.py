@@ -17,7 +17,7 @@ from ban_jax.evaluating import share
 from ban_jax.job import Job
 from ban_jax.predicting import make_predict_step
 from ban_jax.step import initial_state, make_eval_step
-from ban_jax.types import Devices
+from ban_jax.types import Dataset, Devices
 
 
 class Program(NamedTuple):
@@ -41,6 +41,11 @@ def _shapes(tree: Any, count: int = 0) -> Any:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leading, *np.shape(leaf)), leaf.dtype), tree)
 
 
+def _packed(dataset: Dataset, split: str) -> Any:
+  """Returns the shapes of a split's arrays on the devices."""
+  return jax.eval_shape(dataset.pack, _shapes(dict(dataset.splits[split])))
+
+
 def training(job: Job, steps: int = 0) -> Program:
   """Returns a job's training step, of `steps` mini-batches a call; 0 are as many as a dispatch has."""
   count, teaching, steps = len(job.devices), job.teacher.teaching, steps or job.steps_per_dispatch
@@ -57,10 +62,10 @@ def training(job: Job, steps: int = 0) -> Program:
     outputs = (*(spec.shape if spec.kind == "tokens" else ()), spec.num_classes)
     source = jax.ShapeDtypeStruct((count, job.steps_per_epoch, rows, *outputs), np.float32)
   arguments = (
-    _shapes(state, count),
+    state,
     source,
     _shapes(carry, count),
-    _shapes(job.dataset.splits["train"]),
+    _packed(job.dataset, "train"),
     jax.ShapeDtypeStruct((count, steps, rows), np.int32),
     jax.ShapeDtypeStruct((2,), np.uint32),
   )
@@ -79,7 +84,7 @@ def evaluation(job: Job, batch_size: int = 0, steps: int = 0, split: str = "test
   arguments = (
     (job.student.shapes,),
     _shapes(jax.eval_shape(lambda: (job.student.init_carry(rows),)), len(devices)),
-    _shapes(dataset.splits[split]),
+    _packed(dataset, split),
     jax.ShapeDtypeStruct((len(devices), steps, rows), np.int32),
   )
   step = make_eval_step(models, dataset.fetch, devices)

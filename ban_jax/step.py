@@ -23,14 +23,14 @@ SumsOf = Callable[[list[Logits], Batch], Mapping[str, Array]]
 class TrainStep(NamedTuple):
   """A compiled training step, and the names of the sums that it returns."""
 
-  run: Callable[..., tuple[TrainState, Any, Float[Array, "devices n sums"]]]
+  run: Callable[..., tuple[TrainState, Any, Float[Array, "n sums"]]]
   sums: tuple[str, ...]
 
 
 class EvalStep(NamedTuple):
   """A compiled evaluation step, and the shapes of the sums that it returns, by name."""
 
-  run: Callable[..., tuple[Carry, Float[Array, "devices n sums"]]]
+  run: Callable[..., tuple[Carry, Float[Array, "n sums"]]]
   shapes: Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -78,20 +78,22 @@ def make_train_step(
   devices: Devices,
   sync_batch_stats: bool,
   gradient_split: bool,
+  mapping: str = "pmap",
 ) -> TrainStep:
   """Returns the pmapped step `(state, source, carry, arrays, index, key_data) -> (state, carry, sums)`.
 
   Equal arguments give the same object, so that it compiles once for all generations. It takes
 
-    state     TrainState, a copy a device; donated
+    state     TrainState, broadcast; donated
     source    the teacher's source, placed as teaching.source_axis says; never donated, no gradient
     carry     (student's, teacher's), rows first, split over the devices; donated
     arrays    the data set's training arrays, broadcast
     index     int32 [devices, n, B / devices], n mini-batches, as devices.split_batches makes them
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
-  and returns the new state and carry, and the sums over each global mini-batch, float32 [devices, n, sums], alike on
-  every device: metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS.
+  and returns the new state and carry, and the sums over each global mini-batch, float32 [n, sums]:
+  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` is a key of
+  devices.MAPPINGS; a pmapped step and its successor give the same bytes.
   """
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
@@ -125,7 +127,8 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     params = {**optax.apply_updates(trainable, updates), **fixed}
     new = TrainState(state.step + 1, params, batch_stats, opt_state)
-    sums["finite"] = all_finite(new)
+    # A momentum that is not finite makes its parameter so in the same step. XLA fuses this into the update.
+    sums["finite"] = all_finite((params, batch_stats))
     # One array is read at a time. Counts stay exact: a mini-batch has fewer than 2^24 examples or tokens.
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
     return (new, (student_carry, teacher_carry)), row
@@ -135,8 +138,14 @@ def make_train_step(
     (state, carry), rows = _several(step, (state, carry), index, len(names))
     return state, carry, rows
 
-  axes = (0, teaching.source_axis, 0, None, 0, None)
-  return TrainStep(devices_lib.pmap(train_step, devices=devices, in_axes=axes, donate_argnums=(0, 2)), names)
+  run = devices_lib.MAPPINGS[mapping](
+    train_step,
+    devices=devices,
+    in_axes=(None, teaching.source_axis, 0, None, 0, None),
+    out_axes=(None, 0, None),
+    donate_argnums=(0, 2),
+  )
+  return TrainStep(run, names)
 
 
 def _several(
@@ -172,9 +181,8 @@ def make_eval_step(
   """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of M networks, the `members`.
 
   `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` (int32 [devices, n, B / devices], as
-  devices.split_batches makes it) have a leading device axis. `sums` are float32 [devices, n, sums], alike on every
-  device: what `sums_of` makes of the members' logits on each mini-batch, one after the other in the order of a tree's
-  leaves.
+  devices.split_batches makes it) have a leading device axis. `sums` are float32 [n, sums]: what `sums_of` makes of the
+  members' logits on each mini-batch, one after the other in the order of a tree's leaves.
   """
   shapes = jax.eval_shape(sums_of, *_examples(members[0].spec, len(members)))
 
@@ -193,7 +201,8 @@ def make_eval_step(
     step = functools.partial(one_step, variables, arrays)
     return _several(step, carries, index, sum(leaf.size for leaf in jax.tree.leaves(shapes)))
 
-  return EvalStep(devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0)), shapes)
+  run = devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0), out_axes=(0, None))
+  return EvalStep(run, shapes)
 
 
 def _examples(spec: InputSpec, networks: int) -> tuple[list[jax.ShapeDtypeStruct], Batch]:
@@ -209,8 +218,7 @@ def _examples(spec: InputSpec, networks: int) -> tuple[list[jax.ShapeDtypeStruct
 def make_statistics_step(model: Model, fetch: Callable[..., Batch], devices: Devices) -> Callable[..., PyTree]:
   """Returns the pmapped step `(params, batch_stats, arrays, index, key_data, step) -> batch_stats` that trains nothing.
 
-  `params`, `arrays` and `key_data` are broadcast, `batch_stats` and `index` have a leading device axis, and the batch
-  statistics that come back are alike on every device.
+  Of the arguments only `index` has a leading device axis.
   """
 
   def statistics_step(params, batch_stats, arrays, index, key_data, step):
@@ -221,4 +229,4 @@ def make_statistics_step(model: Model, fetch: Callable[..., Batch], devices: Dev
     )
     return devices_lib.pmean(new)
 
-  return devices_lib.pmap(statistics_step, devices=devices, in_axes=(None, 0, None, 0, None, None))
+  return devices_lib.pmap(statistics_step, devices=devices, in_axes=(None, None, None, 0, None, None), out_axes=None)

@@ -240,6 +240,7 @@ class Lane(NamedTuple):
   step: TrainStep
   source: PyTree  # of a replayed teacher: none, since it changes with the epoch
   arrays: PyTree
+  splits: Mapping[str, PyTree]  # those that are evaluated again and again
   key_data: jax.Array
   zero_carry: Carry
   bar: report.Progress
@@ -312,14 +313,15 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
       checkpoints=checkpoints,
       step=step_of(job),
       source=() if job.teacher.recorded else devices_lib.broadcast(job.teacher.source, job.devices),
-      arrays=devices_lib.broadcast(job.dataset.splits["train"], job.devices),
+      arrays=devices_lib.broadcast_split(job.dataset, "train", job.devices),
+      splits={split: devices_lib.broadcast_split(job.dataset, split, job.devices) for split in _repeated(job)},
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
       bar=stack.enter_context(contextlib.closing(bar)),
       write=stack.enter_context(report.tensorboard(directory if primary else None, done)),
       layouts=_layouts(job, record, done),
     )
-    state, carry = devices_lib.replicate(state, job.devices), devices_lib.split_rows(carry, job.devices)
+    state, carry = devices_lib.broadcast(state, job.devices), devices_lib.split_rows(carry, job.devices)
     yield lane, Live(state, carry, done, sums, tuple(history), time.monotonic(), done)
 
 
@@ -345,6 +347,7 @@ def step_of(job: Job) -> TrainStep:
     devices=job.devices,
     sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
     gradient_split=job.cfg.train.gradient_split,
+    mapping=job.cfg.train.mapping,
   )
 
 
@@ -358,6 +361,11 @@ def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -
     raise CheckpointError(
       f"{directory} was begun with a {begun} teacher, and is now to have a {now} one (train.replay; tables record the "
       f"teachers that several of their columns share); continue it as it was begun, or remove {directory}/steps"
+    )
+  if job.has_dropout and recorded["layout"].get("dropout_draws", 1) != own["layout"]["dropout_draws"]:
+    raise CheckpointError(
+      f"{directory} was begun by an earlier version, which drew dropout's masks otherwise; continue it with that "
+      f"version, or remove {directory}/steps to train it anew"
     )
   before, now = (flatten_dict(lineage["layout"], sep=".") for lineage in (recorded, own))
   # An earlier version recorded fewer settings: of those nothing is known.
@@ -424,7 +432,7 @@ def _read(lane: Lane, live: Live, keep: int) -> Live:
 
 
 def _diverged(lane: Lane, live: Live, number: int, mean: float) -> TrainingError:
-  what = "its parameters or their momentum are" if np.isfinite(mean) else f"its training loss, {mean}, is"
+  what = "its parameters or batch statistics are" if np.isfinite(mean) else f"its training loss, {mean}, is"
   kept = f"; the checkpoint of step {live.saved} is kept" if lane.checkpoints and live.saved else ""
   epoch = (number - 1) // lane.job.steps_per_epoch + 1
   return TrainingError(
@@ -443,12 +451,12 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
     **({"learning_rate": rate(live.done - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
-    **_evaluate(job, state, epoch, last),
+    **_evaluate(lane, state, epoch, last),
   }
   row = {"epoch": epoch, "step": live.done, **values}
   stopped = job.watch.stops((*live.history, row)) and not last
   if stopped:
-    values |= _evaluate(job, state, epoch, last=True)
+    values |= _evaluate(lane, state, epoch, last=True)
     row |= values
   history = (*live.history, row)
   if job.optimizer.between_epochs:
@@ -465,9 +473,16 @@ def _validated(job: Job, history: Sequence[Mapping[str, float]]) -> list[float]:
   return [row[VALIDATION_METRICS[job.dataset.spec.kind]] for row in history] if job.optimizer.between_epochs else []
 
 
-def _evaluate(job: Job, state: TrainState, epoch: int, last: bool) -> dict[str, float]:
+def _repeated(job: Job) -> list[str]:
+  """Returns the splits that are evaluated in the course of the training, not only after it."""
+  splits = ("validation", "test") if job.cfg.train.evaluate_every else ("validation",)
+  during = job.cfg.train.evaluate_every or job.optimizer.between_epochs
+  return [split for split in job.dataset.splits if during and split in splits]
+
+
+def _evaluate(lane: Lane, state: TrainState, epoch: int, last: bool) -> dict[str, float]:
   """Returns the metrics, by split, of a network in training where they are due after this epoch."""
-  cfg = job.cfg
+  job, cfg = lane.job, lane.job.cfg
   every = cfg.train.evaluate_every
   # Splits beside these three show what a finished generation made of its training examples.
   splits = [split for split in job.dataset.splits if split in ("validation", "test") or last and split != "train"]
@@ -477,7 +492,9 @@ def _evaluate(job: Job, state: TrainState, epoch: int, last: bool) -> dict[str, 
   batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:
     return {}
-  subject = Subject((job.student,), (variables_of(state),), job.dataset, job.devices)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  dataset = job.dataset._replace(splits={**job.dataset.splits, **lane.splits})
+  subject = Subject((job.student,), (variables,), dataset, job.devices)
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
 
 

@@ -130,6 +130,7 @@ class Dataset(NamedTuple):
   In text, an index is the number of a window, column by column and in the text's order, and `sizes` counts tokens.
   `train_order(key, batch_size)` gives one epoch's index vectors, int32 [steps, batch_size], incomplete batch dropped;
   `eval_order(split, batch_size)` gives every example of a split exactly once, int32 [steps, batch_size], padded by -1.
+  `pack(arrays)` returns a split's arrays in the shapes in which the devices hold them and `fetch` reads them.
   """
 
   name: str
@@ -142,6 +143,7 @@ class Dataset(NamedTuple):
   eval_order: Callable[[str, int], np.ndarray]
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
+  pack: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
   def __reduce__(self):
     """Makes the arrays read-only again where a pickled data set is read."""

@@ -1,5 +1,6 @@
 """Random crop and flip: against NumPy, in distribution, and independent of how a batch is split over devices."""
 
+import functools
 import itertools
 
 import jax
@@ -69,7 +70,7 @@ def grey_levels(arrays, inputs):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_augmentation_does_not_depend_on_how_the_batch_is_split(pad, flip, parts):
   arrays = arrays_of(random_images(64))
-  fetch = jax.jit(images.make_fetch(pad, flip), static_argnames="train")
+  fetch = jax.jit(images.make_fetch(pad, flip, arrays["images"].shape[1:]), static_argnames="train")
   key, index = jax.random.key(7), np.random.default_rng(1).permutation(64).astype(np.int32)[:32]
   positions = np.arange(32)
   whole = fetch(arrays, index, key=key, positions=positions, train=True)
@@ -86,7 +87,7 @@ def test_augmentation_does_not_depend_on_how_the_batch_is_split(pad, flip, parts
 def test_fetch_augments_with_the_drawn_offsets_and_flips():
   arrays = arrays_of(random_images(16))
   key, positions, index = jax.random.key(2), np.arange(100, 116), np.arange(16, dtype=np.int32)
-  got = images.make_fetch(3, True)(arrays, index, key=key, positions=positions, train=True)
+  got = images.make_fetch(3, True, arrays["images"].shape[1:])(arrays, index, key=key, positions=positions, train=True)
   offsets, flips = augment.draw(key, positions, 3)
   padded = np.pad(arrays["images"], ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
   for i, (y, x) in enumerate(np.asarray(offsets)):
@@ -98,13 +99,15 @@ def test_fetch_augments_with_the_drawn_offsets_and_flips():
 def test_images_stay_as_they_are(pad, flip, train):
   arrays = arrays_of(random_images(9))
   index = np.arange(9, dtype=np.int32)
-  got = images.make_fetch(pad, flip)(arrays, index, key=None, positions=None, train=train)
+  got = images.make_fetch(pad, flip, arrays["images"].shape[1:])(arrays, index, key=None, positions=None, train=train)
   np.testing.assert_array_equal(grey_levels(arrays, got.inputs), arrays["images"])
 
 
 def test_padding_rows_are_masked_and_finite():
   arrays = arrays_of(random_images(3))
-  got = images.make_fetch(0, False)(arrays, jnp.array([2, -1, 0, -1]), key=None, positions=None, train=False)
+  got = images.make_fetch(0, False, arrays["images"].shape[1:])(
+    arrays, jnp.array([2, -1, 0, -1]), key=None, positions=None, train=False
+  )
   np.testing.assert_array_equal(got.mask, [True, False, True, False])
   # A padding row only has to keep the loss finite: no label outside the classes, no infinite pixel.
   np.testing.assert_array_equal(got.labels, [2, 0, 0, 0])
@@ -113,5 +116,16 @@ def test_padding_rows_are_masked_and_finite():
 
 
 def test_fetch_is_one_object_for_one_behaviour():
-  assert images.make_fetch(4, True) is images.make_fetch(4, True)
-  assert images.make_fetch(4, True) is not images.make_fetch(4, False)
+  shape = (8, 8, 1)
+  assert images.make_fetch(4, True, shape) is images.make_fetch(4, True, shape)
+  assert images.make_fetch(4, True, shape) is not images.make_fetch(4, False, shape)
+
+
+def test_packed_images_give_the_same_mini_batch():
+  arrays = arrays_of(random_images(9))
+  packed = images.pack(arrays)
+  assert packed["images"].shape == (9, arrays["images"][0].size)
+  fetch = functools.partial(images.make_fetch(2, True, arrays["images"].shape[1:]), key=jax.random.key(1), train=True)
+  index = np.array([3, 8, -1, 0], np.int32)
+  plain, flat = (fetch(given, index, positions=np.arange(4)) for given in (arrays, images.pack(packed)))
+  jax.tree.map(np.testing.assert_array_equal, plain, flat)

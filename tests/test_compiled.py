@@ -136,12 +136,12 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   variables = jax.device_get(model.init(jax.random.key(0)))
   optimizer = optim.make_optimizer(cfg.optim, 1)
   state = jax.device_get(step.initial_state(model.init(jax.random.key(0)), optimizer, {}))
-  state = devices_lib.replicate(state, devices)
+  state = devices_lib.broadcast(state, devices)
   teachers = devices_lib.broadcast((variables,), devices)
-  arrays = devices_lib.broadcast(dataset.splits["train"], devices)
+  arrays = devices_lib.broadcast_split(dataset, "train", devices)
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.key(0)), devices)
   index = devices_lib.split_batches(np.arange(cfg.train.batch_size, dtype=np.int32)[None], devices)  # as a run does
-  placed = devices_lib.replicate(index[0], devices)
+  placed = devices_lib.place(index, devices)
   carry = ((), ((),))
   state, carry, _ = program.step(state, teachers, carry, arrays, index, key_data)  # compiles
   with jax.transfer_guard("disallow"):
@@ -276,6 +276,19 @@ def test_convolutions_in_bfloat16_are_neither_transposed_nor_converted(platform)
   assert all(tensor.endswith("xbf16>") for each in convolutions for tensor in each)
   # NHWC throughout: nothing of four axes is transposed; kernels are turned round inside the convolutions.
   assert not re.findall(r"stablehlo\.transpose.*: \(tensor<\d+x\d+x\d+x\d+x", text)
+
+
+def test_dropout_draws_have_no_axis_of_two():
+  # A TPU pads the last axis to 128. (Keys are two words each.)
+  assert not re.findall(r"tensor<(?:\d+x){2,}2xui(?:16|32)>", texts("lstm")[0])
+
+
+def test_no_state_has_a_device_axis():
+  program = programs.train_program(NETWORKS["lstm"][0], tuple(jax.devices()))
+  state, carry, sums = jax.eval_shape(program.step, *program.arguments)
+  assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, program.arguments[0])
+  assert sums.ndim == 2
+  assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {len(jax.devices())}
 
 
 def test_state_and_carry_are_donated_and_the_teacher_is_not():

@@ -434,7 +434,7 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
   cfg = config(train__epochs=1, generations=1, **PLAIN)  # five steps
 
   def at_the_last(state):
-    if int(np.asarray(state.step)[0]) == 4:
+    if int(state.step) == 4:
       signal.raise_signal(signal.SIGTERM)
     return state
 
@@ -663,7 +663,7 @@ def replaced_step(patch, before):
     step = real(**arguments)
 
     def changed(state, *given):
-      dispatched.append(1 + int(np.asarray(state.step)[0]))
+      dispatched.append(1 + int(state.step))
       return step.run(before(state), *given)
 
     return step._replace(run=changed)
@@ -701,14 +701,14 @@ def test_parameters_that_are_not_finite_stop_a_run_whose_loss_still_is(whole, tm
   cfg = config(**PLAIN)
 
   def poisoned(state):
-    overflow = int(np.asarray(state.step)[0]) == 7
+    overflow = int(state.step) == 7
     return state._replace(opt_state=jax.tree.map(lambda leaf: leaf * np.inf, state.opt_state)) if overflow else state
 
   with pytest.MonkeyPatch.context() as patch:
     replaced_step(patch, poisoned)
     with pytest.raises(
       TrainingError,
-      match="diverged in epoch 2 at step 8: its parameters or their momentum are not finite; .* of step 6 is kept",
+      match="diverged in epoch 2 at step 8: its parameters or batch statistics are not finite; .* of step 6 is kept",
     ):
       ban_jax.train_generation(None, cfg, workdir=tmp_path, **QUIET)
   assert steps_of(tmp_path) == [3, 6]

@@ -75,7 +75,7 @@ def test_an_unknown_key_is_refused():
     *({"loss__smoothing": 0.3}, {"loss__label_weight": 0.7}, {"data__window": 0}, {"optim__threshold": 0.5}),
     *({"scale": "mine"}, {"generations": 9}, {"data__dir": "/elsewhere"}, {"train__checkpoint_every": 7}),
     *({"train__gradient_split": True}, {"train__evaluate_every": 0}, {"evaluate__batch_size": 10}),
-    *({"train__steps_per_dispatch": 4}, {"evaluate__training_batch_size": 10}),
+    *({"train__steps_per_dispatch": 4}, {"train__mapping": "shard_map"}, {"evaluate__training_batch_size": 10}),
   ],
   ids=str,
 )

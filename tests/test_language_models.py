@@ -298,7 +298,7 @@ def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
   state = TrainState(np.int32(0), variables["params"], variables["batch_stats"], SGD.init(variables["params"]))
   carries = carry, tuple(other.init_carry(len(inputs)) for other in teachers)
   state, carries, _ = train_step.run(
-    devices_lib.replicate(jax.device_get(state), devices),
+    devices_lib.broadcast(jax.device_get(state), devices),
     devices_lib.broadcast(tuple(initial(other, 8) for other in teachers), devices),
     devices_lib.split_rows(carries, devices),
     devices_lib.broadcast({"windows": inputs}, devices),

@@ -1,5 +1,6 @@
 """What a run leaves is read by any tool: standard JSON, UTF-8, TensorBoard's curves, layouts, the commit."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from ban_jax import config as config_lib
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import report, storage, train, trees
+from ban_jax.errors import CheckpointError
 from ban_jax.storage import finished, steps
 from ban_jax.types import Generation, InputSpec, Network
 
@@ -220,6 +222,17 @@ def test_a_run_keeps_every_layout_that_took_part_and_a_resumption_names_what_cha
   assert len(warnings) == 2
   assert "(devices was 4, is 2; settings.matmul_precision was 'default', is 'float32'): its bytes may" in warnings[0]
   assert "(settings.matmul_precision was 'float32', is 'default')" in warnings[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_begun_with_other_draws_of_dropout_is_refused_and_others_are_not(dropout, tmp_path):
+  job = job_lib.prepare(job_lib.resolve(config(model__dropout=dropout), None), None, None)
+  layout = {key: value for key, value in job.lineage["layout"].items() if key != "dropout_draws"}
+  record = {"lineage": {**job.lineage, "layout": layout}}  # as an earlier version left it
+  train._check_resumed(job, tmp_path, {"lineage": job.lineage})
+  refused = pytest.raises(CheckpointError, match="begun by an earlier version, which drew dropout's masks otherwise")
+  with refused if dropout else contextlib.nullcontext():
+    train._check_resumed(job, tmp_path, record)
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_without_a_warning_and_its_layout_is_kept(caplog):

@@ -52,7 +52,7 @@ def sgd():
   return optim.make_optimizer(config().optim.to_dict() | plain, 1)
 
 
-def make_step(loss, members, devices, frozen=(), split=False, class_weights=()):
+def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), mapping="pmap"):
   group = {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
   return step.make_train_step(
     student=MODEL,
@@ -64,6 +64,7 @@ def make_step(loss, members, devices, frozen=(), split=False, class_weights=()):
     devices=devices,
     sync_batch_stats=True,
     gradient_split=split,
+    mapping=mapping,
   )
 
 
@@ -79,7 +80,7 @@ def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weigh
   variables, state = initial(frozen)
   placed = devices_lib.broadcast(tuple(teachers), devices)
   new_state, _, rows = train_step.run(
-    devices_lib.replicate(state, devices),
+    devices_lib.broadcast(state, devices),
     placed,
     ((), ((),) * len(teachers)),
     devices_lib.broadcast(arrays(), devices),
@@ -182,7 +183,7 @@ def test_the_teacher_is_neither_changed_nor_donated_nor_differentiated():
   train_step = make_step("ban", 1, tuple(jax.devices()[:1]))
 
   def reported_loss(other):
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], initial()[1])
+    state = jax.tree.map(jnp.asarray, initial()[1])
     index = jnp.arange(16, dtype=jnp.int32)[None, None]
     key = jax.random.key_data(jax.random.key(3))
     rows = train_step.run(state, (other,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), index, key)[2]
@@ -210,6 +211,46 @@ def test_gradient_split_is_logged_over_all_devices():
   np.testing.assert_allclose(sums["correct_squared"], (correct**2).sum(), rtol=1e-4)
   np.testing.assert_allclose(sums["dark_squared"], (difference**2).sum() - (correct**2).sum(), rtol=1e-4)
   np.testing.assert_allclose(sums["teacher_confidence"], p.max(-1).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shard_map_gives_the_bytes_of_pmap_and_donates(count):
+  devices = tuple(jax.devices()[:count])
+  found = []
+  for mapping in ("pmap", "shard_map"):
+    run = make_step("ban", 1, devices, mapping=mapping).run
+    state, carry = devices_lib.broadcast(initial()[1], devices), ((), ((),))
+    arguments = devices_lib.broadcast((arrays(), jax.random.key_data(jax.random.key(3))), devices)
+    source = devices_lib.broadcast((TEACHER,), devices)
+    for index in np.arange(32, dtype=np.int32).reshape(2, 1, 16):
+      before, index = state, devices_lib.split_batches(index, devices)
+      state, carry, rows = run(state, source, carry, arguments[0], index, arguments[1])
+      assert before.params["kernel"].is_deleted()
+      assert not source[0]["params"]["kernel"].is_deleted()
+    found.append([leaf.tobytes() for leaf in jax.tree.leaves(devices_lib.unreplicate((state, rows)))])
+  assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "params", "batch_stats"])
+def test_what_is_not_finite_is_seen_though_no_loss_shows_it(place):
+  devices = tuple(jax.devices()[:2])
+  _, state = initial(("bias",))
+  if place == "params":  # of a class that no example has
+    state.params["bias"] = np.array([0, 0, -np.inf], np.float32)
+  if place == "batch_stats":
+    state.batch_stats["seen"] = np.float32(np.inf)
+  run = make_step("label", 0, devices, ("bias",))
+  rows = run.run(
+    devices_lib.broadcast(state, devices),
+    (),
+    ((), ()),
+    devices_lib.broadcast(arrays(), devices),
+    devices_lib.split_batches(np.flatnonzero(arrays()["labels"] < 2)[:32].reshape(2, 16), devices, block=4),
+    devices_lib.broadcast(jax.random.key_data(jax.random.key(3)), devices),
+  )[2]
+  found = dict(zip(run.sums, devices_lib.unreplicate(rows).T, strict=True))
+  assert np.isfinite(found["loss"]).all()
+  assert found["finite"].tolist() == [place == "nowhere"] * 2 + [0, 0]  # the last two only fill up the dispatch
 
 
 def test_steps_are_the_same_object_for_equal_arguments():

@@ -99,6 +99,13 @@ def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, cap
   assert len(compiled) <= 3  # two training programs and at most one evaluation
 
 
+def test_a_run_by_shard_map_has_the_bytes_of_one_by_pmap(teacher, student):
+  other = ban_jax.train_generation(teacher, config(train__mapping="shard_map"), **QUIET)
+  assert bytes_of(other.params) == bytes_of(student.params)
+  with pytest.raises(ConfigError, match="unknown train.mapping 'vmap'; choose one of: pmap, shard_map"):
+    ban_jax.train_generation(None, config(train__mapping="vmap"), **QUIET)
+
+
 @pytest.mark.parametrize("loss", ["label", "ban", "cwtm", "dkpp"])
 def test_one_device_and_four_agree(loss, teacher):
   # Dropout, crops and synchronised batch norm are on; 3 steps keep reordered sums from growing apart.

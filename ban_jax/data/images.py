@@ -184,7 +184,8 @@ def _dataset(name: str, spec: InputSpec, splits: Any, sizes: Mapping[str, int], 
     splits=splits,
     sizes=sizes,
     digest="",
-    fetch=make_fetch(options.pad, options.flip),
+    fetch=make_fetch(options.pad, options.flip, spec.shape),
+    pack=pack,
     train_order=functools.partial(_train_order, name, sizes["train"]),
     eval_order=functools.partial(_eval_order, name, sizes),
   )
@@ -268,9 +269,18 @@ def _train_size(name: str, pool: int, held_out: int, options: Options) -> int:
   return options.train_examples or available
 
 
+def pack(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a split's arrays with an image in each row, [N, H W C].
+
+  Of images [N, H, W, C], XLA for TPUs copies all into another layout before it gathers any, in every dispatch.
+  """
+  images = arrays["images"]
+  return {**arrays, "images": images if images.ndim == 2 else images.reshape(len(images), -1)}
+
+
 @maker
-def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
-  """Returns the function that cuts a mini-batch out of a split; the same object for the same arguments.
+def make_fetch(pad: int, flip: bool, shape: tuple[int, int, int]) -> Callable[..., Batch]:
+  """Returns the function that cuts a mini-batch of images of `shape` out of a split, the same for the same arguments.
 
   Compiled steps are memoised on that object, so what differs between image data sets comes in through `arrays` and is
   never a constant of the program.
@@ -290,7 +300,7 @@ def make_fetch(pad: int, flip: bool) -> Callable[..., Batch]:
     padding row: some image, mask False. `key` and `positions` may be None if `train` is false.
     """
     rows = jnp.maximum(index, 0)
-    images = arrays["images"][rows]  # uint8 [B, H, W, C]
+    images = arrays["images"][rows].reshape(-1, *shape)  # uint8 [B, H, W, C]
     if train and (pad or flip):
       assert key is not None
       assert positions is not None

@@ -99,6 +99,10 @@ def classifier(x: Float[Array, "B C"], num_classes: int, dtype: Any) -> Float[Ar
   return nn.Dense(num_classes, dtype=dtype, kernel_init=he_normal, name="classifier")(x).astype(jnp.float32)
 
 
+# The version of Dropout's draws. A run that was begun with another one is not resumed.
+DRAWS = 2
+
+
 class Dropout(nn.Module):
   """Dropout whose mask depends on an example's position in the global mini-batch.
 
@@ -116,14 +120,16 @@ class Dropout(nn.Module):
     dropped = round(self.rate * 65536)
     if not train or not dropped:
       return x
-    key = self.make_rng("dropout")
-    size = x[0].size
+    key, channels = self.make_rng("dropout"), x.shape[-1]
 
-    def bits(position):  # two units share a 32-bit word, because threefry dominates the cost of dropout
-      words = jax.random.bits(jax.random.fold_in(key, position), ((size + 1) // 2,), jnp.uint32)
-      return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
+    def draw(position):
+      shape = (*x.shape[1:-1], (channels + 1) // 2)
+      return jax.random.bits(jax.random.fold_in(key, position), shape, jnp.uint32)
 
-    keep = jax.vmap(bits)(positions).reshape(x.shape) >= dropped  # [B, ...]
+    # Two channels share a 32-bit word, because threefry dominates the cost of dropout: one of the first half and one of
+    # the second. Neighbours would need an axis of two, which a TPU pads to 128.
+    words = jax.vmap(draw)(positions)  # [B, ..., ceil(C / 2)]
+    keep = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :channels] >= dropped
     return jnp.where(keep, x * jnp.asarray(65536 / (65536 - dropped), x.dtype), 0)
 
 

@@ -148,8 +148,11 @@ def training(job: Job, *, fixed: bool = False) -> Run:
   devices, size = job.devices, job.steps_per_dispatch
   compiled = train.step_of(job)
   state, carry = train.initial(job)
-  state, carry = devices_lib.replicate(state, devices), devices_lib.split_rows(carry, devices)
-  source, arrays = (devices_lib.broadcast(tree, devices) for tree in (job.teacher.source, job.dataset.splits["train"]))
+  state, carry = devices_lib.broadcast(state, devices), devices_lib.split_rows(carry, devices)
+  source, arrays = (
+    devices_lib.broadcast(job.teacher.source, devices),
+    devices_lib.broadcast_split(job.dataset, "train", devices),
+  )
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, train.STEPS)), devices)
   order = job.dataset.train_order(job.key, job.cfg.train.batch_size)
   if job.teacher.recorded:
@@ -176,7 +179,7 @@ def evaluation(job: Job) -> Run:
   devices, rows, size = job.devices, job.cfg.train.batch_size, job_lib.block_size(job.dataset.spec, job.devices)
   compiled = step.make_eval_step((job.student,), job.dataset.fetch, devices)
   variables = devices_lib.broadcast((untrained(job.student),), devices)
-  arrays = devices_lib.broadcast(job.dataset.splits["train"], devices)
+  arrays = devices_lib.broadcast_split(job.dataset, "train", devices)
   carries = devices_lib.split_rows((job.student.init_carry(rows),), devices)
   batches = itertools.cycle(job.dataset.train_order(job.key, rows))
 
