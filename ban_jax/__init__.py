@@ -19,6 +19,7 @@ from ban_jax.exporting import export, export_parameters
 from ban_jax.job import Setup, setup
 from ban_jax.loading import load, load_config, load_run, with_network
 from ban_jax.memory import keep_freed_memory
+from ban_jax.models.nnx import from_nnx
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
 from ban_jax.predicting import log_probabilities, normalise, predict, sample
@@ -53,6 +54,7 @@ __all__ = [
   "from_arrays",
   "from_flax",
   "from_function",
+  "from_nnx",
   "from_optax",
   "get_config",
   "keep_freed_memory",

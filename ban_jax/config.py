@@ -118,6 +118,8 @@ def check_dataset(cfg: ConfigDict, dataset: Dataset, own_optimizer: bool = False
     raise ConfigError(
       f"loss.class_weights has {len(weights)} numbers: expected {classes}, one for each class of {dataset.name}"
     )
+  if "k" in losses.LOSSES[cfg.loss.name].options and cfg.loss.k > classes:
+    raise ConfigError(f"loss.k={cfg.loss.k}: expected at most {classes}, the classes of {dataset.name}")
   if dataset.spec.kind != "tokens":
     return  # a batch of images larger than a split is cut to it; one of text would change what streams there are
   most = max(len(dataset.eval_order(split, 1)) for split in dataset.splits)

@@ -206,6 +206,7 @@ KEYS = {
     "same effect as with the other losses.",
   ),
   "loss.teacher_weight": Key(0.5, FINITE, "Weight of BAN+L's term of the teacher."),
+  "loss.k": Key(2, whole(1), "How many of the teacher's most probable classes top_k learns."),
   "loss.smoothing": Key(
     0.1, real(lambda v: 0 <= v <= 1, "a share from 0 to 1"), "The probability that is spread evenly over all classes."
   ),

@@ -1,4 +1,4 @@
-"""The losses of the paper (Furlanello et al. 2018, Eq. 1-11), and two controls that are not the paper's.
+"""The losses of the paper (Furlanello et al. 2018, Eq. 1-11), and others: two controls, and four of today.
 
 A loss is one function and one entry in LOSSES. step.py divides by the sum of its weights over all devices, so the
 batch-wide weights of CWTM are right on any number of devices.
@@ -112,6 +112,39 @@ def permute_dark(teacher_logits: Logits, key: PRNGKeyArray, positions: Int[Array
   return jax.vmap(example)(teacher_logits, positions)
 
 
+def reverse_kl(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
+  """KL(student || teacher), which shuns what the teacher finds unlikely (Gu et al. 2024)."""
+  own, theirs = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher_logits))
+  values = temperature**2 * _divergence(own, theirs)
+  return values, jnp.ones_like(values)
+
+
+def jensen_shannon(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
+  """Jensen-Shannon divergence: the mean divergence of student and teacher from their mean, at most log 2."""
+  own, theirs = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher_logits))
+  mean = jnp.logaddexp(own, theirs) - jnp.log(2)
+  values = temperature**2 * (_divergence(own, mean) + _divergence(theirs, mean)) / 2
+  return values, jnp.ones_like(values)
+
+
+def _divergence(log_probabilities: Logits, others: Logits) -> PerExample:
+  """Returns KL(p || q), in nats, of the logarithms of p and of q, the `others`."""
+  return jnp.sum(jnp.exp(log_probabilities) * (log_probabilities - others), axis=-1)
+
+
+def hard(logits, labels, teacher_logits, *, key, positions) -> ValuesAndWeights:
+  """Cross-entropy with the teacher's most probable class: what it says, without how sure it is."""
+  values = label_cross_entropy(logits, jnp.argmax(teacher_logits, axis=-1))
+  return values, jnp.ones_like(values)
+
+
+def top_k(logits, labels, teacher_logits, *, key, positions, k: int) -> ValuesAndWeights:
+  """Cross-entropy with the teacher's k most probable classes, each as probable (Jeong & Chung 2025, with k = 2)."""
+  _, classes = jax.lax.top_k(teacher_logits, k)  # [B, *T, k]
+  values = -jnp.take_along_axis(jax.nn.log_softmax(logits), classes, axis=-1).mean(axis=-1)
+  return values, jnp.ones_like(values)
+
+
 def label_smoothing(logits, labels, teacher_logits, *, key, positions, smoothing: float) -> ValuesAndWeights:
   """Cross-entropy with (1 - smoothing) label + smoothing / n: a control without a teacher (Szegedy et al. 2016)."""
   values = _smoothed(logits, labels, jnp.asarray(smoothing, jnp.float32))
@@ -156,6 +189,10 @@ _ENTRIES = {
   "ban_label": Loss(ban_label),
   "cwtm": Loss(cwtm),
   "dkpp": Loss(dkpp),
+  "reverse_kl": Loss(reverse_kl),
+  "jensen_shannon": Loss(jensen_shannon),
+  "hard": Loss(hard),
+  "top_k": Loss(top_k),
   "label_smoothing": Loss(label_smoothing, needs_teacher=False),
   "entropy_matched_smoothing": Loss(entropy_matched_smoothing),
 }

@@ -115,3 +115,24 @@ def test_a_language_model_of_own_data_is_trained_as_one_of_registered_text(netwo
 @pytest.mark.parametrize("scale", presets.SCALES)
 def test_own_data_have_no_settings_of_other_data(scale):
   config.check_data(presets.compose(f"own,own,{scale}").data)
+
+
+def test_transformers_are_trained_by_adamw():
+  vit, gpt = cifar.get_config("cifar10,vit_32,paper"), pydoc.get_config("pydoc,gpt_64,paper")
+  for cfg in (vit, gpt):
+    assert (cfg.optim.name, cfg.optim.decay, cfg.optim.schedule, cfg.optim.warmup) == (
+      "adamw",
+      "kernels",
+      "cosine",
+      0.05,
+    )
+  assert (vit.optim.weight_decay, gpt.optim.weight_decay, gpt.optim.b2, gpt.optim.clip_norm) == (0.05, 0.1, 0.95, 1.0)
+  assert presets.compose("own,vit_32,smoke").evaluate.batch_size == 300  # of images
+  assert presets.compose("own,gpt_64,smoke").evaluate.batch_size == 100
+
+
+def test_more_classes_than_there_are_are_refused():
+  cfg = digits.get_config("digits,wrn_10_1,smoke,top_k")
+  cfg.loss.k = 11
+  with pytest.raises(ConfigError, match="loss.k=11: expected at most 10, the classes of digits"):
+    config.check_dataset(cfg, data.load(cfg.data))

@@ -24,7 +24,7 @@ fast = settings(max_examples=60, deadline=None)
 
 
 def loss(name, **options):
-  defaults = {"temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5, "smoothing": 0.1}
+  defaults = {"temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5, "smoothing": 0.1, "k": 2}
   return losses.make_loss({"name": name, **defaults, **options})
 
 
@@ -214,6 +214,33 @@ def test_tokens_have_a_value_each(name):
 
 
 @fast
+@given(logits_arrays, labels_arrays, logits_arrays, st.sampled_from([1.0, 2.0]))
+def test_divergences_are_those_of_the_formulas(z, y, t, temperature):
+  p, q = softmax(z / temperature), softmax(t / temperature)
+  mean, tiny = (p + q) / 2, 1e-300
+  kl = lambda a, b: (a * (np.log(a + tiny) - np.log(b + tiny))).sum(-1)  # noqa: E731
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  close(eager(loss("reverse_kl", temperature=temperature), z, y, t), temperature**2 * kl(p, q))
+  shannon = temperature**2 * (kl(p, mean) + kl(q, mean)) / 2
+  close(eager(loss("jensen_shannon", temperature=temperature), z, y, t), shannon)
+  close(eager(loss("jensen_shannon", temperature=temperature), t, y, z), shannon)
+
+
+@fast
+@given(
+  logits_arrays, labels_arrays, hnp.arrays(np.float32, (ROWS, CLASSES), elements=st.integers(-15, 15), unique=True)
+)
+def test_the_teacher_s_first_classes_are_labels(z, y, t):
+  logs = np.log(softmax(z))
+  order = np.argsort(-t, axis=-1)
+  rows = np.arange(ROWS)[:, None]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  close(values_of(loss("hard"), z, y, t)[0], -logs[rows[:, 0], order[:, 0]])
+  for k in (1, 2, CLASSES):
+    close(eager(loss("top_k", k=k), z, y, t), -logs[rows, order[:, :k]].mean(-1))
+
+
+@fast
 @given(logits_arrays, labels_arrays, logits_arrays)
 def test_gradient_split_adds_up(z, y, t):
   split = gradient.split_gradient(z, y, t)
@@ -233,7 +260,9 @@ def test_gradient_split_adds_up(z, y, t):
 
 
 def test_an_unknown_loss_lists_the_choices():
-  names = "ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, label, label_smoothing"
+  names = (
+    "ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, hard, jensen_shannon, label, label_smoothing, reverse_kl"
+  )
   with pytest.raises(errors.ConfigError, match=f"unknown loss 'kd'; choose one of: {names}"):
     losses.make_loss({"name": "kd"})
 

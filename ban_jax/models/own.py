@@ -14,10 +14,12 @@ from flax import linen as nn
 
 from ban_jax import devices, trees
 from ban_jax.errors import ConfigError
-from ban_jax.models import program
+from ban_jax.models import common, program
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program, Recipe
 
+# Further collections are kept among the batch statistics, under names that no module has: "@ema".
 COLLECTIONS = ("params", "batch_stats")
+MARK = "@"
 # What other code calls the argument `train`, or its opposite. Left at its default it would switch off what only
 # training does, of which dropout and batch statistics are noticed by `_trained`.
 OTHER_NAMES = (
@@ -41,36 +43,36 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
   """Returns a Flax module as a network, for the arguments `model` and `teacher_model` of `train_generation` and others.
 
   The module is called as `module(x, train=...)`, or as `module(x)` where it has no argument `train`; x is float32
-  [B, H, W, C], normalised, and it returns logits [B, n]. It may have batch statistics, and dropout by the random
-  generator "dropout". `spec` is the data set that it is for, or its `spec`; `name` defaults to the class's name. Name,
-  plain field values and a digest of what its code computes identify the network in run directories.
+  [B, H, W, C], normalised, and it returns logits [B, n]; of text, x is int32 [B, T], each row read on its own, and the
+  logits are [B, T, n]. It may have dropout by the random generator "dropout", batch statistics, and further collections
+  of floating-point numbers, which training carries as it carries batch statistics. `spec` is the data set that it is
+  for, or its `spec`; `name` defaults to the class's name. Name, plain field values and a digest of what its code
+  computes identify the network in run directories.
 
   Two things are kept for the library's own networks alone. Dropout by `nn.Dropout` depends on the number of devices,
   because it does not draw by the example's place in the mini-batch. `nn.BatchNorm` on several devices normalises by
   each device's own examples, and the running statistics are averaged over the devices, unless the module gives it
   `axis_name="devices"`.
 
-  Raises a ConfigError for a module that cannot be called so, has other collections than "params" and "batch_stats",
-  does not return logits of the right shape, leaves batch statistics or dropout still in training, or takes the images
-  of a mini-batch together in evaluation.
+  Raises a ConfigError for a module that cannot be called so, has a state of whole numbers, does not return logits of
+  the right shape, leaves batch statistics or dropout still in training, takes the images of a mini-batch together in
+  evaluation, or tells a token from later ones.
   """
   spec = spec.spec if isinstance(spec, Dataset) else spec
   if not isinstance(module, nn.Module):
     raise ConfigError(f"from_flax takes an instance of flax.linen.Module, not {_kind(module)}")
   if not isinstance(spec, InputSpec):
     raise ConfigError(f"from_flax takes a Dataset or its spec as the second argument, not {_kind(spec)}")
-  if spec.kind != "images":
-    raise ConfigError("from_flax takes networks of images; the data set holds tokens")
   name = type(module).__name__ if name is None else name
-  _check_name(name)
+  check_name(name)
   model, called = _of_module(module, spec, name)
-  model = model._replace(program=_examine(model, called), recipe=Recipe(_again, module, spec, name))
+  model = model._replace(program=examine(model, called), recipe=Recipe(_again, module, spec, name))
   try:
     same = _same(module, spec, name, model.program)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
     same = []
   if not same:  # otherwise an equal one has passed
-    _check_rows(model, _random(model.shapes))
+    check_rows(model, random_variables(model.shapes))
     same.append(model)
   return same[0]
 
@@ -88,10 +90,9 @@ def _same(module: nn.Module, spec: InputSpec, name: str, program: Program) -> li
   return []
 
 
-def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, str]:
-  """Returns a module as a network, not examined yet, and in words how it is called in training."""
-  parameters = inspect.signature(type(module).__call__).parameters
-  trains = "train" in parameters or _takes_train(module, spec)
+def check_call(kind: type, name: str, trains: bool) -> None:
+  """Raises a ConfigError where a module is not called as `module(x)`, or if it `trains`, as `module(x, train=)`."""
+  parameters = inspect.signature(kind.__call__).parameters
   for other in OTHER_NAMES:
     if other in parameters and not trains:
       raise ConfigError(f"model {name!r} has the argument {other!r}; expected module(x, train=): rename it to train")
@@ -105,6 +106,12 @@ def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, st
       f"model {name!r} needs the arguments {', '.join(others)}; expected module(x) or module(x, train=)"
     )
 
+
+def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, str]:
+  """Returns a module as a network, not examined yet, and in words how it is called in training."""
+  trains = "train" in inspect.signature(type(module).__call__).parameters or _takes_train(module, spec)
+  check_call(type(module), name, trains)
+
   def call(variables: Mapping[str, Any], inputs: jax.Array, train: bool, **options: Any) -> Any:
     return module.apply(variables, inputs, **(options | {"train": train} if trains else options))
 
@@ -114,16 +121,19 @@ def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, st
     # that is kept.
     rngs = {"params": key, "dropout": key}
     options: dict[str, Any] = {"train": False} if trains else {}
-    return dict(module.init(rngs, jnp.zeros((1, *spec.shape)), **options))
+    found = dict(module.init(rngs, common.blank(spec), **options))
+    return {"params": found.get("params", {}), "batch_stats": _state(found)}
 
   def apply(variables, carry, inputs, *, train, key=None, positions=None):
-    statistics = variables.get("batch_stats", {})
+    state = variables.get("batch_stats", {})
+    collections = _collections(variables["params"], state)
     if not train:
-      return _logits(call(_without_empty(variables), inputs, False)), carry, statistics
+      return logits_of(call(collections, inputs, False)), carry, state
     # Without the fold, all devices would draw the same mask.
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, positions[0])}
-    logits, updated = call(_without_empty(variables), inputs, True, rngs=rngs, mutable=["batch_stats"])
-    return _logits(logits), carry, updated.get("batch_stats", statistics)
+    kept = [name for name in collections if name != "params"]
+    logits, updated = call(collections, inputs, True, rngs=rngs, mutable=kept)
+    return logits_of(logits), carry, _state({**collections, **updated})
 
   model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
   if trains:
@@ -135,7 +145,7 @@ def _takes_train(module: nn.Module, spec: InputSpec) -> bool:
   """Returns whether a module that takes any keyword hands `train` on to what knows it, as nn.Sequential does."""
   if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(module).__call__).parameters.values()):
     return False
-  inputs = jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32)
+  inputs = jax.eval_shape(lambda: common.blank(spec))
   rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
   try:
     jax.eval_shape(lambda x: module.init(rngs, x, train=False), inputs)
@@ -144,45 +154,59 @@ def _takes_train(module: nn.Module, spec: InputSpec) -> bool:
   return True
 
 
-def _without_empty(variables: Mapping[str, Any]) -> dict[str, Any]:
-  return {collection: tree for collection, tree in variables.items() if tree}
+def _state(collections: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the batch statistics, with all other collections but the parameters among them."""
+  others = {f"{MARK}{name}": tree for name, tree in collections.items() if name not in COLLECTIONS}
+  return {**collections.get("batch_stats", {}), **others}
 
 
-def _logits(outputs: Any) -> jax.Array:
+def _collections(params: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the collections that `_state` was made of, without those that are empty."""
+  statistics = {name: tree for name, tree in state.items() if not name.startswith(MARK)}
+  others = {name.removeprefix(MARK): tree for name, tree in state.items() if name.startswith(MARK)}
+  collections = {"params": params, "batch_stats": statistics, **others}
+  return {name: tree for name, tree in collections.items() if tree}
+
+
+def logits_of(outputs: Any) -> jax.Array:
   """Returns a network's outputs as float32; raises a ConfigError where they are no array."""
   if not isinstance(outputs, jax.Array | np.ndarray):
     raise ConfigError(f"the network returns {type(outputs).__name__}; expected one array, the logits [B, classes]")
   return jnp.asarray(outputs, jnp.float32)
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
+  """Raises a ConfigError for what cannot name a network."""
   if not (isinstance(name, str) and name.isprintable() and name):
     raise ConfigError(f"name={name!r}: expected a printable word, because it identifies the network in run directories")
 
 
-def _examine(model: Model, called: str = "") -> Program:
+def examine(model: Model, called: str = "") -> Program:
   """Returns what a network computes, traced for a tiny batch; in evaluation mode alone where nothing is `called`.
 
   Raises a ConfigError where it cannot be called, keeps other state, does not return logits, or does not train.
   """
-  inputs = jax.ShapeDtypeStruct((2, *model.spec.shape), jnp.float32)
+  inputs = jax.eval_shape(lambda: jnp.repeat(common.blank(model.spec), 2, axis=0))
+  expected = (*inputs.shape[: 1 if model.spec.kind == "images" else 2], model.spec.num_classes)
   doing = "made for"
   try:
     made = program.trace(model.init, _key_shape())
     variables = made.out_info
-    if others := [collection for collection in variables if collection not in COLLECTIONS]:
-      raise ConfigError(
-        f"model {model.name!r} has the collections {', '.join(others)}; expected {' and '.join(COLLECTIONS)} alone"
-      )
+    for path, leaf in trees.leaves(variables.get("batch_stats", {})).items():
+      if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ConfigError(
+          f"model {model.name!r} has the state {path.removeprefix(MARK)} of {leaf.dtype}; expected floating-point "
+          "numbers, which can be averaged over devices"
+        )
     doing = "called with"
     predicts = program.trace(lambda v, x: model.apply(v, (), x, train=False)[0], variables, inputs)
     shape = predicts.out_info.shape
-    if shape != (2, model.spec.num_classes):
+    if shape != expected:
       raise ConfigError(
-        f"model {model.name!r} returns {list(shape)} for two images; expected logits [2, {model.spec.num_classes}]"
+        f"model {model.name!r} returns {list(shape)} for two {_noun(model)}s; expected logits {list(expected)}"
       )
     doing = "trained on"
-    trains = (made, _trained(model, variables, inputs, called)) if called else ()
+    trains = (made, _trained(model, variables, inputs, predicts.out_info, called)) if called else ()
     return Program(program.digest(predicts), program.digest(*trains) if trains else "", program.VERSIONS)
   except ConfigError:
     raise
@@ -193,14 +217,19 @@ def _examine(model: Model, called: str = "") -> Program:
 def _failed(model: Model, doing: str, error: Exception) -> ConfigError:
   size, reason = "x".join(map(str, model.spec.shape)), (str(error) or type(error).__name__).splitlines()[0]
   hint = f'; batch statistics are synchronised by axis_name="{devices.AXIS}"' if "unbound axis" in reason else ""
-  return ConfigError(f"model {model.name!r} cannot be {doing} images of {size}: {reason}{hint}")
+  read = f"{_noun(model)}s of {size}{' tokens' * (model.spec.kind == 'tokens')}"
+  return ConfigError(f"model {model.name!r} cannot be {doing} {read}: {reason}{hint}")
+
+
+def _noun(model: Model) -> str:
+  return "image" if model.spec.kind == "images" else "window"
 
 
 def _key_shape() -> jax.ShapeDtypeStruct:
   return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
 
 
-def _trained(model: Model, variables: Any, inputs: Any, called: str) -> Any:
+def _trained(model: Model, variables: Any, inputs: Any, slope: Any, called: str) -> Any:
   """Returns the trace of a network in training, with its gradient; raises a ConfigError where training passes it by."""
   dropouts: dict[str, bool] = {}  # by path, whether it draws
 
@@ -213,44 +242,47 @@ def _trained(model: Model, variables: Any, inputs: Any, called: str) -> Any:
       dropouts["/".join(layer.path)] = not (layer.deterministic if given is None else given)
     return outputs
 
-  def train(variables: Any, x: jax.Array, key: jax.Array | None, slope: jax.Array) -> Any:
+  def train(state: Any, params: Any, x: jax.Array, key: jax.Array | None, slope: jax.Array) -> Any:
     def logits(params: Any) -> tuple[jax.Array, Any]:
-      found = model.apply({**variables, "params": params}, (), x, train=True, key=key, positions=jnp.arange(2))
+      variables = {"params": params, "batch_stats": state}
+      found = model.apply(variables, (), x, train=True, key=key, positions=jnp.arange(2))
       return found[0], found[2]
 
-    outputs, pullback, statistics = jax.vjp(logits, variables.get("params", {}), has_aux=True)
+    outputs, pullback, statistics = jax.vjp(logits, params, has_aux=True)
     return outputs, statistics, pullback(slope)
 
   # Mapped, so that the axis of synchronised batch statistics has its name.
   mapped = jax.vmap(train, in_axes=None, axis_name=devices.AXIS, axis_size=1)
-  slope = jax.ShapeDtypeStruct((2, model.spec.num_classes), jnp.float32)
+  given = variables["batch_stats"], variables["params"], inputs
   with nn.intercept_methods(watch):
-    traced = program.trace(mapped, variables, inputs, _key_shape(), slope)
-  _, statistics, _ = program.reached(traced, 1)
-  draws, _, _ = program.reached(traced, 2)
+    traced = program.trace(mapped, *given, _key_shape(), slope)
+  # What moves, moves with the parameters, as in spectral normalisation, or with the inputs.
+  (_, with_params, _), (_, with_inputs, _) = program.reached(traced, 1), program.reached(traced, 2)
+  draws, _, _ = program.reached(traced, 3)
   layers: dict[str, bool] = {}
-  for path, moves in trees.leaves(statistics).items():
+  for path, moves in trees.leaves(jax.tree.map(lambda one, other: one or other, with_params, with_inputs)).items():
     layer = path.rpartition("/")[0]
-    layers[layer] = layers.get(layer, False) or bool(moves)
+    if not path.startswith(MARK):
+      layers[layer] = layers.get(layer, False) or bool(moves)
   still = [f"batch statistics of {layer or model.name} do not move" for layer, moves in layers.items() if not moves]
   still += [f"dropout {path} is off" for path, on in dropouts.items() if not on]
-  if not (still or draws) and (dropouts or _asks(mapped, variables, inputs, slope)):
+  if not (still or draws) and (dropouts or _asks(mapped, given, slope)):
     still = ["dropout draws nothing from its key"]
   if still:
     raise ConfigError(f"model {model.name!r}: in training, {still[0]}; it is {called}")
   return traced
 
 
-def _asks(train: Callable[..., Any], variables: Any, inputs: Any, slope: Any) -> bool:
+def _asks(train: Callable[..., Any], given: tuple[Any, ...], slope: Any) -> bool:
   """Returns whether a network asks for the random generator of dropout: without one, it then fails."""
   try:
-    jax.eval_shape(lambda v, x, s: train(v, x, None, s), variables, inputs, slope)
+    jax.eval_shape(lambda given, slope: train(*given, None, slope), given, slope)
   except Exception:  # whatever Flax raises: with the generator it ran
     return True
   return False
 
 
-def _random(shapes: Any) -> Any:
+def random_variables(shapes: Any) -> Any:
   """Returns variables of these shapes, none of them zero: initial ones may hide what a network does."""
   rng = np.random.default_rng(0)
 
@@ -264,21 +296,32 @@ def _random(shapes: Any) -> Any:
   return jax.tree.map(draw, shapes)
 
 
-def _check_rows(model: Model, variables: Any) -> None:
-  """Raises a ConfigError where, in evaluation mode, an image's logits depend on its mini-batch."""
-  images = np.random.default_rng(1).normal(size=(3, *model.spec.shape)).astype(np.float32)
+def check_rows(model: Model, variables: Any) -> None:
+  """Raises a ConfigError where, in evaluation, logits depend on other rows of the mini-batch, or on later tokens."""
+  rng, spec = np.random.default_rng(1), model.spec
+  if spec.kind == "images":
+    inputs = rng.normal(size=(3, *spec.shape)).astype(np.float32)
+  else:
+    inputs = rng.integers(0, spec.num_classes, (3, *spec.shape)).astype(np.int32)
+    inputs[2, :-1], inputs[2, -1] = inputs[0, :-1], (inputs[0, -1] + 1) % spec.num_classes
   # Run once: to compile it well would take longer than to run it badly.
   cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
   run = jax.jit(lambda v, x: model.apply(v, (), x, train=False)[0], compiler_options=cheap)
   try:
-    one, other = (np.asarray(run(variables, images[rows])) for rows in ([0, 1], [2, 0]))
+    one, other = (np.asarray(run(variables, inputs[rows])) for rows in ([0, 1], [2, 0]))
   except Exception as error:  # of a callback, which is called only now
     raise _failed(model, "called with", error) from error
   spread = np.ptp(np.stack([one, other]))
   if np.abs(one[0] - other[1]).max() > 0.01 * spread:  # false where a number is not finite
+    noun = _noun(model)
     raise ConfigError(
-      f"model {model.name!r}: in evaluation, the logits of an image depend on its place or on the others in its "
-      "mini-batch; expected each image to be taken alone, batch normalisation by running statistics"
+      f"model {model.name!r}: in evaluation, the logits of a{'n' * (noun == 'image')} {noun} depend on its place or on "
+      f"the others in its mini-batch; expected each {noun} to be taken alone, batch normalisation by running statistics"
+    )
+  if spec.kind == "tokens" and np.abs(one[0, :-1] - other[0, :-1]).max(initial=0) > 0.01 * spread:
+    raise ConfigError(
+      f"model {model.name!r}: the logits after a token depend on the tokens that follow it; expected a causal network, "
+      "because these are what it is to predict"
     )
 
 
@@ -304,15 +347,16 @@ def from_function(
 ) -> Generation:
   """Returns a network of another library as a fixed teacher: a Generation to pass as `params_prev`.
 
-  `apply(variables, inputs)` is a JAX function of a tree of arrays and of normalised images, float32 [B, H, W, C]; it
-  returns logits [B, n]. Such a generation can teach and be evaluated, but not be trained. Where `spec` is a data set,
-  it predicts too, and normalises images as that set does. Raises a ConfigError where the function does not return
-  logits for inputs of `spec`, or takes the images of a mini-batch together.
+  `apply(variables, inputs)` is a JAX function of a tree of arrays and of normalised images, float32 [B, H, W, C], that
+  returns logits [B, n]; or of tokens, int32 [B, T], with logits [B, T, n]. Such a generation can teach and be
+  evaluated, but not be trained. Where `spec` is a data set, it predicts too, and normalises images as that set does.
+  Raises a ConfigError where the function does not return logits for inputs of `spec`, takes the images of a mini-batch
+  together, or tells a token from later ones.
   """
   scaling, spec = (spec.scaling, spec.spec) if isinstance(spec, Dataset) else ({}, spec)
   if not callable(apply) or not isinstance(spec, InputSpec):
     raise ConfigError("from_function takes a function, its variables and a Dataset or its spec")
-  _check_name(name)
+  check_name(name)
   try:
     variables = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), variables)  # float64 becomes float32
   except Exception as error:  # whatever another library's tensor raises
@@ -323,12 +367,12 @@ def from_function(
 
   def call(tree, carry, inputs, *, train, key=None, positions=None):
     logits = apply(tree["params"]["variables"], inputs)
-    return _logits(logits), carry, {}
+    return logits_of(logits), carry, {}
 
   model = Model(name, spec, init, lambda rows: (), call)
-  model = model._replace(program=_examine(model))
+  model = model._replace(program=examine(model))
   params = trees.to_host({"params": {"variables": variables}, "batch_stats": {}}, 0)
-  _check_rows(model, trees.to_plain(params))
+  check_rows(model, trees.to_plain(params))
   network = Network({"name": "own", "own": name}, "float32", spec, scaling, model.program, model)
   return Generation(0, params, {}, (), network)
 

@@ -216,6 +216,7 @@ MODELS = {
   "cnn_lstm_32": ConfigDict({**_CNN_LSTM, "filters_per_width": 4, "filters_at_most": 16, "units": 32}),
 }
 
+_ADAMW = {"optim.name": "adamw", "optim.decay": "kernels", "optim.schedule": "cosine", "optim.warmup": 0.05}
 # Training settings of a network at every scale, by model name; image networks use the base's. The code that the paper
 # took its language settings from sums the loss over the 35 tokens of a window, ours averages it: the same update needs
 # 35 times the learning rate and 1/35 of the clip norm.
@@ -236,7 +237,20 @@ TRAINING = {
     "optim.threshold": 0.5,
     "train.batch_size": 20,
   },
+  # Touvron et al. 2021, whose rate of 5e-4 is for batches of 512; small data take more.
+  "vit": {**_ADAMW, "optim.learning_rate": 5e-4, "optim.weight_decay": 0.05},
+  # Brown et al. 2020: decay, clipping and the second moment's share; small networks take a higher rate than GPT-2's.
+  "gpt": {
+    **_ADAMW,
+    "optim.learning_rate": 1e-3,
+    "optim.weight_decay": 0.1,
+    "optim.b2": 0.95,
+    "optim.clip_norm": 1.0,
+    "train.batch_size": 32,
+    "evaluate.batch_size": 10,  # without a carry, any batch gives the same numbers
+  },
 }
+TEXT_MODELS = ("char_cnn_lstm", "gpt", "lstm")
 
 # Settings of an optimizer that is named by a word, where they differ from the base's, which are SGD's. Lion's rate is a
 # tenth of AdamW's, and its decay ten times as large (Chen et al. 2023); Muon's updates have the size of AdamW's.
@@ -249,7 +263,7 @@ OPTIMIZER_SETTINGS = {
 
 
 def _is_text(config: ConfigDict) -> bool:
-  return config.data.window > 0 or config.data.name == "own" and config.model.name in TRAINING
+  return config.data.window > 0 or config.data.name == "own" and config.model.name in TEXT_MODELS
 
 
 def _paper(config: ConfigDict) -> None:
