@@ -107,14 +107,15 @@ def test_every_data_key_is_one_that_data_sets_take():
 @pytest.mark.parametrize("scale", presets.SCALES)
 @pytest.mark.parametrize("network", ["lstm", "cnn_lstm_32"])
 def test_a_language_model_of_own_data_is_trained_as_one_of_registered_text(network, scale):
-  own, text = (presets.compose(f"{name},{network},{scale}").to_dict() for name in ("own", "pydoc"))
+  cfg = presets.compose(f"own,{network},{scale}")
+  own, text = cfg.to_dict(), presets.compose(f"pydoc,{network},{scale}").to_dict()
   assert {key: own[key] for key in own if key != "data"} == {key: text[key] for key in text if key != "data"}
-  config.check_data(own["data"])  # no setting that has no effect
+  config.check(cfg)  # no setting that has no effect
 
 
 @pytest.mark.parametrize("scale", presets.SCALES)
 def test_own_data_have_no_settings_of_other_data(scale):
-  config.check_data(presets.compose(f"own,own,{scale}").data)
+  config.check(presets.compose(f"own,own,{scale}"))
 
 
 def test_transformers_are_trained_by_adamw():
