@@ -83,6 +83,8 @@ GOOD = {
   "cfg": of(config),
   "devices": of(lambda: None, lambda: jax.devices()[:1], lambda: jax.devices()[:2]),
   "inputs": of(lambda: IMAGES),
+  "images": of(lambda: IMAGES),
+  "source": of(dataset, network),
   "sentences": of(lambda: ["the return value", ""]),
   "prompt": of(lambda: "", lambda: "the"),
   "length": of(lambda: 3),
@@ -107,8 +109,8 @@ GOOD = {
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_parameters", "from_arrays", "from_flax", "from_function"),
-  *("get_config", "load", "load_config", "load_run", "log_probabilities", "predict", "reliability", "run", "sample"),
-  *("train_generation", "with_network"),
+  *("get_config", "load", "load_config", "load_run", "log_probabilities", "normalise", "predict", "reliability"),
+  *("run", "sample", "train_generation", "with_network"),
 )
 
 

@@ -147,8 +147,6 @@ def test_a_set_whose_code_is_not_there_is_read_whatever_its_shards_and_format(tm
       digests.append(dataset.digest)
   assert_holds(dataset, "test", *greys()["test"])
   assert len(set(digests)) == 1
-  with pytest.raises(ConfigError, match="'tiny_unknown:2.0.0': TFDS has no such set, and none .*: tiny_unknown"):
-    data.load(group("tiny_unknown:2.0.0", tmp_path / "0"))
 
 
 def test_parts_of_splits(both):
@@ -202,7 +200,7 @@ def test_splits_of_different_sizes_are_reported(tmp_path):
     data.load(group("tiny_mixed", tmp_path))
 
 
-@pytest.mark.parametrize("asked", ["tiny_own:9.9.9", "tiny_own:9.*.*", "tiny_own/small", "tiny_own/small:1.2.0"])
+@pytest.mark.parametrize("asked", ["tiny_own:2.0.0", "tiny_own:9.*.*", "tiny_own/small", "tiny_own/small:1.2.0"])
 def test_another_version_of_a_set_without_code_names_those_that_are_there(asked, tmp_path):
   prepare(make("TinyOwn", greys, features_of((8, 8, 1), GREYS), register=False), tmp_path)
   with pytest.raises(ConfigError, match=rf"data.dataset='.*': {tmp_path} has another of .*one of: tiny_own:1.2.0$"):
