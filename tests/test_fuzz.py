@@ -127,7 +127,7 @@ def trace(job):
   key = jax.ShapeDtypeStruct((2,), np.uint32)
   carry = (*carries(rows, (job.student,)), jax.eval_shape(lambda: job.teacher.teaching.init_carry(rows)))
   source, arrays = job.teacher.source, job.dataset.splits["train"]
-  jax.eval_shape(train.step_of(job).run, on_each(state), source, on_each(carry), arrays, on_each(index), key)
+  jax.eval_shape(train.step_of(job).run, state, source, on_each(carry), arrays, on_each(index), key)
 
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   step = make_eval_step((job.student,), job.dataset.fetch, devices).run
