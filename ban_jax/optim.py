@@ -200,13 +200,17 @@ OPTIMIZERS: Registry[Callable[..., Transformations]] = Registry(
 
 
 def kernels(params: PyTree) -> PyTree:
-  """Returns, for each parameter, whether it is a kernel: not a bias, a scale of a normalisation, or an embedding."""
+  """Returns, for each parameter, whether it is a kernel: no bias, scale of a normalisation, or embedding."""
   return jax.tree_util.tree_map_with_path(_is_kernel, params)
+
+
+# Parameters of several axes that are no kernels, by the last name of their path.
+NO_KERNELS = ("bias", "scale", "positions", "token")
 
 
 def _is_kernel(path: tuple[Any, ...], parameter: Any) -> bool:
   name = str(getattr(path[-1], "key", path[-1]))
-  return parameter.ndim > 1 and name not in ("bias", "scale") and "embed" not in name
+  return parameter.ndim > 1 and name not in NO_KERNELS and "embed" not in name
 
 
 def _matrices(params: PyTree) -> PyTree:

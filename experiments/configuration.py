@@ -67,7 +67,11 @@ def _words() -> str:
     lines = [
       f"- `{word}`{_values({k: v for k, v in preset.items() if k != 'name'}, ': ')}" for word, preset in group.items()
     ]
-    parts += [f"`model.name={name}`: {_first(kind.options)}", "\n".join(lines)] if lines else []
+    parts += (
+      [f"`model.name={name}`: {_first(kind.options).partition('; raises')[0].rstrip('.')}.", "\n".join(lines)]
+      if lines
+      else []
+    )
   return "\n\n".join(parts)
 
 

@@ -138,6 +138,8 @@ def test_kernels_alone_decay_if_asked_for(name):
     "norm": {"scale": jnp.ones(4)},
     "attention": {"bias": jnp.ones((2, 2))},
     "words": {"embedding": jnp.ones((5, 2))},
+    "positions": jnp.ones((3, 2)),
+    "token": jnp.ones((1, 1, 2)),
   }
   nothing = jax.tree.map(jnp.zeros_like, params)
   for decay, expected in (("all", set(trees.leaves(params))), ("kernels", {"dense/kernel"})):
