@@ -47,7 +47,7 @@ def epoch_source(
   logits = _read(job, path)
   if logits is None:
     logits = _record(job, epoch, order, arrays, key_data)
-    earlier = _read(job, path)  # of another process, which was faster: all students learn from one
+    earlier = _read(job, path, named=True)  # of another process, which was faster: all students learn from one
     if earlier is None:
       _keep(job, path, logits)
     else:
@@ -108,8 +108,8 @@ def make_record_step(teaching: Teaching, fetch: Callable[..., Batch], devices: D
   return devices_lib.pmap(record_step, devices=devices, in_axes=(None, 0, None, 0, None, None))
 
 
-def _read(job: Job, path: epath.Path) -> Logits | None:
-  """Returns a recording, or None where there is none, or only a damaged one."""
+def _read(job: Job, path: epath.Path, *, named: bool = False) -> Logits | None:
+  """Returns a recording, or None where there is none, or only a damaged one, which the log names unless it was."""
   record = path.with_suffix(".json")  # written last
   with storage.storage_errors(_root(job.cfg)):
     try:
@@ -121,7 +121,8 @@ def _read(job: Job, path: epath.Path) -> Logits | None:
       reason = "its digest is not the one it was saved with"
     except Exception as error:  # NumPy raises many kinds for a broken file
       reason = storage.damage(error)
-  logger.warning(f"recording {path}.npy is damaged ({reason}): it is made again")
+  if not named:
+    logger.warning(f"recording {path}.npy is damaged ({reason}): it is made again")
   return None
 
 

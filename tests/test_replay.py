@@ -159,9 +159,9 @@ def test_a_recording_that_another_process_makes_meanwhile_is_the_one_that_is_use
   before = [path.stat().st_mtime_ns for path in recordings(tmp_path)]
   real, asked = replay._read, []
 
-  def late(job, path):  # the first time it is asked for an epoch, there is none yet
+  def late(job, path, **options):  # the first time it is asked for an epoch, there is none yet
     asked.append(path)
-    return None if asked.count(path) == 1 else real(job, path)
+    return None if asked.count(path) == 1 else real(job, path, **options)
 
   monkeypatch.setattr(replay, "_read", late)
   assert trees.digest(train(teachers[0], cfg).params) == trees.digest(whole.params)
