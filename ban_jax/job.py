@@ -20,9 +20,10 @@ from ban_jax.keys import KEYS
 from ban_jax.losses import Loss
 from ban_jax.models import common, make_model, program
 from ban_jax.optim import Optimizer
+from ban_jax.registry import OWN
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
-from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Variables
+from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Program, Variables
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class Job(NamedTuple):
     more: dict[str, Any] = {} if self.initial is None else {"initial": trees.digest(self.initial)}
     if any(self.programs):
       more["programs"] = list(self.programs)
+    if self.values["optim.name"] == OWN:
+      more["optimizer"] = _optimizer_record(self.optimizer, self.student, tuple(self.teacher.copied))
     drawn = {"dropout_draws": common.DRAWS} if self.has_dropout else {}
     return {
       "generation": self.generation,
@@ -154,6 +157,19 @@ class Job(NamedTuple):
         **drawn,
       },
     }
+
+
+@functools.lru_cache
+def _optimizer_record(optimizer: Optimizer, student: Model, copied: tuple[str, ...]) -> dict[str, str]:
+  """Returns what a caller's own optimizer computes for a network, as the record of a network's program."""
+
+  def init_and_update(gradient, params, state):
+    return optimizer.transformation.init(params), optimizer.transformation.update(gradient, state, params)
+
+  params = {name: tree for name, tree in student.shapes["params"].items() if name not in copied}
+  trace = program.trace(init_and_update, params, params, jax.eval_shape(optimizer.transformation.init, params))
+  trains = Program(predicts="", trains=program.digest(trace), versions=program.VERSIONS)
+  return program.record(optimizer.name, trains, trained=True)
 
 
 def record(cfg: ConfigDict, own: Own = NOTHING) -> dict[str, Any]:
@@ -407,8 +423,8 @@ def misfit(model: Model, member: Generation) -> str:
     path, want, have = difference
     return f"the generation was trained with another network {name!r}: at {path} the model has {want}, it has {have}"
   if network is not None and network.program is not None and model.program is not None:
-    programs = (program.record(model.name, each, trained=False) for each in (network.program, model.program))
-    if words := program.changed(*programs):
+    old, new = (program.record(model.name, each, trained=False) for each in (network.program, model.program))
+    if words := program.changed(old, new):
       return words
   return ""
 

@@ -37,10 +37,11 @@ def from_optax(
 ) -> Optimizer:
   """Returns an optax transformation as the argument `optimizer` of `train_generation`, `run` and `setup`.
 
-  It takes the place of the configuration's `optim` group. `name` identifies it in run directories: give changed
-  settings another name. `schedule`, a function of the step, is only recorded, as the history's learning rate; it must
-  be the one that the transformation was made with. Make it once and give the same object to all generations: another
-  one, even if made alike, compiles anew. Raises a ConfigError for something else than an optax transformation.
+  It takes the place of the configuration's `optim` group. `name` identifies it in run directories, together with what
+  it computes: one with changed settings does not resume the run of another. `schedule`, a function of the step, is only
+  recorded, as the history's learning rate; it must be the one that the transformation was made with. Make it once and
+  give the same object to all generations: another one, even if made alike, compiles anew. Raises a ConfigError for
+  something else than an optax transformation.
 
     rate = optax.cosine_decay_schedule(1e-3, total)
     optimizer = ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate)

@@ -218,6 +218,19 @@ def test_a_killed_run_ends_with_the_bytes_of_one_left_alone(word, changes, tiny,
     np.testing.assert_allclose(rates, [1e-3, 1e-3, 2e-4])
 
 
+def test_an_optimizer_of_ones_own_is_known_by_what_it_computes(tiny, tmp_path):
+  def train(rate):
+    optimizer = ban_jax.from_optax(optax.adabelief(rate), name="adabelief")
+    return ban_jax.train_generation(None, short(), **tiny, **QUIET, workdir=tmp_path, optimizer=optimizer)
+
+  first = train(1e-2)
+  assert train(1e-2).metrics == first.metrics  # made anew, as in another process
+  with pytest.raises(
+    CheckpointError, match="the code of optimizer 'adabelief' was changed: it computes something else"
+  ):
+    train(2e-2)
+
+
 def test_an_optax_transformation_of_ones_own_trains_and_is_known_by_its_name(tiny, tmp_path):
   rate = optax.cosine_decay_schedule(1e-2, 12)
   one = ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate)

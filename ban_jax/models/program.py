@@ -102,8 +102,8 @@ def record(name: str, own: Program, *, trained: bool) -> dict[str, str]:
   return {"name": name, **own._asdict(), **({} if trained else {"trains": ""})}
 
 
-def changed(recorded: Mapping[str, str] | None, own: Mapping[str, str] | None) -> str:
-  """Returns in words what a network computes otherwise than the `record` of one; "" where nothing, or none is known.
+def changed(recorded: Mapping[str, str] | None, own: Mapping[str, str] | None, what: str = "network") -> str:
+  """Returns in words what a network or optimizer computes otherwise than a `record` says; "" where nothing is known.
 
   Where the record is of other versions of JAX or Flax, under which equal code may have other digests, the network is
   taken as unchanged, and a warning says so.
@@ -113,14 +113,14 @@ def changed(recorded: Mapping[str, str] | None, own: Mapping[str, str] | None) -
   modes = {"predicts": "evaluation", "trains": "training"}
   differing = " and ".join(mode for key, mode in modes.items() if recorded[key] != own[key])
   if differing and recorded["versions"] != own["versions"]:
-    _warn(own["name"], recorded["versions"], own["versions"])
+    _warn(f"{what} {own['name']!r}", recorded["versions"], own["versions"])
     return ""
-  return differing and f"the code of network {own['name']!r} was changed: it computes something else in {differing}"
+  return differing and f"the code of {what} {own['name']!r} was changed: it computes something else in {differing}"
 
 
 @functools.cache
-def _warn(name: str, recorded: str, own: str) -> None:
+def _warn(what: str, recorded: str, own: str) -> None:
   logger.warning(
-    f"network {name!r} was recorded by {recorded}, and this is {own}: whether its code was changed too cannot be told; "
+    f"{what} was recorded by {recorded}, and this is {own}: whether its code was changed too cannot be told; "
     "it is taken as unchanged"
   )

@@ -181,6 +181,7 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
   # An earlier version recorded no programs.
   for here, there in zip(own.get("programs", ()), recorded.get("programs", ()), strict=False):
     differing += filter(None, [program.changed(there, here)])
+  differing += filter(None, [program.changed(recorded.get("optimizer"), own.get("optimizer"), "optimizer")])
   if differing:
     raise CheckpointError(
       f"{directory} holds a generation of another origin ({'; '.join(differing)}); give another workdir"
