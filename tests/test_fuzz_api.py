@@ -107,8 +107,8 @@ GOOD = {
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_parameters", "from_arrays", "from_flax", "from_function"),
-  *("get_config", "load", "load_config", "load_run", "log_probabilities", "predict", "reliability", "run", "sample"),
-  *("train_generation", "with_network"),
+  *("from_nnx", "get_config", "load", "load_config", "load_run", "log_probabilities", "predict", "reliability", "run"),
+  *("sample", "train_generation", "with_network"),
 )
 
 
