@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import config
 from flax import linen as nn
@@ -51,6 +52,11 @@ def dataset():
 @functools.cache
 def model():
   return ban_jax.from_flax(Classifier(), dataset())
+
+
+@functools.cache
+def optimizer():
+  return ban_jax.from_optax(optax.sgd(0.1), name="plain")
 
 
 NUMBERS = (True, -1, 0, 1, 1.5, float("nan"), float("inf"), 10**20)
@@ -106,11 +112,16 @@ GOOD = {
   "name": of(lambda: "mine"),
   "words": st.just("digits,wrn_10_1,smoke"),
   "platforms": of(lambda: ("cpu",)),
+  "optimizer": of(lambda: None, optimizer),
+  "transformation": of(lambda: optax.sgd(0.1)),
+  "schedule": of(lambda: None, lambda: optax.constant_schedule(0.1)),
+  "writers": of(tuple, lambda: (lambda step, scalars: None,)),
+  "on_epoch": of(lambda: None, lambda: lambda history: False),
 }
 FUNCTIONS = (
-  *("average", "compare", "evaluate", "export", "export_parameters", "from_arrays", "from_flax", "from_function"),
-  *("get_config", "load", "load_config", "load_run", "log_probabilities", "normalise", "predict", "reliability"),
-  *("run", "sample", "train_generation", "with_network"),
+  *("average", "compare", "evaluate", "export", "export_card", "export_parameters", "from_arrays", "from_flax"),
+  *("from_function", "from_nnx", "from_optax", "get_config", "load", "load_config", "load_run", "log_probabilities"),
+  *("normalise", "predict", "reliability", "run", "sample", "setup", "train_generation", "with_network"),
 )
 
 
@@ -124,7 +135,7 @@ def calls(draw):
   for key, parameter in parameters.items():
     if key in wrong:
       arguments[key] = draw(odd)
-    elif key in ("path", "workdir"):
+    elif key in ("path", "run", "workdir"):
       arguments[key] = ...  # a new one for each call
     elif name in ("log_probabilities", "sample") and key == "generations":
       arguments[key] = Made(lambda: network(0, "pydoc,lstm_32,smoke"))
@@ -139,7 +150,7 @@ def test_every_public_function_that_takes_arguments_is_called():
   assert set(FUNCTIONS) == public - {"keep_freed_memory", "trace_steps"}
   for name in FUNCTIONS:
     for key, parameter in inspect.signature(getattr(ban_jax, name)).parameters.items():
-      assert key in GOOD or key in ("path", "workdir") or parameter.default is not parameter.empty, (name, key)
+      assert key in GOOD or key in ("path", "run", "workdir") or parameter.default is not parameter.empty, (name, key)
 
 
 @pytest.fixture(autouse=True, scope="module")
