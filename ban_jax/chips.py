@@ -143,10 +143,11 @@ def _gpus(count: int) -> Devices:
       "topology='h100': the compiler for GPUs is not installed: pip install 'ban_jax[cuda]' (Linux, 6 GB)"
     )
   os.environ.update(CUDA_VISIBLE_DEVICES="-1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_GPU}".strip()
+  own = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = own if XLA_GPU in own else f"{own} {XLA_GPU}".strip()
   level = logging.root.manager.disable
   logging.disable(logging.ERROR)  # that there is no GPU
-  xla_bridge.discover_pjrt_plugins()
+  jax.devices()  # finds the plugins, once
   logging.disable(level)
   # A GPU that is described and not attached is found by no other name.
   if not hasattr(xla_bridge.canonicalize_platform, "described"):
