@@ -6,13 +6,14 @@ import os
 import re
 import sys
 
+import forks
 import nbformat
 import pytest
 from conftest import ROOT
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
-from experiments import forks, results
+from experiments import results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
 OWN_TASK = ROOT / "experiments" / "own_task.ipynb"

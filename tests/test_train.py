@@ -6,7 +6,7 @@ import flax
 import jax
 import numpy as np
 import pytest
-from conftest import config
+from conftest import IMAGES, config
 
 import ban_jax
 from ban_jax import data, losses, models, trees
@@ -14,6 +14,7 @@ from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 
 QUIET = {"progress": False}
+WRN = "digits,wrn_10_1,smoke"
 
 
 def bytes_of(tree):
@@ -64,7 +65,7 @@ def test_bare_trees_start_each_generation_from_initial_params_of_its_own(monkeyp
   params, kernels = None, []
   for _ in range(3):
     params = ban_jax.train_generation(params, cfg, **QUIET).params
-    kernels.append(params["params"]["stem"]["kernel"])
+    kernels.append(params["params"]["layer1"]["kernel"])
   for first, second in ((0, 1), (0, 2), (1, 2)):
     assert not np.allclose(kernels[first], kernels[second])
   assert trees.lineage(params) == 2
@@ -99,10 +100,12 @@ def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, cap
   assert len(compiled) <= 3  # two training programs and at most one evaluation
 
 
-@pytest.mark.parametrize("loss", ["label", "ban", "cwtm", "dkpp"])
-def test_one_device_and_four_agree(loss, teacher):
+@pytest.mark.parametrize(
+  ("words", "loss"), [(WRN, "label"), (IMAGES, "ban"), (IMAGES, "cwtm"), (IMAGES, "dkpp")], ids=str
+)
+def test_one_device_and_four_agree(words, loss, teacher):
   # Dropout, crops and synchronised batch norm are on; 3 steps keep reordered sums from growing apart.
-  cfg = config(model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
+  cfg = config(words, model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
   parent = None if loss == "label" else teacher
   one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
   # At this rate nothing moves, so the result is the initial state.
@@ -118,7 +121,7 @@ def test_one_device_and_four_agree(loss, teacher):
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
   four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
   sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
-  mean = "batch_stats/stage1_unit1/norm1/mean"  # of the stem: the mean of device means is the batch's
+  mean = "batch_stats/norm1/mean"  # of the first layer: the mean of device means is the batch's
   a, b = (trees.leaves(g.params)[mean] for g in (four, sync))
   np.testing.assert_allclose(a, b, atol=0.05)
   assert bytes_of(four.params) != bytes_of(sync.params)
@@ -141,9 +144,9 @@ def test_gradient_split_is_in_the_history_of_students_alone(teacher):
 
 
 def test_another_network_can_teach(tmp_path):
-  cfg = config("digits,densenet_16_8,smoke,teacher=wrn_10_1", train__epochs=1)
+  cfg = config("digits,densenet_10_16,smoke,teacher=mlp_16", train__epochs=1)
   generations = ban_jax.run(cfg.copy_and_resolve_references(), tmp_path / "run", **QUIET)
-  assert ["transition1" in g.params["params"] for g in generations] == [False, True]
+  assert ["classifier" in g.params["params"] for g in generations] == [False, True]
   both = ban_jax.evaluate(generations, cfg)  # an ensemble of both kinds
   assert both["count"] == 1397
   again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # the teacher is itself a student
@@ -156,7 +159,7 @@ def test_another_network_can_teach(tmp_path):
     ({"data__name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
     ({"model__name": "resnet"}, "unknown model 'resnet'; choose one of: .*wide_resnet"),
     ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing"),
-    ({"model__depth": 12}, r"model.depth=12: a Wide-ResNet has depth 6n \+ 4"),
+    ({"model__layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
     ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
     ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),
     ({"optim__schedule": "linear"}, "unknown optim.schedule 'linear'; choose one of: cosine, plateau, steps"),
@@ -176,11 +179,11 @@ def test_wrong_configurations_are_answered_before_any_work(changes, message):
 def test_trees_that_do_not_fit_are_named(teacher):
   with pytest.raises(CheckpointError, match="teacher must be a variables tree with 'params'.*not a mapping with stem"):
     ban_jax.train_generation({"stem": 1}, config(), **QUIET)
-  wide = config(model__width=2)
-  expected = r"teacher does not fit model wide_resnet_10_2 with 10 classes: at batch_stats/norm/mean the model has "
-  with pytest.raises(CheckpointError, match=expected + r"float32\[128\], the tree float32\[64\]"):
+  wide = config(model__units=32)
+  expected = r"teacher does not fit model mlp_1_32 with 10 classes: at batch_stats/norm1/mean the model has "
+  with pytest.raises(CheckpointError, match=expected + r"float32\[32\], the tree float32\[16\]"):
     ban_jax.train_generation(teacher.params, wide, **QUIET)  # a bare tree is of the network that is configured
-  with pytest.raises(CheckpointError, match=r"member 2 does not fit model wide_resnet_10_1.*the tree nothing"):
+  with pytest.raises(CheckpointError, match=r"member 2 does not fit model mlp_1_16.*the tree nothing"):
     ban_jax.evaluate([teacher, {"params": {}}], config())
   with pytest.raises(ConfigError, match="an empty sequence cannot teach"):
     ban_jax.train_generation([], config(), **QUIET)
@@ -192,7 +195,7 @@ def test_trees_that_do_not_fit_are_named(teacher):
 
 def test_a_network_with_bad_numbers_does_not_teach(teacher):
   broken = jax.tree.map(np.array, flax.core.unfreeze(teacher.params))
-  broken["params"]["stem"]["kernel"][0, 0, 0, 0] = np.nan
+  broken["params"]["layer1"]["kernel"][0, 0] = np.nan
   with pytest.raises(CheckpointError, match="not finite"):
     ban_jax.train_generation(broken, config(), **QUIET)
 

@@ -20,6 +20,7 @@ from ban_jax.models.matched_resnet import (
   matched_pre_resnet,
   matched_wide_resnet,
 )
+from ban_jax.models.mlp import MLPOptions, mlp
 from ban_jax.models.own import OwnOptions, own
 from ban_jax.models.wide_resnet import WideResNetOptions, wide_resnet
 from ban_jax.types import InputSpec, Model
@@ -38,6 +39,7 @@ MODELS = {
   "lstm": ModelKind(LSTMOptions, lstm),
   "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_pre_resnet),
   "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_wide_resnet),
+  "mlp": ModelKind(MLPOptions, mlp),
   "own": ModelKind(OwnOptions, own),
   "wide_resnet": ModelKind(WideResNetOptions, wide_resnet),
 }
