@@ -17,6 +17,11 @@ QUIET = {"progress": False}
 WRN = "digits,wrn_10_1,smoke"
 
 
+def untrained(cfg):
+  """Returns the variables of an untrained network of the configuration."""
+  return jax.device_get(models.make_model(cfg.model, data.load(cfg.data).spec).init(jax.random.key(0)))
+
+
 def bytes_of(tree):
   return {path: leaf.tobytes() for path, leaf in trees.leaves(trees.to_plain(tree)).items()}
 
@@ -106,13 +111,11 @@ def test_separate_calls_trace_and_compile_two_training_programs(monkeypatch, cap
 def test_one_device_and_four_agree(words, loss, teacher):
   # Dropout, crops and synchronised batch norm are on; 3 steps keep reordered sums from growing apart.
   cfg = config(words, model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
-  parent = None if loss == "label" else teacher
-  one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
-  # At this rate nothing moves, so the result is the initial state.
-  still = cfg.copy_and_resolve_references()
-  still.optim.update(learning_rate=1e-30, weight_decay=0.0)
-  start = ban_jax.train_generation(parent, still, devices=jax.devices()[:1], **QUIET).params
-  one, four, start = (trees.leaves(trees.to_plain(tree)) for tree in (one, four, start))
+  parent, begun = None if loss == "label" else teacher, untrained(cfg)
+  one, four = (
+    ban_jax.train_generation(parent, cfg, initial=begun, devices=jax.devices()[:n], **QUIET).params for n in (1, 4)
+  )
+  one, four, start = (trees.leaves(trees.to_plain(tree)) for tree in (one, four, begun))
   for path in one:
     moved = np.linalg.norm(one[path] - start[path])
     assert np.linalg.norm(four[path] - one[path]) < 2e-3 * moved + 1e-6, path
@@ -200,7 +203,7 @@ def test_a_network_with_bad_numbers_does_not_teach(teacher):
     ban_jax.train_generation(broken, config(), **QUIET)
 
 
-MATCHED = "digits,small_wide_match_1_1,smoke,teacher=densenet_16_8"
+MATCHED = "digits,small_wide_match_1_1,smoke,teacher=densenet_10_16"  # which has the widths of DenseNet-16-8
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +214,9 @@ def dense_teacher():
 @pytest.mark.parametrize("loss", ["ban", "label"])  # a student, and its baseline from the labels
 def test_layers_copied_from_the_teacher_keep_their_bytes_and_all_others_change(loss, dense_teacher):
   cfg = config(MATCHED, loss__name=loss, train__epochs=1)
-  student = ban_jax.train_generation(dense_teacher, cfg, **QUIET).params
-  still = config(MATCHED, loss__name=loss, train__epochs=1, optim__learning_rate=1e-30, optim__weight_decay=0.0)
-  start = trees.leaves(ban_jax.train_generation(dense_teacher, still, **QUIET).params)
+  begun = untrained(cfg)
+  student = ban_jax.train_generation(dense_teacher, cfg, initial=begun, **QUIET).params
+  start = trees.leaves(begun)
   teacher = trees.leaves(dense_teacher.params)
   for path, leaf in trees.leaves({"params": student["params"]}).items():
     if path.split("/")[1] in ("stem", "classifier"):
@@ -224,14 +227,15 @@ def test_layers_copied_from_the_teacher_keep_their_bytes_and_all_others_change(l
 
 def test_a_matched_network_without_a_teacher_trains_all_its_layers():
   cfg = config("digits,small_wide_match_1_1,smoke", train__epochs=1)
-  still = config("digits,small_wide_match_1_1,smoke", train__epochs=1, optim__learning_rate=1e-30)
-  kernels = [ban_jax.train_generation(None, c, **QUIET).params["params"]["stem"]["kernel"] for c in (cfg, still)]
-  assert (kernels[0] != kernels[1]).any()
+  begun = untrained(cfg)
+  trained = ban_jax.train_generation(None, cfg, initial=begun, **QUIET)
+  for path, leaf in trees.leaves({"params": trained.params["params"]}).items():
+    assert (leaf != trees.leaves(begun)[path]).any(), path
 
 
 def test_layers_that_cannot_be_copied_are_refused(dense_teacher):
-  cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_22_12", train__epochs=1)
-  teacher = ban_jax.train_generation(None, cfg, **QUIET)
+  cfg = config("digits,small_wide_match_1_1,smoke,teacher=wrn_10_1", train__epochs=1)
+  teacher = untrained(config(WRN))
   with pytest.raises(
     ConfigError, match=r"copies stem and classifier .* at classifier/kernel the student has float32\[16, 10\]"
   ):
