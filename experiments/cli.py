@@ -73,18 +73,14 @@ def use_compilation_cache() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
 
 
-def start_jax(*, side_by_side: bool = False, compile_fast: bool = False) -> tuple[jax.Device, ...]:
+def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   """Configures JAX by the flags, before its first computation, and returns the devices to run on.
 
   If the flags leave it open, that is one CPU device with all cores, or one per core for students `side_by_side`.
-  `compile_fast` is for a minute's work on a CPU: LLVM optimises less, which takes a third off a Wide-ResNet's
-  compilation and adds nothing to its steps.
   """
   _check_processes()
   use_compilation_cache()
   _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
-  if compile_fast:
-    _add_xla_flags("xla_backend_optimization_level", "--xla_backend_optimization_level=1")
   if ONEDNN.value:
     _add_xla_flags("onednn", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true")
   if KEEP_MEMORY.value:

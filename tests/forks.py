@@ -91,6 +91,8 @@ def serve() -> None:
   for line in sys.stdin:
     multiprocessing.get_context("fork").Process(target=_keep, args=json.loads(line)).start()
     multiprocessing.active_children()  # forgets those that have ended
+  for child in multiprocessing.active_children():
+    child.join()
 
 
 def _keep(arguments: list[str], cwd: str, folder: str) -> None:

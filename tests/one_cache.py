@@ -13,9 +13,9 @@ import sys
 
 from jax._src import cache_key
 
-# Programs of tests run for a moment only: less optimisation by LLVM takes a third off their compilation, and nothing
-# is added to their steps (without any, level 0, a Wide-ResNet's steps take ten times as long). The second flag is set
-# by the scripts; here it makes the tests' programs theirs.
+# Programs of tests run for a moment only: less optimisation by LLVM takes a fifth to a third off their compilation, and
+# adds a fifth to a Wide-ResNet's steps (without any, level 0, they take ten times as long). The second flag is set by
+# the scripts; here it makes the tests' programs theirs.
 XLA_FLAGS = "--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true"
 
 

@@ -463,7 +463,6 @@ def test_dropout_is_between_the_convolutions_and_only_in_training():
     ("wide_resnet", {"dropout": 1.0}, "model.dropout=1.0: a dropout rate lies in [0, 1)"),
     ("wide_resnet", {"deepth": 16}, "takes the options depth, width, dropout; the configuration gives"),
     ("mlp", {"layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
-    ("mlp", {"units": 2.5}, "model.units=2.5: a whole number of at least 1 is expected"),
     ("mlp", {"dropout": 1.0}, "model.dropout=1.0: a dropout rate lies in [0, 1)"),
     ("densenet", {"units": 0}, "model.units=0: a whole number of at least 1 is expected"),
     ("densenet", {"growth": 0}, "model.growth=0: a whole number of at least 1 is expected"),
