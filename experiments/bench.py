@@ -1,6 +1,6 @@
-"""Measures training and evaluation steps, whole epochs, starts, memory and host time, as one table of ratios.
+"""Measures training and evaluation steps and whole epochs, as one table of ratios.
 
-  python experiments/bench.py                                        everything; on two cores an hour or two
+  python experiments/bench.py                                        everything; on two cores an hour
   python experiments/bench.py --rows=wrn_16_1,lstm_200 --sections=steps
   python experiments/bench.py --processor_time                       on a machine that is busy otherwise: one thread
 
@@ -11,17 +11,11 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
           augments its mini-batches in the step, PyTorch's lie ready (experiments/analysis/torch_networks.py); both have
           what --keep_memory does for the process
   replay  the kinds of taught steps beside the supervised one: by one teacher and by three, live and recorded
-  beside  a step of each of two students side by side, on a device each, beside that of one student on one device
   floor   a step beside the least time that it could take: its operations at the rate of a large matrix product, or the
           bytes that XLA's instructions read and write at the rate of a copy, whichever is more; both rates are measured
           first. The bytes of a loop, as over an LSTM's window, are those of one turn
   epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
           it, and the same step on one mini-batch again and again
-  start   seconds until the first step has run, with the compilation cache filled and empty; in processes of their own
-  memory  the peak of the resident memory (RSS) of some steps, with a filled compilation cache, above what the process
-          held before, and where the device tells it, the peak there; in processes of their own
-  host    processor time of the thread that dispatches, for 32 steps a dispatch and for 1, on a network with as many
-          arrays as Wide-ResNet-28-1 and next to no work
 
 On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
 """
@@ -36,11 +30,8 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,8 +43,8 @@ from etils import epath
 
 from ban_jax import data, storage, train
 from ban_jax import devices as devices_lib
-from ban_jax.errors import BanError, ConfigError, look_up
-from ban_jax.job import Job, Setup, make_models
+from ban_jax.errors import ConfigError, look_up
+from ban_jax.job import Job, make_models
 from ban_jax.models import DTYPES
 from ban_jax.programs import count_flops
 from ban_jax.types import Devices
@@ -65,8 +56,6 @@ from experiments.analysis.cases import KINDS, ROWS, Run
 BUSY = 1.5
 # Steps after which the heap, which --keep_memory does not give back, has its size.
 WARM_UP = 5
-# The section `host`: whose number of arrays, how many steps, and how many of them a dispatch.
-LEAVES_OF, HOST_STEPS, HOST_BLOCKS = "wrn_28_1", 512, (1, 32)
 
 
 class Options(NamedTuple):
@@ -74,7 +63,7 @@ class Options(NamedTuple):
 
   rows: tuple[str, ...] = ()
   kinds: tuple[str, ...] = ("supervised", "distilled", "replayed", "evaluation")
-  sections: tuple[str, ...] = ("steps", "replay", "beside", "floor", "epoch", "start", "memory", "host")
+  sections: tuple[str, ...] = ("steps", "replay", "floor", "epoch")
   dtypes: tuple[str, ...] = ()
   turns: int = 7
   steps: int = 0
@@ -85,7 +74,6 @@ class Options(NamedTuple):
   torch_compile: bool = True
   peak_tflops: float = 0.0
   progress: bool = False
-  arguments: tuple[str, ...] = ()  # the command line, which processes of their own are given
 
   @property
   def clock(self) -> Callable[[], float]:
@@ -93,10 +81,10 @@ class Options(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where things are measured. The sections that start processes have no devices, which one process alone may hold."""
+  """Where things are measured."""
 
   platform: str
-  devices: Devices = ()
+  devices: Devices
 
 
 class Case(NamedTuple):
@@ -188,7 +176,7 @@ def torch_device(options: Options, place: Place) -> str | None:
   return devices.get(place.platform)
 
 
-def torch_sides(options: Options, place: Place, case: Case, *, eager_only: bool = False) -> dict[str, Run]:
+def torch_sides(options: Options, place: Place, case: Case) -> dict[str, Run]:
   """Returns PyTorch's sides of a case by name, ready to run: none where it is not there or does not know the kind."""
   device = torch_device(options, place)
   if device is None:
@@ -200,7 +188,7 @@ def torch_sides(options: Options, place: Place, case: Case, *, eager_only: bool 
   cfg = cases.configuration(case.row, batch=options.batch, dtype=case.dtype)
   ours, sides = make_models(cfg, data.describe(cfg.data).spec)[1], {}
   for name, compiled in {"PyTorch": False, "PyTorch, compiled": True}.items():
-    if not compiled or options.torch_compile and not eager_only:
+    if not compiled or options.torch_compile:
       run = torch_networks.run_of(case.kind, cfg, ours, device=device, compiled=compiled)
       try:
         run(1)
@@ -238,39 +226,6 @@ def replay(options: Options, place: Place) -> Iterator[Measurement]:
     plain, *taught = ([1e3 * each for each in seconds[name]] for name in names)
     for name, times in zip(names[1:], taught, strict=True):
       yield Measurement("replay", case._replace(kind=name), "ms a step", times, "supervised", plain)
-
-
-def beside(options: Options, place: Place) -> Iterator[Measurement]:
-  """Yields the time, a step and student, of two students on a device each, beside one on one device."""
-  devices = jax.devices()[:2]  # whatever --devices says
-  if len(devices) < 2:
-    print("warning: one device: students side by side are left out", file=sys.stderr)
-    return
-  changes = {"train.epochs": 1, "train.checkpoint_every": options.epoch_steps, "train.evaluate_every": 0}
-  changes |= {"train.steps_per_dispatch": 1}
-  for case in cases_of(options, place, training=True):
-    places = [place._replace(devices=(device,)) for device in devices]
-    jobs = [job_of(options, each, case, batches=options.epoch_steps, changes=changes) for each in places]
-    times = {1: [], 2: []}
-    for turn in range(options.turns + 1):
-      for students in times:
-        seconds = _looking(jobs[:students], options.clock)
-        if turn:  # the first one compiles
-          times[students].append(1e3 * seconds / students / jobs[0].steps_per_epoch)
-    what = "ms a step and student, two side by side"
-    yield Measurement("beside", case, what, times[2], "one on one device", times[1])
-
-
-def _looking(jobs: Sequence[Job], clock: Callable[[], float]) -> float:
-  """Returns the seconds of an epoch of jobs side by side, from the end of the first dispatch on."""
-  stamps = []
-
-  def look() -> bool:
-    stamps.append(clock())
-    return False
-
-  train.train(jobs, [None] * len(jobs), look, False)
-  return (stamps[-1] - stamps[0]) * len(stamps) / max(1, len(stamps) - 1)
 
 
 def floor(options: Options, place: Place) -> Iterator[Measurement]:
@@ -345,139 +300,7 @@ def _epochs(job: Job, clock: Callable[[], float]) -> list[tuple[float, float]]:
   return times
 
 
-def start(options: Options, place: Place) -> Iterator[Measurement]:
-  """Yields the seconds until the first step has run, with a filled and an empty compilation cache."""
-  for case in cases_of(options, place, training=True):
-    with tempfile.TemporaryDirectory() as cache:
-      cold, warm = (in_a_process(options, [*case, "ours"], cache)["seconds"] for _ in range(2))
-    yield Measurement("start", case, "s to the first step, warm", [warm], "cold", [cold])
-
-
-def memory(options: Options, place: Place) -> Iterator[Measurement]:
-  """Yields the most memory that some steps take, on the host and, where the platform tells it, on the device."""
-  titles = {"resident": "MB, peak RSS", "device": "MB, peak on the device"}
-  for case in cases_of(options, place, training=True):
-    with tempfile.TemporaryDirectory() as cache:  # the first process compiles, which may take more than the steps do
-      _, ours, theirs = (in_a_process(options, [*case, side], cache) for side in ("ours", "ours", "torch"))
-    for key, title in titles.items():
-      if ours[key] is not None:
-        other = [] if theirs is None or theirs.get(key) is None else [theirs[key] / 1e6]
-        yield Measurement("memory", case, title, [ours[key] / 1e6], "PyTorch" if other else "", other)
-
-
-def host(options: Options, place: Place) -> Iterator[Measurement]:
-  """Yields the processor time, a step, of the thread that dispatches."""
-  for kind in options.kinds:
-    if KINDS[kind].trains:
-      jobs = {block: _leafy_job(kind, place, block) for block in HOST_BLOCKS}
-      times = {block: [] for block in jobs}
-      for turn in range(options.turns + 1):
-        for block, job in jobs.items():
-          seconds = _dispatching(job)
-          if turn:  # the first one compiles
-            times[block].append(1e6 * seconds)
-      one, many = HOST_BLOCKS
-      what = f"us a step, {many} steps a dispatch"
-      case = Case(f"leaves of {LEAVES_OF}", kind, "float32")
-      yield Measurement("host", case, what, times[many], f"{one} step a dispatch", times[one])
-
-
-def _leafy_job(kind: str, place: Place, block: int) -> Job:
-  """Returns the job of `HOST_STEPS` steps of a network with next to no work."""
-  changes = {"train.epochs": 1, "train.steps_per_dispatch": block, "train.checkpoint_every": HOST_STEPS}
-  changes |= {"data.pad": 0, "data.flip": False}
-  cfg = cases.configuration(LEAVES_OF, batch=4 * len(place.devices), batches=HOST_STEPS, changes=changes)
-  setup = cases.setup_of(cfg, place.devices)
-  leafy = cases.many_leaves(setup.models[0])
-  return cases.job_of(KINDS[kind], Setup(cfg, setup.dataset, (leafy, leafy), place.devices))
-
-
-def _dispatching(job: Job) -> float:
-  """Returns the seconds a step of this thread's processor time, without the first and the last dispatch."""
-  stamps = []
-
-  def look() -> bool:
-    stamps.append(time.thread_time())
-    return False
-
-  train.train([job], [None], look, False)
-  return (stamps[-2] - stamps[0]) / (len(stamps) - 2) / job.steps_per_dispatch
-
-
-class Section(NamedTuple):
-  """A part of the table; where it `starts_processes`, they may need the accelerator before this process takes it."""
-
-  measure: Callable[[Options, Place], Iterator[Measurement]]
-  starts_processes: bool = False
-
-
-SECTIONS = {
-  "steps": Section(steps),
-  "replay": Section(replay),
-  "beside": Section(beside),
-  "floor": Section(floor),
-  "epoch": Section(epoch),
-  "start": Section(start, starts_processes=True),
-  "memory": Section(memory, starts_processes=True),
-  "host": Section(host),
-}
-
-
-# --- processes of their own ----------------------------------------------------------------------------------------
-
-
-def in_a_process(options: Options, what: Sequence[str], cache: str | None = None) -> Any:
-  """Returns what `alone` finds in a new process, which keeps compiled programs in the directory `cache`."""
-  command = [sys.executable, __file__, *options.arguments, f"--alone={','.join(what)}"]
-  environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise BanError(f"measuring {', '.join(what)} in a process of its own failed:\n{done.stderr.strip()[-2000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
-
-
-def alone(options: Options, place: Place, what: Sequence[str]) -> Any:
-  """Measures one side of one case in this process, which has done nothing before; "platform" asks for that alone.
-
-  Returns the seconds until the first step has run, and the bytes that some steps took at most; None without PyTorch.
-  """
-  if list(what) == ["platform"]:
-    return place.platform
-  *names, side = what
-  case = Case(*names)
-  job = job_of(options, place, case) if side == "ours" else None
-  if side != "ours" and torch_device(options, place) is None:
-    return None
-  (before, _), began = resident_bytes(), options.clock()
-  sides = torch_sides(options, place, case, eager_only=True) if job is None else {"ours": KINDS[case.kind].run(job)}
-  for run in sides.values():
-    run(1)
-  seconds = options.clock() - began
-  for run in sides.values():
-    run(steps_of(options, place))
-  held = resident_bytes()[1] - before
-  return {"seconds": seconds, "resident": held, "device": device_bytes(options, place, side)}
-
-
-def resident_bytes() -> tuple[int, int]:
-  """Returns the bytes of memory that this process holds, and the most it ever held."""
-  status = pathlib.Path("/proc/self/status")
-  if not status.exists():
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most, most
-  lines = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
-  # Not getrusage's, which on Linux begins with what the parent process held.
-  held, most = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-  return held, most
-
-
-def device_bytes(options: Options, place: Place, side: str) -> int | None:
-  """Returns the most bytes of the first device that were in use at once; None where the platform does not tell."""
-  if side == "ours":
-    return (place.devices[0].memory_stats() or {}).get("peak_bytes_in_use")
-  from experiments.analysis import torch_networks
-
-  return torch_networks.peak_bytes(torch_device(options, place))
+SECTIONS = {"steps": steps, "replay": replay, "floor": floor, "epoch": epoch}
 
 
 def start_jax() -> Devices:
@@ -586,17 +409,16 @@ def define_flags() -> None:
   flags.DEFINE_bool("torch_compile", default.torch_compile, "Also compare with torch.compile.")
   flags.DEFINE_float("peak_tflops", default.peak_tflops, "A device's peak, 10^12 operations/s.", lower_bound=0.0)
   flags.DEFINE_string("out", None, "File for the numbers as JSON.")
-  flags.DEFINE_list("alone", [], "For processes that this script starts: what to measure.")
 
 
 def read_flags() -> Options:
   """Returns the values of the flags; raises a ConfigError that lists the choices for a wrong name."""
-  values = {name: getattr(flags.FLAGS, name) for name in Options._fields if name != "arguments"}
+  values = {name: getattr(flags.FLAGS, name) for name in Options._fields}
   values |= {name: tuple(dict.fromkeys(value)) for name, value in values.items() if isinstance(value, list)}
   for name, known in {"rows": ROWS, "kinds": KINDS, "sections": SECTIONS, "dtypes": DTYPES}.items():
     for value in values[name]:
       look_up(known, value, name.removesuffix("s"))
-  return Options(**values, arguments=tuple(sys.argv[1:]))
+  return Options(**values)
 
 
 def pin() -> None:
@@ -608,28 +430,17 @@ def pin() -> None:
 
 def measure(options: Options, load: float, out: str | None = None) -> tuple[dict[str, Any], list[Measurement]]:
   """Returns the settings and the measurements of the chosen sections; a file `out` has those found so far."""
-  found, chosen = [], [SECTIONS[name] for name in SECTIONS if name in options.sections]
-  settings = {"load": round(load, 2)}
-
-  def add(section: Section, place: Place) -> None:
-    for each in section.measure(options, place):
-      found.append(each)
-      if out:
-        results.write(epath.Path(out), record(settings, found))
-
-  own = [section for section in chosen if section.starts_processes]
-  place = Place(in_a_process(options, ["platform"])) if own else None
-  for section in own:
-    add(section, place)
   devices = start_jax()
   place = Place(devices[0].platform, devices)
   if options.processor_time and place.platform != "cpu":
     raise ConfigError("--processor_time measures a CPU; leave it out on accelerators")
-  settings = describe(options, place, load)
-  for section in chosen:
-    if section not in own:
-      add(section, place)
-  return settings, sorted(found, key=lambda each: list(SECTIONS).index(each.section))
+  settings, found = describe(options, place, load), []
+  for name, section in SECTIONS.items():
+    for each in section(options, place) if name in options.sections else ():
+      found.append(each)
+      if out:
+        results.write(epath.Path(out), record(settings, found))
+  return settings, found
 
 
 def main() -> None:
@@ -640,10 +451,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
   if options.processor_time:
     pin()
-  if flags.FLAGS.alone:
-    devices = start_jax()
-    print(json.dumps(alone(options, Place(devices[0].platform, devices), flags.FLAGS.alone)))
-    return
   settings, found = measure(options, load, out)
   if out:
     results.write(epath.Path(out), record(settings, found))

@@ -76,7 +76,7 @@ def use_compilation_cache() -> None:
 def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   """Configures JAX by the flags, before its first computation, and returns the devices to run on.
 
-  Where the flags leave it open, that is one CPU device with all cores, or one per core for students `side_by_side`.
+  If the flags leave it open, that is one CPU device with all cores, or one per core for students `side_by_side`.
   """
   _check_processes()
   use_compilation_cache()

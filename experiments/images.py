@@ -30,34 +30,33 @@ TRAIN_EXAMPLES = flags.DEFINE_integer(
   "train_examples", None, "Number of training images, by default that of the setting.", lower_bound=0
 )
 CIFAR = {**FITTED, "data.validation": 0.04, "train.checkpoint_every": 200}
-# Scale -> data set -> configuration values, and the earlier stops, in epochs.
+# Scale -> data set -> network, configuration values, and the earlier stops, in epochs.
 SETTINGS = {
   "cpu": {
-    "cifar10": ({**CIFAR, "data.train_examples": 1000, "train.epochs": 15}, (8, 11)),
-    "cifar100": ({**CIFAR, "data.train_examples": 2500, "train.epochs": 30}, (18,)),
+    "cifar10": ("wrn_10_1", {**CIFAR, "data.train_examples": 1000, "train.epochs": 15}, (8, 11)),
+    "cifar100": ("wrn_10_1", {**CIFAR, "data.train_examples": 2500, "train.epochs": 30}, (18,)),
     # All 400 training digits but the 80 of the validation split.
-    "digits": ({"data.train_examples": 0, "data.validation": 0.2, "train.evaluate_every": 0}, (20, 30)),
+    "digits": ("wrn_10_1", {"data.train_examples": 0, "data.validation": 0.2, "train.evaluate_every": 0}, (20, 30)),
   },
-  "smoke": dict.fromkeys(DATASETS, ({"data.validation": 0.2, "train.checkpoint_every": 100}, (1,))),
+  "smoke": dict.fromkeys(DATASETS, ("mlp_16", {"data.validation": 0.2, "train.checkpoint_every": 100}, (1,))),
 }
 # The teacher's weight in BAN+L; the label's is what is left of 1. Beyond 1 it takes back a part of what the teacher
 # believes of the label, which Das and Sanghavi (2023, arXiv:2301.13304) find best under strong noise.
 WEIGHTS = (0.5, 1.25, 1.5)
-NETWORK = "wrn_10_1"
 
 
-def columns(builder: Builder, stops: Sequence[int]) -> Columns:
+def columns(builder: Builder, network: str, stops: Sequence[int]) -> Columns:
   """Returns a seed's networks: teacher and two students, their ensemble, teachers that stop earlier, controls."""
-  teacher = builder.teacher(NETWORK)
-  students = builder.sequence(teacher, NETWORK, "ban", 2)
+  teacher = builder.teacher(network)
+  students = builder.sequence(teacher, network, "ban", 2)
   found = {"teacher": [teacher], "BAN-1": students[:1], "BAN-2": students[1:], "Ens*2": students}
   for epochs in stops:
-    found[f"teacher, {epochs} epochs"] = [builder.changed({"train.epochs": epochs}).teacher(NETWORK)]
-  row = Row("", NETWORK, {})
+    found[f"teacher, {epochs} epochs"] = [builder.changed({"train.epochs": epochs}).teacher(network)]
+  row = Row("", network, {})
   controls = label_controls(builder, row)
   for weight in WEIGHTS:
     weighted = builder.changed({"loss.teacher_weight": weight, "loss.label_weight": 1 - weight})
-    controls[f"BAN+L, teacher {weight:g}"] = [weighted.student(teacher, NETWORK, "ban_label")]
+    controls[f"BAN+L, teacher {weight:g}"] = [weighted.student(teacher, network, "ban_label")]
   controls |= independent_ensembles(builder, row, (2,))
   return study.with_controls(found, controls)
 
@@ -88,14 +87,14 @@ COMPARISONS = (
 def main() -> None:
   """Trains what is missing, then prints the tables and the path of the plot."""
   workdir = study.check_workdir(WORKDIR.value)
-  changes, stops = SETTINGS[study.SCALE.value][DATASET.value]
+  network, changes, stops = SETTINGS[study.SCALE.value][DATASET.value]
   if TRAIN_EXAMPLES.value is not None:
     changes = {**changes, "data.train_examples": TRAIN_EXAMPLES.value}
   dataset = EMBEDDED.get(DATASET.value, DATASET.value) if study.SCALE.value == "smoke" else DATASET.value
   panels = []
   for noise in study.numbers("noise", NOISE.value):
     own = {**changes, "data.label_noise": noise}
-    by_seed = [columns(study.builder(dataset, seed, own), stops) for seed in study.seeds()]
+    by_seed = [columns(study.builder(dataset, seed, own), network, stops) for seed in study.seeds()]
     panels.append(study.Panel(results.labels(noise), by_seed, COMPARISONS))
   found = study.train(panels, workdir)
   notes = [best_stop(panel, per_seed, workdir) for panel, per_seed in zip(panels, found, strict=True)]

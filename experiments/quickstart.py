@@ -1,10 +1,10 @@
-"""The main job in two minutes: born-again generations on digits with true labels, and on digits with wrong ones.
+"""The main job in a minute: born-again generations on digits with true labels, and on digits with wrong ones.
 
     make quickstart        or        python -m experiments.quickstart --workdir=runs/quickstart
 
 A teacher and its born-again students learn from handwritten digits of scikit-learn, 1397 others test them. On the left
-all labels are true; on the right 40 % of them are replaced by another class. Seeds run side by side, one a device.
-Finished results are shown at once; an interrupted run is resumed.
+all labels are true; on the right 40 % of them are replaced by another class. Both run side by side, each on devices of
+its own. Finished results are shown at once; an interrupted run is resumed.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -23,7 +23,7 @@ from configs import digits
 from experiments import cli, plots, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the runs, the table and the plot.")
-SEEDS = flags.DEFINE_integer("seeds", 6, "Number of seeds to average over.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 4, "Number of seeds to average over.", lower_bound=1)
 WORDS = flags.DEFINE_string("words", "digits,wrn_10_1,cpu", "Configuration words, as in configs/digits.py.")
 
 
@@ -33,37 +33,45 @@ class Panel(NamedTuple):
   name: str
   title: str
   changes: Mapping[str, object]  # of the configuration, by dotted key
+  epochs: float  # as a share of the scale's
 
 
 PANELS = (
-  Panel("clean", "true labels", {}),
-  Panel("noisy", "40 % wrong labels", {"data.train_examples": 0, "data.label_noise": 0.4}),
+  Panel("clean", "true labels", {}, 1.0),
+  # On twice as many images, so that both take about as many steps.
+  Panel("noisy", "40 % wrong labels", {"data.train_examples": 0, "data.label_noise": 0.4}, 2 / 3),
 )
 
 
-def evaluate(panel: Panel, workdir: epath.Path, devices: Devices) -> tuple[list[results.Results], bool]:
-  """Returns a panel's results by seed, and whether all of them existed already; trains as many seeds as devices."""
-  per_seed, finished = [], True
-  for first in range(0, SEEDS.value, len(devices)):
-    seeds = range(first, min(first + len(devices), SEEDS.value))
+def evaluate(workdir: epath.Path, devices: Devices) -> tuple[dict[str, list[results.Results]], bool]:
+  """Returns each panel's results by seed, and whether all of them existed already; trains one run on each device.
+
+  A device keeps to a panel if it can: the panels' training sets differ in size, so each device compiles them anew.
+  """
+  runs = [(panel, seed) for seed in range(SEEDS.value) for panel in PANELS]
+  found: dict[str, list[results.Results]] = {panel.name: [] for panel in PANELS}
+  finished = True
+  for first in range(0, len(runs), len(devices)):
+    batch = runs[first : first + len(devices)]
     if cli.PROGRESS.value:
-      print(f"{panel.title}: seeds {seeds[0]} to {seeds[-1]} of {SEEDS.value}", flush=True)
-    cfgs = [config_of(panel, seed) for seed in seeds]
-    found = results.evaluate_runs(
-      cfgs,
-      [workdir / panel.name / f"seed_{seed}" for seed in seeds],
-      devices=[[device] for device in devices[: len(seeds)]],
+      print("; ".join(f"{panel.title}, seed {seed}" for panel, seed in batch), flush=True)
+    done = results.evaluate_runs(
+      [config_of(*run) for run in batch],
+      [workdir / panel.name / f"seed_{seed}" for panel, seed in batch],
+      devices=[[device] for device in devices[: len(batch)]],
       progress=cli.PROGRESS.value,
     )
-    per_seed += [rows for rows, _ in found]
-    finished &= all(existed for _, existed in found)
-  return per_seed, finished
+    for (panel, _), (rows, existed) in zip(batch, done, strict=True):
+      found[panel.name].append(rows)
+      finished &= existed
+  return found, finished
 
 
 def config_of(panel: Panel, seed: int):
   """Returns a panel's configuration for a seed, which also decides which labels are wrong."""
   cfg = digits.get_config(WORDS.value)
-  cfg.update_from_flattened_dict({**panel.changes, "seed": seed})
+  cfg.update_from_flattened_dict({**panel.changes, "seed": seed, "train.evaluate_every": 0})
+  cfg.train.epochs = max(1, round(panel.epochs * cfg.train.epochs))
   if cfg.data.label_noise:
     cfg.data.noise_seed = seed
   return cfg
@@ -122,19 +130,18 @@ def main() -> None:
   start = time.monotonic()
   devices = cli.start_jax(side_by_side=True)
   workdir = storage.resolve_workdir(WORKDIR.value)
-  found, finished, parts, titles = {}, True, [], {}
+  parts, titles = [], {}
+  found, finished = evaluate(workdir, devices)
   for panel in PANELS:
-    found[panel.name], existed = evaluate(panel, workdir, devices)
-    finished &= existed
     cfg = config_of(panel, 0)
-    titles[panel.name] = f"{cfg.data.train_examples or 'all 400'} training digits, {panel.title}"
+    titles[panel.name] = (
+      f"{cfg.data.train_examples or 'all 400'} training digits, {panel.title}, {cfg.train.epochs} epochs"
+    )
     parts += [f"**{titles[panel.name]}**", results.table(found[panel.name], reference="teacher")]
   if not is_primary():
     return
   seeds = f"{SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
-  heading = (
-    f"{results.network(cfg.model)}, {cfg.train.epochs} epochs, {seeds}; mean ± standard error, test split, last "
-  )
+  heading = f"{results.network(cfg.model)}, {seeds}; mean ± standard error, test split, last "
   text = "\n\n".join([f"{heading}epoch; difference paired by seed, with its 95% interval", *parts, sentence(found)])
   table, picture = workdir / "table.md", workdir / "error_by_generation.png"
   results.write(table, text + "\n")

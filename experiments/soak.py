@@ -4,9 +4,8 @@ python experiments/soak.py --kills=100 --seconds=3600 --config=configs/digits.py
 
 The run is experiments/train.py in a process of its own. SIGKILL ends it at a random time between the end of its start
 and shortly after its next checkpoints. With --processes=2 the run has two processes, and one of them, at random, is
-killed; with --interrupt it is SIGINT, so that the run saves first. With --forks, the runs are forks of a process that
-has imported the libraries, which saves most of a start. Exit status 0 means that all kills were made and all bytes
-agree.
+killed; with --interrupt it is SIGINT, so that the run saves first. Exit status 0 means that all kills were made and all
+bytes agree.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -30,8 +29,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from ban_jax import report, storage
-from ban_jax.errors import ConfigError, TrainingError
-from experiments import cli, forks
+from ban_jax.errors import TrainingError
+from experiments import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py:digits,wrn_10_1,smoke", "What to train.")
 KILLS = flags.DEFINE_integer("kills", 100, "Number of kills.", lower_bound=1)
@@ -41,11 +40,9 @@ SECONDS = flags.DEFINE_float(
 SEED = flags.DEFINE_integer("soak_seed", 0, "Random seed of the kill times.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes of the run.", lower_bound=1)
 INTERRUPT = flags.DEFINE_bool("interrupt", False, "Send SIGINT (Ctrl-C) instead of SIGKILL.")
-FORKS = flags.DEFINE_bool("forks", False, "Fork a process that has imported the libraries, instead of starting Python.")
 # A run that is asked to end, or loses a process, may take so long.
 END_SECONDS = 120.0
 TRAIN = pathlib.Path(__file__).with_name("train.py")
-Process = subprocess.Popen | forks.Fork
 
 
 def command(workdir: pathlib.Path) -> list[str]:
@@ -60,15 +57,11 @@ def command(workdir: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(workdir: pathlib.Path) -> Iterator[tuple[Process, IO[str]]]:
+def started(workdir: pathlib.Path) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
   """Starts or resumes the run; yields the process, which is killed on exit, and its standard error."""
   # Files, because a pipe would block the process once it is full.
   with tempfile.TemporaryDirectory() as name, open(f"{name}/err", "w+", encoding="utf-8", errors="replace") as errors:
-    process: Process = (
-      forks.Fork(command(workdir), pathlib.Path(name), os.getcwd())
-      if FORKS.value
-      else subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
-    )
+    process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=errors)
     try:
       yield process, errors
     finally:
@@ -78,7 +71,7 @@ def started(workdir: pathlib.Path) -> Iterator[tuple[Process, IO[str]]]:
       process.wait()
 
 
-def members(process: Process, errors: IO[str]) -> list[int]:
+def members(process: subprocess.Popen, errors: IO[str]) -> list[int]:
   """Returns the ids of the run's processes, the launcher's last where there is one."""
   launched = re.search(r"^launch: process ids (.+)$", head(errors), re.M)
   return [*(map(int, launched.group(1).split()) if launched else ()), process.pid]
@@ -203,8 +196,6 @@ def soak(folder: pathlib.Path) -> tuple[int, int, int]:
 
 def main() -> None:
   """Runs the soak and prints its result."""
-  if FORKS.value and (INTERRUPT.value or PROCESSES.value > 1):
-    raise ConfigError("--forks goes with SIGKILL and one process: leave out --interrupt and --processes")
   cli.unwind_on_interrupt()
   begin = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:

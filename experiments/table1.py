@@ -34,7 +34,7 @@ TABLE = Table(
   ),
   columns=columns,
   controls=label_controls,
-  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "mlp_16"}},
 )
 
 if __name__ == "__main__":

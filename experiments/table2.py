@@ -53,7 +53,7 @@ TABLE = Table(
   ),
   columns=columns,
   controls=controls,
-  substitutes={"cpu": SUBSTITUTES, "smoke": {"densenet_112_33": "densenet_10_16"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"densenet_112_33": "mlp_16"}},
   by_row=False,
 )
 

@@ -41,7 +41,7 @@ TABLE = Table(
   ),
   columns=columns,
   controls=controls,
-  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "wrn_10_1", STUDENT: "densenet_10_16"}},
+  substitutes={"cpu": SUBSTITUTES, "smoke": {"wrn_28_1": "mlp_16", STUDENT: "mlp_32"}},
 )
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import types
 
-from experiments import forks, launch
+import forks
+
+from experiments import launch
 
 
 class Child:

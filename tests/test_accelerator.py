@@ -4,11 +4,11 @@ import json
 import shutil
 import sys
 
+import forks
 import pytest
 from conftest import ROOT
 
 from ban_jax.trees import json_digest
-from experiments import forks
 
 COMMAND = [sys.executable, str(ROOT / "experiments" / "accelerator.py"), "--scale=smoke", "--seeds=1", "--devices=1"]
 

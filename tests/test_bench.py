@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ban_jax import data, trees
 from ban_jax.errors import ConfigError
 from ban_jax.job import make_models
 from ban_jax.programs import count_flops
-from experiments import bench, forks
+from experiments import bench
 from experiments.analysis import cases
 from experiments.analysis.cases import KINDS, Row
 
@@ -88,12 +89,6 @@ def test_taught_steps_take_turns_with_supervised_ones(place):
   assert replayed == [none, none]
 
 
-def test_students_side_by_side_are_timed_on_a_device_each(place):
-  (found,) = bench.beside(OPTIONS._replace(kinds=("supervised",)), place)
-  assert len(found.ours) == len(found.other) == 2
-  assert min(*found.ours, *found.other) > 0
-
-
 def test_a_step_is_set_beside_the_least_that_its_work_takes(place):
   (found,) = bench.floor(OPTIONS._replace(kinds=("supervised",)), place)
   assert found.against in ("operations", "bytes")
@@ -102,30 +97,6 @@ def test_a_step_is_set_beside_the_least_that_its_work_takes(place):
   setup = cases.setup_of(cases.configuration("tiny_lstm", batch=2), place.devices)
   supervised = KINDS["supervised"]
   assert found.flops == 2 * count_flops(supervised.program(cases.job_of(supervised, setup)))
-
-
-def test_a_dispatch_of_many_steps_costs_the_host_less_than_as_many_dispatches(place):
-  (found,) = bench.host(OPTIONS._replace(kinds=("supervised", "evaluation")), place)
-  assert max(found.ratios) < 0.5
-
-
-def test_the_network_without_work_has_as_many_arrays_as_its_model():
-  spec = data.describe(cases.configuration("wrn_28_1").data).spec
-  cfg = cases.configuration("wrn_28_1")
-  model = make_models(cfg, spec)[0]
-  variables = cases.many_leaves(model).init(jax.random.key(0))
-  expected = jax.eval_shape(model.init, jax.random.key(0))
-  for group, tree in expected.items():
-    assert len(jax.tree.leaves(variables[group])) == len(jax.tree.leaves(tree)) > 10
-
-
-def test_a_process_of_its_own_tells_seconds_and_memory(place):
-  assert bench.alone(OPTIONS, place, ["platform"]) == "cpu"
-  found = bench.alone(OPTIONS, place, ["tiny_lstm", "supervised", "float32", "ours"])
-  assert found["seconds"] > 0
-  assert found["resident"] >= 0
-  assert found["device"] is None
-  assert bench.alone(OPTIONS, place, ["tiny_lstm", "supervised", "float32", "torch"]) is None
 
 
 def test_synthetic_data_have_the_shapes_of_the_real_ones():
@@ -147,7 +118,7 @@ def test_the_table_shows_medians_ratios_and_rates():
   compared = bench.Measurement(
     "steps", case, "ms a step", [150.0, 100.0, 120.0], "PyTorch", [100.0, 100.0, 100.0], 12e9
   )
-  single = bench.Measurement("memory", case, "MB, peak RSS", [12.0])
+  single = bench.Measurement("epoch", case, "ms a step", [12.0])
   title, rule, *rows = bench.table([compared, single], peak=1e12).splitlines()
   cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (title, *rows)]
   assert set(rule) == set("|-")
@@ -179,7 +150,7 @@ def test_an_unknown_row_is_refused_with_the_choices():
   [
     ("--rows=wrn", "unknown row 'wrn'; choose one of: cnn_lstm, densenet_40_12, "),
     ("--kinds=training", "unknown kind 'training'; choose one of: distilled, distilled_3, evaluation, replayed, "),
-    ("--sections=step", "unknown section 'step'; choose one of: beside, epoch, floor, host, memory, "),
+    ("--sections=step", "unknown section 'step'; choose one of: epoch, floor, replay, steps"),
   ],
 )
 def test_an_unknown_choice_ends_with_a_line_and_no_table(flag, message):
@@ -192,16 +163,15 @@ def test_an_unknown_choice_ends_with_a_line_and_no_table(flag, message):
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path):
   out = tmp_path / "bench.json"
-  choice = ("--rows=lstm_200", "--kinds=supervised", "--sections=start,steps", "--batch=2", "--turns=1", "--steps=1")
+  choice = ("--rows=lstm_200", "--kinds=supervised", "--sections=steps", "--batch=2", "--turns=1", "--steps=1")
   done = bench_py(*choice, "--notorch", "--processor_time", f"--out={out}")
   assert done.returncode == 0, done.stderr
   heading, table = done.stdout.split("\n\n")
   assert "cores: 1," in heading
   assert "processor time" in heading
-  assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["steps", "start"]
-  (steps, start) = json.loads(out.read_text())["measurements"]
+  assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["steps"]
+  (steps,) = json.loads(out.read_text())["measurements"]
   assert steps["flops"] > 1e8
-  assert start["ours"] < start["other"]  # the second process finds the programs of the first
 
 
 def carried_over(variables, network):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from conftest import config
+from conftest import IMAGES, config
 from ml_collections import config_flags
 
 import ban_jax
@@ -12,7 +12,7 @@ from ban_jax import data, job, losses, presets, trees
 from ban_jax.errors import ConfigError
 
 QUIET = {"progress": False}
-DIGITS, TEXT = "digits,wrn_10_1,smoke", "pydoc,lstm_32,smoke"
+DIGITS, TEXT = IMAGES, "pydoc,lstm_32,smoke"
 TEN = (0.5, *[1.0] * 8, 2.0)
 # Digits are even; wrong labels make them uneven.
 UNEVEN = {"data__label_noise": 0.4, "train__epochs": 1, "train__evaluate_every": 0}
@@ -40,7 +40,7 @@ def test_numbers_weigh_the_classes_and_none_leave_the_loss_as_it_is():
 
 
 def test_a_teacher_and_its_students_have_them():
-  cfg = config("digits,wrn_10_1,smoke,cwtm", loss__class_weights=TEN)
+  cfg = config(f"{DIGITS},cwtm", loss__class_weights=TEN)
   setup = job.resolve_run(cfg, None)
   teacher = setup.models[0].init(jax.random.key(0))
   assert job.prepare(setup, teacher, None).loss is losses.weighted(losses.make_loss(cfg.loss), TEN)
@@ -58,7 +58,7 @@ def test_they_change_what_is_learned():
   ("words", "given", "message"),
   [
     (
-      "digits,wrn_10_1,smoke",
+      DIGITS,
       (1.0, 2.0),
       "loss.class_weights has 2 numbers: expected 10, one for each class of digits",
     ),

@@ -9,12 +9,12 @@ import math
 import re
 import sys
 
+import forks
 import pytest
 from conftest import ROOT
 
 from ban_jax import chips, compiled
 from ban_jax.errors import ConfigError
-from experiments import forks
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'ban_jax[compile]'"

@@ -16,10 +16,11 @@ from ban_jax.job import make_models
 from configs import cifar, pydoc
 from experiments import scaling
 
+WRN = "digits,wrn_10_1,smoke"
 # Network -> its batch norms, and the products and convolutions of a forward pass and of a training step: the teacher's
 # and the student's forward pass, and two gradients of each layer, but only one of an image network's stem.
 NETWORKS = {
-  "wide_resnet": (config(), 7, 10, 4 * 10 - 1),
+  "wide_resnet": (config(WRN), 7, 10, 4 * 10 - 1),
   "densenet": (config("digits,densenet_16_8,smoke", model__units=1), 10, 11, 4 * 11 - 1),
   # Rematerialised units and transitions compute a product again, unless its result is their last.
   "densenet_remat": (config("digits,densenet_16_8,smoke", model__units=1, model__remat=True), 10, 11, 4 * 11 - 1 + 3),
@@ -93,7 +94,7 @@ def test_a_callback_would_be_seen():
 
 
 def test_batch_statistics_of_each_device_take_one_more_all_reduce():
-  cfg = config("digits,wrn_10_1,smoke", train__sync_batch_stats=False)
+  cfg = config(train__sync_batch_stats=False)
   program = train_program(cfg, tuple(jax.devices()))
   lowered = program.step.lower(*program.arguments)
   assert lowered.as_text().count('"stablehlo.all_reduce"') == 3

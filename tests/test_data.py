@@ -18,6 +18,7 @@ import tarfile
 import threading
 import time
 
+import forks
 import jax
 import ml_collections
 import numpy as np
@@ -34,7 +35,6 @@ from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.presets import base
 from ban_jax.types import InputSpec
-from experiments import forks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("BAN_SHARED", ROOT.parent / "shared"))

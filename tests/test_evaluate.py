@@ -20,6 +20,7 @@ from ban_jax.step import make_eval_step
 from ban_jax.types import Batch
 
 CFG = config()
+WRN = "digits,wrn_10_1,smoke"
 
 
 def network(seed):
@@ -151,7 +152,7 @@ def test_a_batch_larger_than_the_split_costs_no_padding(batch_size, count, rows)
   ],
 )
 def test_configurations_that_cannot_be_evaluated_are_refused_as_those_that_cannot_be_run(function, changes, message):
-  cfg = config(**changes)
+  cfg = config(WRN, **changes)
   for call in (lambda: function(network(0), cfg), lambda: ban_jax.train_generation(None, cfg, progress=False)):
     with pytest.raises(ConfigError) as error:
       call()

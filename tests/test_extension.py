@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import config
+from conftest import IMAGES, config
 from flax import linen as nn
 
 import ban_jax
@@ -28,7 +28,7 @@ def test_a_loss_is_a_function_and_an_entry(monkeypatch):
     return values, jnp.ones_like(values)
 
   monkeypatch.setitem(losses.LOSSES, "focal", losses.Loss(focal, needs_teacher=False))
-  cfg = config("digits,wrn_10_1,smoke,focal", **SHORT)  # the presets know it, too
+  cfg = config(f"{IMAGES},focal", **SHORT)  # the presets know it, too
   teacher = ban_jax.train_generation(None, cfg, **QUIET)
   student = ban_jax.train_generation(teacher, cfg, **QUIET)
   assert student.index == 1

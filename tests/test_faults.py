@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from ban_jax.data import tfds_files
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
 from ban_jax.storage import finished, lock
 from ban_jax.storage.steps import TRASH
-from experiments import forks, results
+from experiments import results
 
 QUIET = {"progress": False}
 COMMAND = [
@@ -448,7 +449,8 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
 
 
 # Dies by SIGKILL at the rename of a file that is written under another name; or right after a second save, which is
-# still running in the background; or after a generation is finished and before its checkpoints are removed.
+# still running in the background, or after a generation's first; or after a generation is finished and before its
+# checkpoints are removed.
 DIE_AT = """
 import os, signal, sys
 from ban_jax import storage
@@ -461,14 +463,16 @@ def write_or_die(path, value):
     (path.parent / ".0123456789abcdef.partial").write_text('{"half":')
     die()
   write(path, value)
-def save_and_die(*given):
-  save(*given)
+def save_and_die(manager, *given):
+  save(manager, *given)
   saves.append(1)
-  if len(saves) == 2:
+  if name == "save" and len(saves) == 2:
+    die()
+  if f"/{name}/" in str(manager.directory):
+    manager.wait_until_finished()
     die()
 workdirs.write_json = finished.write_json = write_or_die
-if name == "save":
-  storage.save_step = save_and_die
+storage.save_step = save_and_die
 if name == "between":
   finished.remove_leftovers = die
 sys.argv = [SCRIPT, *sys.argv[2:]]
@@ -476,34 +480,40 @@ exec(open(SCRIPT).read())
 """
 
 
-def kill_at(name, workdir, *flags):
+def history_of(workdir, generation):
+  rows = (workdir / f"gen_{generation}" / "history.jsonl").read_text().splitlines()
+  return [{**json.loads(row), "seconds": 0} for row in rows]
+
+
+# Where a run is killed, how many generations are finished by then, and the steps that may be saved of the next.
+KILLS = {
+  "config.json": (0, ([],)),
+  "gen_0": (0, ([3],)),
+  "save": (0, ([3], [3, 6])),
+  "metrics.json": (0, ([6, 9],)),
+  "manifest.json": (0, ([6, 9],)),
+  "between": (1, ([],)),
+  "gen_1": (1, ([3],)),
+}
+
+
+@pytest.mark.parametrize("place", KILLS)
+def test_a_run_that_is_killed_ends_with_the_bytes_and_the_history_of_one_left_alone(place, undisturbed, tmp_path):
+  workdir, (done, saved) = tmp_path / "run", KILLS[place]
+  flags = ["--config.generations=1"] if done else []
   code = DIE_AT.replace("SCRIPT", repr(COMMAND[1]))
-  command = [sys.executable, "-c", code, name, *COMMAND[2:], f"--workdir={workdir}", *flags]
-  killed = forks.run(command, cwd="/")
+  killed = forks.run([sys.executable, "-c", code, place, *COMMAND[2:], f"--workdir={workdir}", *flags], cwd="/")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
-
-
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "manifest.json", "save"])
-def test_a_kill_while_something_is_written_is_survived(name, undisturbed, tmp_path):
-  kill_at(name, tmp_path / "run")
-  assert not (tmp_path / "run" / "gen_0" / "manifest.json").exists()
-  assert name != "save" or steps_of(tmp_path / "run") in ([3], [3, 6])
-  status, _, err = run(tmp_path / "run")
+  manifests = [(workdir / f"gen_{generation}" / "manifest.json").exists() for generation in range(done + 1)]
+  assert manifests == [True] * done + [False]
+  assert steps_of(workdir, done) in saved
+  assert place != "between" or steps_of(workdir)  # the next start removes them
+  status, _, err = run(workdir, *flags)
   assert status == 0, err
-  assert digest_of(tmp_path / "run") == digest_of(undisturbed)
-
-
-@pytest.mark.slow
-def test_a_kill_between_generations_is_survived(undisturbed, tmp_path):
-  kill_at("between", tmp_path / "run", "--config.generations=1")
-  assert (tmp_path / "run" / "gen_0" / "manifest.json").exists()
-  assert steps_of(tmp_path / "run")  # the next start removes them
-  assert not (tmp_path / "run" / "gen_1").exists()
-  status, _, err = run(tmp_path / "run", "--config.generations=1")
-  assert status == 0, err
-  assert not (tmp_path / "run" / "gen_0" / "steps").exists()
-  for generation in (0, 1):
-    assert digest_of(tmp_path / "run", generation) == digest_of(undisturbed, generation)
+  for generation in range(done + 1):
+    assert digest_of(workdir, generation) == digest_of(undisturbed, generation)
+    assert history_of(workdir, generation) == history_of(undisturbed, generation)
+    assert not (workdir / f"gen_{generation}" / "steps").exists()
 
 
 def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):

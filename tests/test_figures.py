@@ -4,11 +4,12 @@ import json
 import shutil
 import sys
 
+import forks
 import jax
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT, config
+from conftest import IMAGES, ROOT, config
 from etils import epath
 
 import ban_jax
@@ -16,9 +17,9 @@ from ban_jax import config as config_lib
 from ban_jax import data, models, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation
-from experiments import figures, forks
+from experiments import figures
 
-WORDS = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
+WORDS = f"--config={ROOT}/configs/digits.py:{IMAGES}"
 PNGS = ("calibration.png", "agreement.png", "dark_knowledge.png")
 WRITTEN = {*PNGS, "figures.md", "figures.json"}
 
@@ -48,7 +49,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wider(tmp_path_factory):
   """A run directory that holds a single generation, a wider network on the same data."""
-  return leave_untrained(tmp_path_factory.mktemp("figures") / "wider", config(model__width=2))
+  return leave_untrained(tmp_path_factory.mktemp("figures") / "wider", config(model__units=32))
 
 
 def leave_untrained(workdir, cfg):
@@ -114,13 +115,13 @@ def test_generations_of_different_networks_are_shown_in_the_order_given(run, wid
   assert done.returncode == 0, done.stderr
   found = json.loads((out / "figures.json").read_text())
   assert [each["name"] for each in found["generations"]] == ["wider/teacher", "run/BAN-1", "run/teacher"]
-  wide = ban_jax.evaluate(storage.load(epath.Path(wider) / "gen_0")[0], config(model__width=2))
+  wide = ban_jax.evaluate(storage.load(epath.Path(wider) / "gen_0")[0], config(model__units=32))
   assert found["generations"][0]["metrics"]["nll"] == pytest.approx(wide["nll"], rel=1e-5)
   whole = json.loads((run[0] / "figures.json").read_text())
   np.testing.assert_allclose(np.array(found["kl"])[1:, 1:], np.array(whole["kl"])[::-1, ::-1], rtol=1e-5)
   assert {path.name for path in out.iterdir()} == WRITTEN
   # The generations differ in what was trained, so each has its own description.
-  assert "wide_resnet(depth=10, dropout=0.0, width=2)" in (out / "figures.md").read_text()
+  assert "mlp(dropout=0.0, layers=1, units=32)" in (out / "figures.md").read_text()
 
 
 def test_a_mistake_ends_with_one_line_and_status_2(tmp_path):

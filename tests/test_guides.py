@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 
+import forks
 import jax
 import pytest
 import test_own
@@ -15,7 +16,6 @@ from conftest import ROOT
 from test_own import arrays, cnn, dataset, run  # noqa: F401  fixtures
 
 import ban_jax
-from experiments import forks
 
 GUIDES = ROOT / "docs" / "guides"
 BLOCK = re.compile(r"^```([a-z]+)([a-z ]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

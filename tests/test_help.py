@@ -3,10 +3,9 @@
 import re
 import sys
 
+import forks
 import pytest
 from conftest import ROOT
-
-from experiments import forks
 
 SCRIPTS = sorted(
   path.stem for path in (ROOT / "experiments").glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")

@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from conftest import config
+from conftest import IMAGES, config
 
 import ban_jax
 from ban_jax import config as config_lib
@@ -111,12 +111,12 @@ def test_options_belong_to_what_takes_them():
   assert identity_of(config(loss__temperature=2.0), 0) == identity_of(config(), 0)  # generation 0 learns from labels
   assert identity_of(config(teacher__loss="label_smoothing"), 0) != identity_of(config(), 0)
   assert identity_of(config(teacher__loss="label_smoothing")) == identity_of(config())
-  smoothed = config("digits,wrn_10_1,smoke,label_smoothing")
-  assert identity_of(smoothed) != identity_of(config("digits,wrn_10_1,smoke,label_smoothing", loss__smoothing=0.3))
+  smoothed = config(f"{IMAGES},label_smoothing")
+  assert identity_of(smoothed) != identity_of(config(f"{IMAGES},label_smoothing", loss__smoothing=0.3))
   cosine = {"optim__schedule": "cosine"}
   assert identity_of(config(**cosine, optim__factor=0.5)) == identity_of(config(**cosine))
   # Generation 0 has the teacher's network, whatever the students' network is.
-  teacher = config("digits,densenet_16_8,smoke,teacher=wrn_10_1")
+  teacher = config("digits,densenet_16_8,smoke,teacher=mlp_16")
   assert identity_of(teacher, 0) == identity_of(config(), 0)
   assert identity_of(teacher, 1) == identity_of(config("digits,densenet_16_8,smoke"), 1)
 
@@ -162,7 +162,7 @@ def test_a_manifest_of_the_earlier_form_is_read(tmp_path):
 def test_a_teacher_serves_students_of_another_loss_in_its_directory(tmp_path):
   devices = jax.devices()[:1]
   ban_jax.run(config(generations=0, **TINY), tmp_path, devices=devices, **QUIET)
-  cwtm = config("digits,wrn_10_1,smoke,cwtm", generations=1, **TINY)
+  cwtm = config(f"{IMAGES},cwtm", generations=1, **TINY)
   assert [g.index for g in ban_jax.run(cwtm, tmp_path, devices=devices, **QUIET)] == [0, 1]
   with pytest.raises(CheckpointError, match='loss.name: "cwtm" there, "ban" here'):
     ban_jax.run(config(generations=1, **TINY), tmp_path, devices=devices, **QUIET)

@@ -5,6 +5,7 @@ import collections
 import jax
 import numpy as np
 import pytest
+from conftest import IMAGES
 
 import ban_jax
 from ban_jax import data, optim, storage, train, trees
@@ -94,7 +95,7 @@ def test_a_rate_that_falls_compiles_nothing_more():
 
 
 def test_a_plateau_needs_a_validation_split():
-  cfg = digits.get_config("digits,wrn_10_1,smoke")
+  cfg = digits.get_config(IMAGES)
   cfg.optim.schedule = "plateau"
   with pytest.raises(ConfigError, match="decides by a validation split, .*data.validation, .* cosine, steps"):
     ban_jax.train_generation(None, cfg, **QUIET)
@@ -232,15 +233,15 @@ def test_the_state_begins_anew_with_each_epoch():
 
 
 def test_an_image_network_cannot_teach_a_language_model():
-  images = digits.get_config("digits,wrn_10_1,smoke")
+  images = digits.get_config(IMAGES)
   images.train.epochs, images.train.evaluate_every = 1, 0
   teacher = ban_jax.train_generation(None, images, **QUIET)
   with pytest.raises(CheckpointError, match=r"teacher does not fit model lstm_2x32 .* at batch_stats/"):
     ban_jax.train_generation(teacher.params, config(), **QUIET)
-  with pytest.raises(ConfigError, match="'wide_resnet_10_1' reads images; the data set holds tokens"):
+  with pytest.raises(ConfigError, match="'mlp_1_16' reads images; the data set holds tokens"):
     ban_jax.train_generation(teacher, config(), **QUIET)
   with pytest.raises(ConfigError, match="reads images; the data set holds tokens"):
-    ban_jax.train_generation(None, config("pydoc,wrn_10_1,smoke"), **QUIET)
+    ban_jax.train_generation(None, config("pydoc,mlp_16,smoke"), **QUIET)
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------

@@ -4,10 +4,9 @@ import platform
 import subprocess
 import sys
 
+import forks
 import pytest
-from conftest import ROOT
-
-from experiments import forks
+from conftest import IMAGES, ROOT
 
 # Allocates and frees 64 MB twenty times, and prints the page faults that it takes.
 FAULTS = """
@@ -39,7 +38,7 @@ def test_neither_the_allocator_nor_a_profile_changes_a_byte(tmp_path):
   digests = []
   for name, own in (("keep", ["--keep_memory", f"--profile={tmp_path}/trace"]), ("not", ["--nokeep_memory"])):
     workdir = tmp_path / name
-    words = f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke"
+    words = f"--config={ROOT}/configs/digits.py:{IMAGES}"
     flags = [words, *own, "--config.generations=0", "--noprogress", f"--workdir={workdir}"]
     done = forks.run([sys.executable, str(ROOT / "experiments" / "train.py"), *flags])
     assert done.returncode == 0, done.stderr

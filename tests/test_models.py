@@ -17,6 +17,7 @@ from experiments.analysis import memory
 
 SPEC = InputSpec("images", (8, 8, 3), 5)
 SMALL = {
+  "mlp": {"name": "mlp", "units": 6, "layers": 2, "dropout": 0.0},
   "wide_resnet": {"name": "wide_resnet", "depth": 16, "width": 2, "dropout": 0.0},
   "densenet": {"name": "densenet", "units": 2, "growth": (4, 3, 5), "stem": 7, "compression": 0.5, "remat": False},
   "matched_wide_resnet": {
@@ -108,6 +109,14 @@ class Reference:
     return y + (x if x.shape[-1] == width else self.conv(f"{path}/shortcut", activated, stride))
 
 
+def mlp(net, x):
+  x = x.reshape(len(x), 1, 1, -1)
+  for layer in (1, 2):
+    x = net.norm_relu(f"norm{layer}", x @ np.asarray(net.params[f"layer{layer}"]["kernel"], np.float64))
+    assert x.shape[-1] == 6
+  return x[:, 0, 0] @ net.params["classifier"]["kernel"] + net.params["classifier"]["bias"]
+
+
 def wide_resnet(net, x):  # depth 16, width 2: two blocks a stage
   x = net.conv("stem", x)
   for stage, width in ((1, 32), (2, 64), (3, 128)):
@@ -159,6 +168,7 @@ def matched_pre_resnet(net, x):
 
 
 REFERENCES = {
+  "mlp": mlp,
   "wide_resnet": wide_resnet,
   "densenet": densenet,
   "matched_wide_resnet": matched_wide_resnet,
@@ -453,6 +463,8 @@ def test_dropout_is_between_the_convolutions_and_only_in_training():
     ("wide_resnet", {"width": 0}, "model.width=0: a Wide-ResNet's width factor is at least 1"),
     ("wide_resnet", {"dropout": 1.0}, "model.dropout=1.0: a dropout rate lies in [0, 1)"),
     ("wide_resnet", {"deepth": 16}, "takes the options depth, width, dropout; the configuration gives"),
+    ("mlp", {"layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
+    ("mlp", {"dropout": 1.0}, "model.dropout=1.0: a dropout rate lies in [0, 1)"),
     ("densenet", {"units": 0}, "model.units=0: a whole number of at least 1 is expected"),
     ("densenet", {"growth": 0}, "model.growth=0: a whole number of at least 1 is expected"),
     ("densenet", {"growth": (4, 4)}, "model.growth=(4, 4): one number, or 3, one for each stage, are expected"),

@@ -6,13 +6,14 @@ import os
 import re
 import sys
 
+import forks
 import nbformat
 import pytest
 from conftest import ROOT
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
-from experiments import forks, results
+from experiments import results
 
 NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
 OWN_TASK = ROOT / "experiments" / "own_task.ipynb"
@@ -29,7 +30,7 @@ from experiments import cli
 
 jax.config.update("jax_num_cpu_devices", cli.cpu_devices(cores()))
 cli.use_compilation_cache()
-cfg = digits.get_config("digits,wrn_10_1,cpu")
+cfg = digits.get_config("digits,NETWORK,cpu")
 cfg.train.update(epochs=EPOCHS, batch_size=40, evaluate_every=5, gradient_split=True)
 teacher = ban_jax.train_generation(None, cfg, progress=False)
 student = ban_jax.train_generation(teacher, cfg, progress=False)
@@ -103,11 +104,22 @@ def test_it_finds_the_package_from_wherever_jupyter_starts(notebook, execute, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epochs", [6, pytest.param(EPOCHS, marks=pytest.mark.soak)])
-def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, execute, epochs):
+@pytest.mark.parametrize(
+  ("epochs", "networks"),
+  [
+    # Small networks, which compile faster.
+    (6, {"wrn_10_1": "mlp_16", "densenet_16_8": "densenet_10_16"}),
+    pytest.param(EPOCHS, {"wrn_10_1": "wrn_10_1"}, marks=pytest.mark.soak),
+  ],
+  ids=["short", "whole"],
+)
+def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, execute, epochs, networks):
   (cell,) = [cell for cell in notebook.cells if cell.id == "configuration"]
   assert cell.source.count(f"cfg.train.epochs = {EPOCHS}\n") == 1
   cell.source = cell.source.replace(f"cfg.train.epochs = {EPOCHS}\n", f"cfg.train.epochs = {epochs}\n")
+  for cell in notebook.cells:
+    for name, other in networks.items():
+      cell.source = cell.source.replace(name, other)
   probe = "import time; print(time.process_time())"
   notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
   execute(notebook, NOTEBOOK.parent)
@@ -123,7 +135,9 @@ def test_it_runs_from_top_to_bottom_and_shows_what_the_calls_return(notebook, ex
   assert "DenseNet student: test error" in printed(notebook, "networks")
   assert printed(notebook, "run").count("the same bytes: True") == 4
 
-  done = forks.run([sys.executable, "-c", REFERENCE.replace("EPOCHS", str(epochs))], cwd=ROOT)
+  done = forks.run(
+    [sys.executable, "-c", REFERENCE.replace("EPOCHS", str(epochs)).replace("NETWORK", networks["wrn_10_1"])], cwd=ROOT
+  )
   assert done.returncode == 0, done.stderr
   teacher, student = json.loads(done.stdout)
   assert ast.literal_eval(*shown(notebook, "teacher", "text/plain")) == teacher

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, config
+from conftest import IMAGES, ROOT, config
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +59,7 @@ class Linear(nn.Module):
 
 def own(**changes):
   """Returns a configuration of two short generations for own data and networks."""
-  return config("digits,wrn_10_1,smoke", generations=1, **changes)
+  return config(generations=1, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -723,7 +723,7 @@ def test_wrong_arguments_of_predict_are_refused(run, arguments, message):
 
 @pytest.mark.slow
 def test_an_ensemble_of_two_kinds_needs_nothing_but_its_directories(tmp_path, dataset, arrays):
-  kinds = ("digits,wrn_10_1,smoke", "digits,densenet_16_8,smoke")
+  kinds = (IMAGES, "digits,densenet_10_16,smoke")
   paths = []
   teacher = None
   for number, words in enumerate(kinds):
@@ -733,7 +733,7 @@ def test_an_ensemble_of_two_kinds_needs_nothing_but_its_directories(tmp_path, da
     )  # one kind teaches another
     paths.append(tmp_path / str(number) / f"gen_{number}")
   loaded = [ban_jax.load(path) for path in paths]
-  assert [one.network.group["name"] for one in loaded] == ["wide_resnet", "densenet"]
+  assert [one.network.group["name"] for one in loaded] == ["mlp", "densenet"]
   tests = load_data(cfg.data).splits["test"]
   found = ban_jax.predict(loaded, tests["images"])
   metrics = ban_jax.evaluate(loaded, cfg)
@@ -793,7 +793,7 @@ def test_a_directory_of_an_earlier_version_is_read_and_named_where_it_does_not_s
     np.testing.assert_array_equal(
       ban_jax.predict(known, np.zeros((1, 8, 8))), ban_jax.predict(generations[1], np.zeros((1, 8, 8)))
     )
-  with pytest.raises(ban_jax.CheckpointError, match="the network does not fit model wide_resnet_10_1"):
+  with pytest.raises(ban_jax.CheckpointError, match="the network does not fit model mlp_1_16"):
     ban_jax.with_network(old, own())
   # The configuration's network is taken, and the resumed run knows its own.
   assert ban_jax.evaluate(old, own(), dataset=dataset, model=cnn)["count"] == 100

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import types
 
+import forks
 import jax.numpy as jnp
 import jaxtyping
 import pytest
-from conftest import ROOT
+from conftest import IMAGES, ROOT
 
 import ban_jax
 from ban_jax import losses
-from experiments import forks
 
 
 def test_importing_the_library_is_light_and_fast():
@@ -36,7 +36,7 @@ def test_importing_the_library_is_light_and_fast():
 @pytest.mark.slow
 def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterwards(tmp_path):
   command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path}", "--seeds=2",
-             "--words=digits,wrn_10_1,smoke", "--devices=2"]  # fmt: skip
+             f"--words={IMAGES}", "--devices=2"]  # fmt: skip
   first = forks.run(command, cwd="/")
   assert first.returncode == 0, first.stderr
   assert "±" in first.stdout
@@ -50,7 +50,7 @@ def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterw
 @pytest.mark.slow
 def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   command = [sys.executable, "-m", "experiments.enough", f"--workdir={tmp_path}", "--seeds=1", "--devices=1",
-             "--words=digits,wrn_10_1,smoke", "--noise=0.4", "--epochs=1,2", "--generations=1"]  # fmt: skip
+             f"--words={IMAGES}", "--noise=0.4", "--epochs=1,2", "--generations=1"]  # fmt: skip
   done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
   assert done.returncode == 0, done.stderr
   for epochs in (1, 2):

@@ -12,30 +12,29 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from conftest import ROOT
+from conftest import IMAGES, ROOT
 from etils import epath
 
 from ban_jax import storage, trees
 from ban_jax.errors import ConfigError, PeerError
-from experiments import cli, forks, launch
+from experiments import cli, launch
 
 # Dropout, augmentation (the digits' random crops), batch norm and the batch-wide weights of CWTM, all at once.
 TRAIN = [
   str(ROOT / "experiments" / "train.py"),
-  f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke,cwtm",
+  f"--config={ROOT}/configs/digits.py:{IMAGES},cwtm",
   "--config.model.dropout=0.3",
   "--config.train.evaluate_every=0",
 ]
 # Sixty steps per generation: enough time to lose a process several times.
 LONG = ["--config.train.epochs=12", "--config.train.checkpoint_every=5"]
 TEACHER = [*LONG, "--config.generations=0"]
-# Runs a script; see there.
-ONE_CACHE = str(ROOT / "tests" / "one_cache.py")
 # The launcher with processes that are forks; see there.
 LAUNCH = str(ROOT / "tests" / "forked_launch.py")
 # Runs a script until its first checkpoint.
@@ -63,7 +62,7 @@ def alone(workdir, devices, *more):
 def several(workdir, processes, *more, peer_timeout=PEER_TIMEOUT):
   """Returns the arguments of a run of several processes with a device each."""
   own = [f"--processes={processes}", f"--peer_timeout={peer_timeout}"]
-  return [sys.executable, LAUNCH, *own, "--", ONE_CACHE, *TRAIN, f"--workdir={workdir}", *more]
+  return [sys.executable, LAUNCH, *own, "--", *TRAIN, f"--workdir={workdir}", *more]
 
 
 def finish(arguments):
@@ -402,7 +401,7 @@ def test_a_language_models_states_are_the_same_on_one_process_and_on_two(tmp_pat
     return [sys.executable, *text, f"--workdir={workdir}", "--devices=2"]
 
   def two(workdir):
-    launched = [sys.executable, LAUNCH, "--processes=2", "--", ONE_CACHE]
+    launched = [sys.executable, LAUNCH, "--processes=2", "--"]
     return [*launched, *text, f"--workdir={workdir}"]
 
   def compare(workdir):

@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 
+import forks
 import pytest
 from conftest import ROOT, TRAIN, config
 
 import ban_jax
 from ban_jax import preemption, train
 from ban_jax.errors import Preempted
-from experiments import forks
 
 QUIET = {"progress": False}
 COMMAND = [

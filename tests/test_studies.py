@@ -4,14 +4,15 @@ import json
 import math
 import sys
 
+import forks
 import matplotlib.image
 import pytest
-from conftest import ROOT
+from conftest import IMAGES, ROOT
 from etils import epath
 
 from ban_jax import loading
 from ban_jax.errors import ConfigError
-from experiments import forks, gains
+from experiments import gains
 
 KEYS = {"date", "words", "changes", "seed", "seconds", "results"}
 
@@ -107,7 +108,7 @@ def test_with_wrong_labels_the_effect_on_images_is_compared_with_an_earlier_stop
 @pytest.mark.slow
 def test_a_search_keeps_every_setting_once(tmp_path):
   log = tmp_path / "searched.jsonl"
-  given = (f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke", f"--workdir={tmp_path}/runs", f"--log={log}",
+  given = (f"--config={ROOT}/configs/digits.py:{IMAGES}", f"--workdir={tmp_path}/runs", f"--log={log}",
            "--config.train.checkpoint_every=100")  # fmt: skip
   grid = '--grid={"train.epochs": [1, 2], "data.label_noise": [0.4]}'
   done = make("search.py", *given, "--seeds=101", grid)
@@ -134,7 +135,7 @@ def test_a_search_keeps_every_setting_once(tmp_path):
   ],
 )
 def test_a_search_that_cannot_be_made_is_refused(given, message, tmp_path):
-  config = () if given[0].startswith("--config") else (f"--config={ROOT}/configs/digits.py:digits,wrn_10_1,smoke",)
+  config = () if given[0].startswith("--config") else (f"--config={ROOT}/configs/digits.py:{IMAGES}",)
   done = make("search.py", *config, *given, f"--workdir={tmp_path}", f"--log={tmp_path}/searched.jsonl")
   assert done.returncode == 2
   assert message in done.stderr

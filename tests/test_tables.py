@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 
+import forks
 import jax
 import matplotlib.image
 import numpy as np
@@ -25,7 +26,7 @@ import ban_jax
 from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
-from experiments import forks, results
+from experiments import results
 from experiments.tables import cost, graph, report, run
 from experiments.tables import train as training
 from experiments.tables import values as cell_values
@@ -38,7 +39,7 @@ COLUMNS = {
   1: ["teacher", "BAN"],
   2: ["teacher", "BAN", "BAN+L", "CWTM", "DKPP", "BAN-1", "BAN-2", "BAN-3", "Ens*2", "Ens*3"],
   3: ["teacher", "BAN", "DenseNet-90-60"],
-  4: ["teacher", "2x depth", "0.75x compr."],
+  4: ["teacher", "2x depth"],
   5: ["baseline", "BAN"],
   6: ["teacher val", "BAN+L val", "teacher test", "BAN+L test"],
 }

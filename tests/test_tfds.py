@@ -317,7 +317,7 @@ def test_what_is_read_is_part_of_the_identity_of_such_runs_alone():
 
 
 def test_two_steps_of_training(both):
-  cfg = tfds_config.get_config("tiny_colours,wrn_10_1,smoke")
+  cfg = tfds_config.get_config("tiny_colours,mlp_16,smoke")
   cfg.data.update(dir=str(both), size=8, pad=1, train_examples=0)
   cfg.train.update(epochs=1, batch_size=16)
   cfg.evaluate.batch_size = 5

@@ -6,7 +6,7 @@ import flax
 import jax
 import numpy as np
 import pytest
-from conftest import config
+from conftest import IMAGES, config
 
 import ban_jax
 from ban_jax import data, job, losses, models, trees
@@ -14,6 +14,12 @@ from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 
 QUIET = {"progress": False}
+WRN = "digits,wrn_10_1,smoke"
+
+
+def untrained(cfg):
+  """Returns the variables of an untrained network of the configuration."""
+  return jax.device_get(models.make_model(cfg.model, data.load(cfg.data).spec).init(jax.random.key(0)))
 
 
 def bytes_of(tree):
@@ -64,7 +70,7 @@ def test_bare_trees_start_each_generation_from_initial_params_of_its_own(monkeyp
   params, kernels = None, []
   for _ in range(3):
     params = ban_jax.train_generation(params, cfg, **QUIET).params
-    kernels.append(params["params"]["stem"]["kernel"])
+    kernels.append(params["params"]["layer1"]["kernel"])
   for first, second in ((0, 1), (0, 2), (1, 2)):
     assert not np.allclose(kernels[first], kernels[second])
   assert trees.lineage(params) == 2
@@ -106,17 +112,17 @@ def test_a_run_by_shard_map_has_the_bytes_of_one_by_pmap(teacher, student):
     ban_jax.train_generation(None, config(train__mapping="vmap"), **QUIET)
 
 
-@pytest.mark.parametrize("loss", ["label", "ban", "cwtm", "dkpp"])
-def test_one_device_and_four_agree(loss, teacher):
+@pytest.mark.parametrize(
+  ("words", "loss"), [(WRN, "label"), (IMAGES, "ban"), (IMAGES, "cwtm"), (IMAGES, "dkpp")], ids=str
+)
+def test_one_device_and_four_agree(words, loss, teacher):
   # Dropout, crops and synchronised batch norm are on; 3 steps keep reordered sums from growing apart.
-  cfg = config(model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
-  parent = None if loss == "label" else teacher
-  one, four = (ban_jax.train_generation(parent, cfg, devices=jax.devices()[:n], **QUIET).params for n in (1, 4))
-  # At this rate nothing moves, so the result is the initial state.
-  still = cfg.copy_and_resolve_references()
-  still.optim.update(learning_rate=1e-30, weight_decay=0.0)
-  start = ban_jax.train_generation(parent, still, devices=jax.devices()[:1], **QUIET).params
-  one, four, start = (trees.leaves(trees.to_plain(tree)) for tree in (one, four, start))
+  cfg = config(words, model__dropout=0.3, data__flip=True, train__epochs=1, data__train_examples=60, loss__name=loss)
+  parent, begun = None if loss == "label" else teacher, untrained(cfg)
+  one, four = (
+    ban_jax.train_generation(parent, cfg, initial=begun, devices=jax.devices()[:n], **QUIET).params for n in (1, 4)
+  )
+  one, four, start = (trees.leaves(trees.to_plain(tree)) for tree in (one, four, begun))
   for path in one:
     moved = np.linalg.norm(one[path] - start[path])
     assert np.linalg.norm(four[path] - one[path]) < 2e-3 * moved + 1e-6, path
@@ -125,7 +131,7 @@ def test_one_device_and_four_agree(loss, teacher):
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
   four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
   sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
-  mean = "batch_stats/stage1_unit1/norm1/mean"  # of the stem: the mean of device means is the batch's
+  mean = "batch_stats/norm1/mean"  # of the first layer: the mean of device means is the batch's
   a, b = (trees.leaves(g.params)[mean] for g in (four, sync))
   np.testing.assert_allclose(a, b, atol=0.05)
   assert bytes_of(four.params) != bytes_of(sync.params)
@@ -148,9 +154,9 @@ def test_gradient_split_is_in_the_history_of_students_alone(teacher):
 
 
 def test_another_network_can_teach(tmp_path):
-  cfg = config("digits,densenet_16_8,smoke,teacher=wrn_10_1", train__epochs=1)
+  cfg = config("digits,densenet_10_16,smoke,teacher=mlp_16", train__epochs=1)
   generations = ban_jax.run(cfg.copy_and_resolve_references(), tmp_path / "run", **QUIET)
-  assert ["transition1" in g.params["params"] for g in generations] == [False, True]
+  assert ["classifier" in g.params["params"] for g in generations] == [False, True]
   both = ban_jax.evaluate(generations, cfg)  # an ensemble of both kinds
   assert both["count"] == 1397
   again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # the teacher is itself a student
@@ -163,7 +169,7 @@ def test_another_network_can_teach(tmp_path):
     ({"data__name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
     ({"model__name": "resnet"}, "unknown model 'resnet'; choose one of: .*wide_resnet"),
     ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing"),
-    ({"model__depth": 12}, r"model.depth=12: a Wide-ResNet has depth 6n \+ 4"),
+    ({"model__layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
     ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
     ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),
     ({"optim__schedule": "linear"}, "unknown optim.schedule 'linear'; choose one of: cosine, plateau, steps"),
@@ -183,11 +189,11 @@ def test_wrong_configurations_are_answered_before_any_work(changes, message):
 def test_trees_that_do_not_fit_are_named(teacher):
   with pytest.raises(CheckpointError, match="teacher must be a variables tree with 'params'.*not a mapping with stem"):
     ban_jax.train_generation({"stem": 1}, config(), **QUIET)
-  wide = config(model__width=2)
-  expected = r"teacher does not fit model wide_resnet_10_2 with 10 classes: at batch_stats/norm/mean the model has "
-  with pytest.raises(CheckpointError, match=expected + r"float32\[128\], the tree float32\[64\]"):
+  wide = config(model__units=32)
+  expected = r"teacher does not fit model mlp_1_32 with 10 classes: at batch_stats/norm1/mean the model has "
+  with pytest.raises(CheckpointError, match=expected + r"float32\[32\], the tree float32\[16\]"):
     ban_jax.train_generation(teacher.params, wide, **QUIET)  # a bare tree is of the network that is configured
-  with pytest.raises(CheckpointError, match=r"member 2 does not fit model wide_resnet_10_1.*the tree nothing"):
+  with pytest.raises(CheckpointError, match=r"member 2 does not fit model mlp_1_16.*the tree nothing"):
     ban_jax.evaluate([teacher, {"params": {}}], config())
   with pytest.raises(ConfigError, match="an empty sequence cannot teach"):
     ban_jax.train_generation([], config(), **QUIET)
@@ -199,12 +205,12 @@ def test_trees_that_do_not_fit_are_named(teacher):
 
 def test_a_network_with_bad_numbers_does_not_teach(teacher):
   broken = jax.tree.map(np.array, flax.core.unfreeze(teacher.params))
-  broken["params"]["stem"]["kernel"][0, 0, 0, 0] = np.nan
+  broken["params"]["layer1"]["kernel"][0, 0] = np.nan
   with pytest.raises(CheckpointError, match="not finite"):
     ban_jax.train_generation(broken, config(), **QUIET)
 
 
-MATCHED = "digits,small_wide_match_1_1,smoke,teacher=densenet_16_8"
+MATCHED = "digits,small_wide_match_1_1,smoke,teacher=densenet_10_16"  # which has the widths of DenseNet-16-8
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +221,9 @@ def dense_teacher():
 @pytest.mark.parametrize("loss", ["ban", "label"])  # a student, and its baseline from the labels
 def test_layers_copied_from_the_teacher_keep_their_bytes_and_all_others_change(loss, dense_teacher):
   cfg = config(MATCHED, loss__name=loss, train__epochs=1)
-  student = ban_jax.train_generation(dense_teacher, cfg, **QUIET).params
-  still = config(MATCHED, loss__name=loss, train__epochs=1, optim__learning_rate=1e-30, optim__weight_decay=0.0)
-  start = trees.leaves(ban_jax.train_generation(dense_teacher, still, **QUIET).params)
+  begun = untrained(cfg)
+  student = ban_jax.train_generation(dense_teacher, cfg, initial=begun, **QUIET).params
+  start = trees.leaves(begun)
   teacher = trees.leaves(dense_teacher.params)
   for path, leaf in trees.leaves({"params": student["params"]}).items():
     if path.split("/")[1] in ("stem", "classifier"):
@@ -228,14 +234,15 @@ def test_layers_copied_from_the_teacher_keep_their_bytes_and_all_others_change(l
 
 def test_a_matched_network_without_a_teacher_trains_all_its_layers():
   cfg = config("digits,small_wide_match_1_1,smoke", train__epochs=1)
-  still = config("digits,small_wide_match_1_1,smoke", train__epochs=1, optim__learning_rate=1e-30)
-  kernels = [ban_jax.train_generation(None, c, **QUIET).params["params"]["stem"]["kernel"] for c in (cfg, still)]
-  assert (kernels[0] != kernels[1]).any()
+  begun = untrained(cfg)
+  trained = ban_jax.train_generation(None, cfg, initial=begun, **QUIET)
+  for path, leaf in trees.leaves({"params": trained.params["params"]}).items():
+    assert (leaf != trees.leaves(begun)[path]).any(), path
 
 
 def test_layers_that_cannot_be_copied_are_refused(dense_teacher):
-  cfg = config("digits,small_wide_match_1_1,smoke,teacher=densenet_22_12", train__epochs=1)
-  teacher = ban_jax.train_generation(None, cfg, **QUIET)
+  cfg = config("digits,small_wide_match_1_1,smoke,teacher=wrn_10_1", train__epochs=1)
+  teacher = untrained(config(WRN))
   with pytest.raises(
     ConfigError, match=r"copies stem and classifier .* at classifier/kernel the student has float32\[16, 10\]"
   ):

@@ -22,6 +22,7 @@ from ban_jax.models.matched_resnet import (
   matched_pre_resnet,
   matched_wide_resnet,
 )
+from ban_jax.models.mlp import MLPOptions, mlp
 from ban_jax.models.own import OwnOptions, own
 from ban_jax.models.resnet import ResNetOptions, resnet
 from ban_jax.models.vit import ViTOptions, vit
@@ -44,6 +45,7 @@ _ENTRIES = {
   "lstm": ModelKind(LSTMOptions, lstm),
   "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_pre_resnet),
   "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_wide_resnet),
+  "mlp": ModelKind(MLPOptions, mlp),
   "own": ModelKind(OwnOptions, own),
   "resnet": ModelKind(ResNetOptions, resnet),
   "vit": ModelKind(ViTOptions, vit),

@@ -43,7 +43,7 @@ def norm(
   )
 
 
-def norm_relu(x: Float[Array, "B H W C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
+def norm_relu(x: Float[Array, "B ... C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
   """Returns relu(norm(x)); call it in a compact module, where it creates the submodule `name`."""
   return relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
 

@@ -146,6 +146,9 @@ MODELS = {
   "wrn_16_4": ConfigDict({**_wide_resnet(16, 4), "dropout": 0.0}),
   "wrn_16_1": ConfigDict({**_wide_resnet(16, 1), "dropout": 0.0}),
   "wrn_10_1": ConfigDict({**_wide_resnet(10, 1), "dropout": 0.0}),
+  # The smallest, which compile in seconds: for tests, for the tables at the smoke scale, and to try something out.
+  "mlp_16": ConfigDict({"name": "mlp", "units": 16, "layers": 1, "dropout": 0.0}),
+  "mlp_32": ConfigDict({"name": "mlp", "units": 32, "layers": 2, "dropout": 0.1}),
   "densenet_112_33": _densenet(112, 33),
   "densenet_90_60": _densenet(90, 60),
   "densenet_80_80": _densenet(80, 80),

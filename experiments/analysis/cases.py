@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -231,23 +230,3 @@ KINDS = {
   "distilled_3": Kind(functools.partial(prepare_taught, teachers=3), training),
   "replayed_3": Kind(functools.partial(prepare_replayed, teachers=3), training, images_only=True),
 }
-
-
-@functools.lru_cache
-def many_leaves(like: Model) -> Model:
-  """Returns an image network with next to no work and as many arrays as another, of one number each."""
-  shapes = like.shapes
-  groups = {group: [f"leaf{number}" for number, _ in enumerate(jax.tree.leaves(shapes[group]))] for group in shapes}
-
-  def init(key):
-    del key
-    return {group: {name: jnp.ones(1) for name in names} for group, names in groups.items()}
-
-  def apply(variables, carry, inputs, *, train, key=None, positions=None):
-    del key, positions
-    scale = sum(variables["params"].values()) / len(groups["params"])  # [1]
-    logits = inputs[:, 0, 0, :1] * scale * jnp.arange(like.spec.num_classes)  # [B, n]
-    moved = 1.0 if train else 0.0
-    return logits, carry, {name: leaf + moved for name, leaf in variables["batch_stats"].items()}
-
-  return Model(f"leaves_of_{like.name}", like.spec, init, lambda batch: (), apply)

@@ -387,8 +387,3 @@ def start(threads: int) -> None:
   torch.set_num_threads(threads)
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
   torch.backends.cudnn.benchmark = True
-
-
-def peak_bytes(device: str) -> int | None:
-  """Returns the most memory of a GPU that was in use at once; None on a CPU."""
-  return torch.cuda.max_memory_allocated() if device == "cuda" else None

@@ -32,7 +32,7 @@ SCALES: dict[str, tuple[int, Mapping[str, Mapping[str, object]]]] = {
   "smoke": (2, {}),
 }
 # Networks at the cpu scale: of the paper's kinds, small enough for two cores. Unlike in the paper, the DenseNets are
-# smaller than the Wide-ResNets.
+# smaller than the Wide-ResNets. At the smoke scale, which only shows that everything runs, perceptrons stand for both.
 SUBSTITUTES = {
   "wrn_28_1": "wrn_10_1",
   "wrn_28_2": "wrn_16_1",

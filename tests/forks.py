@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 
+import one_cache
+
 # What the scripts import. Not the scripts: each defines its own flags.
 IMPORTED = (
   *("ban_jax.data", "ban_jax.storage", "ban_jax.train", "orbax.checkpoint", "sklearn.datasets", "tensorboardX"),
   *("experiments.cli", "experiments.results", "experiments.tables.run"),
 )
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Fork:
@@ -76,21 +77,22 @@ def run(arguments: list[str], cwd: str | os.PathLike = "/", timeout: int = 300) 
 
 @functools.cache
 def _server() -> subprocess.Popen:
-  # Not by its path: experiments/interrupts.py would take it for a script, and start a thread, which no fork survives.
-  command = [sys.executable, "-c", "from experiments import forks; forks.serve()"]
-  server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=ROOT)
+  server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True)
   atexit.register(server.communicate)  # ends it
   return server
 
 
 def serve() -> None:
   """Forks for every line of the standard input."""
+  one_cache.install()
   for name in IMPORTED:
     __import__(name)
   gc.freeze()  # the memory of what is imported stays shared
   for line in sys.stdin:
     multiprocessing.get_context("fork").Process(target=_keep, args=json.loads(line)).start()
     multiprocessing.active_children()  # forgets those that have ended
+  for child in multiprocessing.active_children():
+    child.join()
 
 
 def _keep(arguments: list[str], cwd: str, folder: str) -> None:
@@ -136,3 +138,7 @@ def become(arguments: list[str]) -> None:
     sys.path[0] = os.path.dirname(first)
     sys.argv[:] = [first, *rest]
     runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+  serve()
