@@ -53,4 +53,4 @@ def mlp(spec: InputSpec, options: MLPOptions, *, dtype: Any, axis_name: str | No
   """Returns a perceptron; raises a ConfigError for a data set of text."""
   name = f"mlp_{options.layers}_{options.units}"
   common.require_kind(name, "images", spec)
-  return common.from_image_module(name, MLP(options, spec.num_classes, dtype, axis_name), spec)
+  return common.from_module(name, MLP(options, spec.num_classes, dtype, axis_name), spec)
