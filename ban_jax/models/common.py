@@ -48,7 +48,7 @@ def norm_relu(x: Float[Array, "B ... C"], *, train: bool, dtype: Any, axis_name:
   return relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))
 
 
-def relu(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def relu(x: Float[Array, "B ... C"]) -> Float[Array, "B ... C"]:
   """Returns the input of a convolution, behind a barrier on CPU."""
   x = nn.relu(x)  # XLA would compute it anew inside each strided copy that a convolution needs
   # Chosen where the step is lowered, by the platform it is lowered for, which need not be the process's own.
