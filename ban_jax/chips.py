@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -117,14 +118,20 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
   return tpu, tuple(lengths)
 
 
+def describe_host() -> None:
+  """Tells libtpu what it would ask a TPU machine, if this is none: else it complains at length as JAX starts."""
+  if not any(pathlib.Path("/dev").glob("accel*")) and not pathlib.Path("/dev/vfio").exists():
+    for variable, value in LIBTPU.items():
+      os.environ.setdefault(variable, value)
+
+
 def _tpus(name: str, kind: str, shape: tuple[int, ...]) -> Devices:
   if not importlib.util.find_spec("libtpu"):
     raise ConfigError(
       f"topology={name!r}: libtpu, which holds the compiler for TPUs, is not installed: pip install 'ban_jax[compile]' "
       "(Linux x86-64)"
     )
-  for variable, value in LIBTPU.items():
-    os.environ.setdefault(variable, value)
+  describe_host()
   options: dict[str, Any] = {"chip_config_name": "megacore"} if len(shape) == 3 else {}  # both cores are one device
   if set(shape) == {1}:
     options["chips_per_host_bounds"] = (1,) * 3

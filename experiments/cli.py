@@ -20,8 +20,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from ban_jax import chips, memory, processes, profiling
 from ban_jax import devices as devices_lib
-from ban_jax import memory, processes, profiling
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
 from experiments import interrupts
 
@@ -79,6 +79,7 @@ def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   If the flags leave it open, that is one CPU device with all cores, or one per core for students `side_by_side`.
   """
   _check_processes()
+  chips.describe_host()
   use_compilation_cache()
   _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
   if ONEDNN.value:

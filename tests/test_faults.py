@@ -632,7 +632,7 @@ def closed():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("stream", [lambda: None, Writes, Unread, closed, object], ids=str)
+@pytest.mark.parametrize("stream", [lambda: None, Writes, Unread, closed, object], ids=lambda make: make.__name__)
 def test_a_stream_that_cannot_show_progress_ends_no_training(stream, enabled, monkeypatch, capsys):
   stream = stream()
   monkeypatch.setattr(sys, "stderr", stream)
