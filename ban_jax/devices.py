@@ -169,6 +169,11 @@ def split_rows(tree: PyTree, devices: Devices) -> PyTree:
   return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(len(devices), -1, *np.shape(leaf)[1:])[here], tree)
 
 
+def place_rows(tree: PyTree, devices: Devices) -> PyTree:
+  """Places what `split_rows` cuts; a carry that began on the host would have its step compiled twice."""
+  return place(split_rows(tree, devices), devices)
+
+
 def split_batches(batches: Int[np.ndarray, "m B"], devices: Devices, block: int = 1) -> Int[np.ndarray, "local n rows"]:
   """Cuts mini-batches of B rows into this process's share of each, B / devices rows a device.
 

@@ -133,7 +133,7 @@ def sum_predictions(
   batch_size, devices = share(models, dataset, split, batch_size, subject.devices)
   variables = devices_lib.broadcast(variables, devices)
   arrays = devices_lib.broadcast_split(dataset, split, devices)
-  carries = devices_lib.split_rows(tuple(model.init_carry(batch_size) for model in models), devices)
+  carries = devices_lib.place_rows(tuple(model.init_carry(batch_size) for model in models), devices)
   step = make_eval_step(models, dataset.fetch, devices, sums_of)
   order, block = dataset.eval_order(split, batch_size), job.block_size(dataset.spec, devices)
   total: Any = 0.0

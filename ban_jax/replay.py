@@ -86,7 +86,7 @@ def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any
   step = make_record_step(teaching, job.dataset.fetch, job.devices)
   source = devices_lib.broadcast(job.teacher.source, job.devices)
   carry = jax.tree.map(np.asarray, teaching.init_carry(order.shape[1]))
-  carry, rows = devices_lib.split_rows(carry, job.devices), []
+  carry, rows = devices_lib.place_rows(carry, job.devices), []
   for number, index in enumerate(order, epoch * job.steps_per_epoch):
     carry, logits = step(source, carry, arrays, devices_lib.split_rows(index, job.devices), key_data, np.int32(number))
     rows.append(np.asarray(logits))

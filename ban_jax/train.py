@@ -321,7 +321,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
       write=stack.enter_context(report.tensorboard(directory if primary else None, done)),
       layouts=_layouts(job, record, done),
     )
-    state, carry = devices_lib.broadcast(state, job.devices), devices_lib.split_rows(carry, job.devices)
+    state, carry = devices_lib.broadcast(state, job.devices), devices_lib.place_rows(carry, job.devices)
     yield lane, Live(state, carry, done, sums, tuple(history), time.monotonic(), done)
 
 
@@ -408,7 +408,7 @@ def _dispatch(lane: Lane, live: Live) -> Live:
     source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
   every = job.cfg.train.checkpoint_every
   count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
-  carry = lane.zero_carry if first == 0 else live.carry
+  carry = devices_lib.place(lane.zero_carry, job.devices) if first == 0 else live.carry  # it is donated
   index = devices_lib.split_batches(order[first : first + count], job.devices, job.steps_per_dispatch)
   state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, index, lane.key_data)
   lane.bar.advance(count)

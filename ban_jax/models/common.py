@@ -129,7 +129,7 @@ class Dropout(nn.Module):
     # Two channels share a 32-bit word, because threefry dominates the cost of dropout: one of the first half and one of
     # the second. Neighbours would need an axis of two, which a TPU pads to 128.
     words = jax.vmap(draw)(positions)  # [B, ..., ceil(C / 2)]
-    keep = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :channels] >= dropped
+    keep = jnp.concatenate([(words & 0xFFFF) >= dropped, (words >> 16) >= dropped], axis=-1)[..., :channels]
     return jnp.where(keep, x * jnp.asarray(65536 / (65536 - dropped), x.dtype), 0)
 
 
