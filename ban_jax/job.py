@@ -228,7 +228,7 @@ def resolve(
   cfg: ConfigDict | Setup,
   devices: Sequence[jax.Device] | None,
   own: Own = NOTHING,
-  load: Callable[[ConfigDict], Dataset] = data.load,
+  load: Callable[[ConfigDict], Dataset] | None = None,
 ) -> Setup:
   """Returns what a configuration names, or the caller gives in its place; a Setup as it is.
 
@@ -252,7 +252,7 @@ def resolve(
   config.check(cfg)
   devices_lib.check_mapping(cfg.train.mapping)
   _check_replaced(cfg, own)
-  dataset = own.dataset or load(cfg.data)
+  dataset = own.dataset or (load or data.load)(cfg.data)
   config.check_dataset(cfg, dataset, own_optimizer=own.optimizer is not None)
   return Setup(cfg, dataset, make_models(cfg, dataset.spec, own, found), found, own)
 
