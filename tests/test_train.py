@@ -122,11 +122,13 @@ def test_one_device_and_four_agree(words, loss, teacher):
 
 
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
-  four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
-  sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
+  # At this rate no weight moves, so both see the same activations.
+  still = {"train__epochs": 1, "optim__learning_rate": 1e-30, "optim__weight_decay": 0.0}
+  four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, **still), **QUIET)
+  sync = ban_jax.train_generation(None, config(**still), **QUIET)
   mean = "batch_stats/norm1/mean"  # of the first layer: the mean of device means is the batch's
   a, b = (trees.leaves(g.params)[mean] for g in (four, sync))
-  np.testing.assert_allclose(a, b, atol=0.05)
+  np.testing.assert_allclose(a, b, atol=1e-5)
   assert bytes_of(four.params) != bytes_of(sync.params)
 
 
