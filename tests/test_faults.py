@@ -329,10 +329,11 @@ cp "$disk"/run/gen_0/manifest.json "$disk.manifest"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not namespace_allowed(), reason="no mount namespaces here (unshare -rm), so no small disk to fill")
-def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(undisturbed, tmp_path):
+def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
-  command = [*COMMAND, f"--workdir={disk}/run", "--config.train.checkpoint_every=1"]
+  wide = "--config.model.units=1024"  # a checkpoint of 0.6 MB
+  command = [*COMMAND, f"--workdir={disk}/run", "--config.train.checkpoint_every=1", wide]
   done = subprocess.run(
     ["unshare", "-rm", "bash", "-c", FULL_DISK, "full", str(disk), *command],
     capture_output=True, text=True, timeout=300, check=False,
@@ -350,7 +351,8 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(u
   assert read("err_full").count("\n") == 1
   assert read("steps_full") == read("steps1")
   assert read("status2") == "0\n", read("err2")
-  assert json.loads(read("manifest"))["digest"] == digest_of(undisturbed)
+  assert run(tmp_path / "whole", wide)[0] == 0
+  assert json.loads(read("manifest"))["digest"] == digest_of(tmp_path / "whole")
 
 
 # Writes more scalars than the file's buffer holds, so that writing them fails on the full disk.

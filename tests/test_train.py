@@ -129,11 +129,13 @@ def test_one_device_and_four_agree(words, loss, teacher):
 
 
 def test_unsynchronised_batch_statistics_are_averaged_over_devices():
-  four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, train__epochs=1), **QUIET)
-  sync = ban_jax.train_generation(None, config(train__epochs=1), **QUIET)
+  # At this rate no weight moves, so both see the same activations.
+  still = {"train__epochs": 1, "optim__learning_rate": 1e-30, "optim__weight_decay": 0.0}
+  four = ban_jax.train_generation(None, config(train__sync_batch_stats=False, **still), **QUIET)
+  sync = ban_jax.train_generation(None, config(**still), **QUIET)
   mean = "batch_stats/norm1/mean"  # of the first layer: the mean of device means is the batch's
   a, b = (trees.leaves(g.params)[mean] for g in (four, sync))
-  np.testing.assert_allclose(a, b, atol=0.05)
+  np.testing.assert_allclose(a, b, atol=1e-5)
   assert bytes_of(four.params) != bytes_of(sync.params)
 
 
@@ -156,7 +158,7 @@ def test_gradient_split_is_in_the_history_of_students_alone(teacher):
 def test_another_network_can_teach(tmp_path):
   cfg = config("digits,densenet_10_16,smoke,teacher=mlp_16", train__epochs=1)
   generations = ban_jax.run(cfg.copy_and_resolve_references(), tmp_path / "run", **QUIET)
-  assert ["classifier" in g.params["params"] for g in generations] == [False, True]
+  assert ["transition1" in g.params["params"] for g in generations] == [False, True]
   both = ban_jax.evaluate(generations, cfg)  # an ensemble of both kinds
   assert both["count"] == 1397
   again = ban_jax.train_generation(generations[1], cfg, **QUIET)  # the teacher is itself a student
