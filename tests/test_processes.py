@@ -33,7 +33,7 @@ TRAIN = [
   "--config.train.evaluate_every=0",
 ]
 # Sixty steps per generation: enough time to lose a process several times.
-LONG = ["--config.train.epochs=12", "--config.train.checkpoint_every=5"]
+LONG = ["--config.train.epochs=20", "--config.train.checkpoint_every=5"]
 TEACHER = [*LONG, "--config.generations=0"]
 # The launcher with processes that are forks; see there.
 LAUNCH = str(ROOT / "tests" / "forked_launch.py")
@@ -93,6 +93,7 @@ def interrupt(arguments, workdir, number, victim):
   process = forks.Fork(arguments, folder, ROOT)
   try:
     wait_until(lambda: checkpoints(workdir) - before, process)
+    time.sleep(0.3)  # Orbax's last barrier of a checkpoint notices a lost process by JAX's heartbeat only
     pid = int(re.search(r"launch: process ids (.*)", messages.read_text()).group(1).split()[victim])
     start = time.monotonic()
     os.kill(pid, number)
