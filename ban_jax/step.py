@@ -92,8 +92,7 @@ def make_train_step(
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
   and returns the new state and carry, and the sums over each global mini-batch, float32 [n, sums]:
-  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` is a key of
-  devices.MAPPINGS; a pmapped step and its successor give the same bytes.
+  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` changes no byte.
   """
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
@@ -103,8 +102,7 @@ def make_train_step(
     batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, index, key_data, state.step)
     teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    fixed = {name: tree for name, tree in state.params.items() if name in frozen}
-    trainable = {name: tree for name, tree in state.params.items() if name not in frozen}
+    fixed, trainable = ({k: v for k, v in state.params.items() if (k in frozen) == kept} for kept in (True, False))
 
     def weighted_sum(trainable):
       variables = {"params": {**trainable, **fixed}, "batch_stats": state.batch_stats}
@@ -126,26 +124,19 @@ def make_train_step(
       batch_stats = devices_lib.pmean(batch_stats)
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     params = {**optax.apply_updates(trainable, updates), **fixed}
-    new = TrainState(state.step + 1, params, batch_stats, opt_state)
     # A momentum that is not finite makes its parameter so in the same step. XLA fuses this into the update.
     sums["finite"] = all_finite((params, batch_stats))
     # One array is read at a time. Counts stay exact: a mini-batch has fewer than 2^24 examples or tokens.
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
-    return (new, (student_carry, teacher_carry)), row
+    return (TrainState(state.step + 1, params, batch_stats, opt_state), (student_carry, teacher_carry)), row
 
   def train_step(state, source, carry, arrays, index, key_data):
     step = functools.partial(one_step, source, arrays, key_data)
     (state, carry), rows = _several(step, (state, carry), index, len(names))
     return state, carry, rows
 
-  run = devices_lib.MAPPINGS[mapping](
-    train_step,
-    devices=devices,
-    in_axes=(None, teaching.source_axis, 0, None, 0, None),
-    out_axes=(None, 0, None),
-    donate_argnums=(0, 2),
-  )
-  return TrainStep(run, names)
+  mapped, axes, out = devices_lib.MAPPINGS[mapping], (None, teaching.source_axis, 0, None, 0, None), (None, 0, None)
+  return TrainStep(mapped(train_step, devices=devices, in_axes=axes, out_axes=out, donate_argnums=(0, 2)), names)
 
 
 def _several(
