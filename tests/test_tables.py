@@ -23,10 +23,11 @@ from conftest import ROOT
 from etils import epath
 
 import ban_jax
+from ban_jax import optim as optim_lib
 from ban_jax import storage
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
-from experiments import results
+from experiments import anchors, results
 from experiments.tables import cost, graph, report, run
 from experiments.tables import train as training
 from experiments.tables import values as cell_values
@@ -196,6 +197,7 @@ def test_a_killed_table_goes_on_and_repeats_nothing(made, workdir, tmp_path):
   made(1)
   die = f"""
 import os, signal, sys
+from ban_jax import optim as optim_lib
 from ban_jax import storage
 save = storage.save_step
 def save_and_die(manager, step, tree, record):
@@ -680,3 +682,28 @@ def test_students_side_by_side_are_those_of_one_at_a_time(tmp_path):
     assert [layouts[node.path]["replayed"] for node in nodes] == [False, True, True, True]
     assert training.train(nodes, workdir, groups=groups, progress=False, log=messages.append) == 0
   assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("anchor", anchors.ANCHORS, ids=lambda table: table.number)
+def test_an_anchor_is_a_table_of_published_numbers(anchor, tmp_path):
+  own = anchor.cells("paper", 1, "", controls=True)
+  assert {"teacher", "BAN-1", "label smoothing", "independent*2"} <= {cell.column for cell in own}
+  (teacher,) = own[0].members[0]
+  assert (own[0].column, own[0].paper, teacher.cfg.scale) == ("teacher", anchor.rows[0].paper["teacher"], "paper")
+  # Independent networks have the anchor's training, too.
+  for cell in own:
+    for node in cell.members[0]:
+      assert node.cfg.optim.learning_rate == teacher.cfg.optim.learning_rate
+      assert node.cfg.data.window == teacher.cfg.data.window
+  text = report.Output(anchor, "paper", epath.Path(tmp_path)).write(own, 1, plot=True)
+  assert text.startswith(f"# Anchor {anchor.number}: ")
+  assert "The published: " in text
+  assert (tmp_path / f"anchor_{anchor.number}.png").exists()
+
+
+def test_zaremba_s_rate_falls_after_each_epoch_from_the_fifth_on():
+  teacher = anchors.ANCHORS[0].cells("paper", 1, "", controls=False)[0].members[0][0]
+  optim = teacher.cfg.optim
+  schedule = optim_lib.make_schedule(optim, 13)
+  assert [float(schedule(epoch)) for epoch in range(7)] == [20.0, 20.0, 20.0, 20.0, 20.0, 10.0, 5.0]
+  assert (optim.clip_norm, teacher.cfg.model.tied, teacher.cfg.data.window) == (0.25, False, 20)
