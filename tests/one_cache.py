@@ -13,8 +13,6 @@ import sys
 
 from jax._src import cache_key
 
-from ban_jax import chips
-
 # Programs of tests run for a moment only: less optimisation by LLVM takes a fifth to a third off their compilation, and
 # adds a fifth to a Wide-ResNet's steps (without any, level 0, they take ten times as long). The second flag is set by
 # the scripts; here it makes the tests' programs theirs.
@@ -22,6 +20,8 @@ XLA_FLAGS = "--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true
 
 
 def install() -> None:
+  from ban_jax import chips  # not before the tests' hook for its modules is there
+
   chips.describe_host()
   if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()

@@ -78,6 +78,9 @@ def check_options(group: Mapping[str, Any], key: str = "model") -> tuple[Callabl
     raise ConfigError(
       f"model {name!r} takes the options {', '.join(accepted)}; the configuration gives {', '.join(values) or 'none'}"
     )
+  for option, value in values.items():
+    if value is None:
+      raise ConfigError(f"{key}.{option} is None: expected a value")
   with _messages_about(key):
     return kind.make, kind.options(**values)
 
