@@ -271,7 +271,7 @@ def _check_replaced(cfg: ConfigDict, own: Own) -> None:
         )
   if own.model is not None and cfg.model.to_dict() not in [known.to_dict() for known in presets.MODELS.values()]:
     raise ConfigError(f"the options of model {cfg.model.name!r} were changed, and have no effect beside model=")
-  if own.teacher_model is not None and cfg.teacher.model is not None:
+  if own.teacher_model is not None and cfg.teacher.model is not None and cfg.teacher.model.name != "own":
     raise ConfigError(f"teacher.model {cfg.teacher.model.name!r} has no effect beside teacher_model=: expected None")
   if own.model is not None and (own.teacher_model or not cfg.teacher.model) and cfg.compute_dtype != "float32":
     raise ConfigError(

@@ -285,7 +285,7 @@ def test_dropout_draws_have_no_axis_of_two():
 
 
 def test_no_state_has_a_device_axis():
-  program = programs.train_program(NETWORKS["lstm"][0], tuple(jax.devices()))
+  program = train_program(NETWORKS["lstm"][0], tuple(jax.devices()))
   state, carry, sums = jax.eval_shape(program.step, *program.arguments)
   assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, program.arguments[0])
   assert sums.ndim == 2

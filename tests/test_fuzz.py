@@ -186,7 +186,7 @@ MENDED = [
   (IMAGES, {"train.batch_size": 0}, "train.batch_size=0: expected a whole number of at least 1"),
   (IMAGES, {"teacher.model": 3}, "teacher.model must be a group with a name, one of: .*wide_resnet; it is '3'"),
   (IMAGES, {"teacher.model": {}}, "teacher.model must be a group with a name"),
-  (IMAGES, {"teacher.model": {"name": "resnet"}}, "unknown teacher.model 'resnet'"),
+  (IMAGES, {"teacher.model": {"name": "vgg"}}, "unknown teacher.model 'vgg'"),
   (IMAGES, {"scale": "\ud800"}, r"scale='\\ud800': expected a printable word"),
   (IMAGES, {"seed": 2**32}, "seed=4294967296: expected a whole number from 0 to 4294967295"),
   (TEXT, {"evaluate.training_batch_size": 10**9}, "evaluate.training_batch_size=1000000000: expected at most"),

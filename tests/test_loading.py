@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import ban_jax
 from ban_jax import config as config_lib
-from ban_jax import data, models, presets, storage, trees
+from ban_jax import data, keys, models, presets, storage, trees
 
 QUIET = {"progress": False}
 
@@ -78,7 +78,7 @@ def test_what_is_no_generation_is_named(run, tmp_path):
 def test_a_generation_prints_in_one_line_pickles_and_copies(run):
   generation = run[1][1]
   assert repr(generation) == (
-    f"Generation(index=1, parameters=77,562, epochs=1, test_error={generation.metrics['test_error']:.4g})"
+    f"Generation(index=1, parameters=1,226, epochs=1, test_error={generation.metrics['test_error']:.4g})"
   )
   for other in (pickle.loads(pickle.dumps(generation)), copy.deepcopy(generation)):
     assert trees.digest(other.params) == trees.digest(generation.params)
@@ -164,7 +164,7 @@ def test_a_recorded_configuration_comes_back(words, changes, tmp_path):
 
 
 def test_a_configuration_of_an_earlier_version_has_neutral_values(tmp_path):
-  record = {key: value for key, value in config_lib.record(config()).items() if key not in config_lib.NEUTRAL}
+  record = {key: value for key, value in config_lib.record(config()).items() if key not in keys.neutral_values()}
   (tmp_path / "config.json").write_text(json.dumps(record))
   assert ban_jax.load_config(tmp_path) == config()
 

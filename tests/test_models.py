@@ -531,7 +531,7 @@ def test_unknown_names_list_the_choices():
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 3), (3, 9), (9, 3), (4, 4)], ids=str)
 def test_images_of_which_pooling_leaves_nothing_are_refused(name, shape):
-  least = 1 if name == "wide_resnet" else 4
+  least = 1 if name in ("wide_resnet", "mlp") else 4
   spec = InputSpec("images", (*shape, 1), 5)
   if min(shape) < least:
     message = rf"model '{name}.* halves images 2 times: expected at least 4x4 pixels, and the data set has {shape[0]}x"

@@ -7,9 +7,11 @@ from ban_jax.keys import KEYS
 
 def get_config() -> ConfigDict:
   """Returns the base configuration, which `presets.compose` turns into the configuration of a run."""
-  config = ConfigDict({"data": {}, "loss": {}, "optim": {}, "train": {}, "evaluate": {}, "teacher": {}})
+  config = ConfigDict()
   for name, key in KEYS.items():
     group, _, last = name.rpartition(".")
+    if group and group not in config:
+      setattr(config, group, ConfigDict())
     # A reference of type object may hold values of several types.
     value = FieldReference(key.default, field_type=object) if key.several_types else key.default
     setattr(config[group] if group else config, last, value)
