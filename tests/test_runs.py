@@ -145,7 +145,7 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
     (
       ["--config.loss=ban"],
-      "--config.loss is a group with the keys: class_weights, label_weight, name, smoothing, teacher_weight",
+      "--config.loss is a group with the keys: class_weights, k, label_weight, name, smoothing, teacher_weight",
     ),
     (["--config.teacher.model=wrn_16_1"], "--config.teacher.model is a group; networks are chosen by the words"),
     (["--workdir="], "the workdir is empty"),
