@@ -237,11 +237,6 @@ def make(optim: Mapping[str, Any], total: int) -> Optimizer:
   return _make(tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(optim.items())), total)
 
 
-def make_optimizer(optim: Mapping[str, Any], total: int) -> optax.GradientTransformation:
-  """Returns the transformation of `make`'s Optimizer."""
-  return make(optim, total).transformation
-
-
 @functools.lru_cache
 def _make(group: tuple, total: int) -> Optimizer:
   optim = dict(group)

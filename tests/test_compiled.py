@@ -135,7 +135,7 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   dataset = data.load(cfg.data)
   _, model = make_models(cfg, dataset.spec)
   variables = jax.device_get(model.init(jax.random.key(0)))
-  optimizer = optim.make_optimizer(cfg.optim, 1)
+  optimizer = optim.make(cfg.optim, 1).transformation
   state = jax.device_get(step.initial_state(model.init(jax.random.key(0)), optimizer, {}))
   state = devices_lib.broadcast(state, devices)
   teachers = devices_lib.broadcast((variables,), devices)

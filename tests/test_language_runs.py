@@ -66,7 +66,7 @@ def test_the_rate_that_a_run_reports_is_the_one_that_it_trains_with():
 
 
 def test_setting_the_rate_scales_the_update():
-  optimizer = optim.make_optimizer(config().optim, 1)
+  optimizer = optim.make(config().optim, 1).transformation
   params = {"w": np.float32([1.0, 2.0])}
   gradient = {"w": np.float32([0.01, -0.02])}
   state = optimizer.init(params)

@@ -69,7 +69,7 @@ def test_a_plateau_is_warmed_up_and_falls():
 
 
 def test_sgd_with_coupled_weight_decay_and_nesterov_momentum():
-  optimizer = optim.make_optimizer(OPTIM | {"boundaries": ()}, 10)
+  optimizer = optim.make(OPTIM | {"boundaries": ()}, 10).transformation
   params = {"w": jnp.asarray([1.0, -2.0]), "scale": jnp.asarray([0.5])}
   state = optimizer.init(params)
   w, velocity = np.array([1.0, -2.0]), np.zeros(2)
@@ -126,7 +126,7 @@ def muon(w, gradients, momentum=0.95, rate=1e-3, decay=0.01):
 def test_optimizers_by_name_are_their_definitions(oracle):
   rng = np.random.default_rng(0)
   w, gradients = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 2, 3, 4))  # as of a convolution
-  optimizer = optim.make_optimizer(settings(oracle.__name__), 10)
+  optimizer = optim.make(settings(oracle.__name__), 10).transformation
   found = updated(optimizer, [{"kernel": jnp.asarray(g)} for g in gradients], {"kernel": jnp.asarray(w)})
   np.testing.assert_allclose(found["kernel"], oracle(w, gradients), rtol=2e-5, atol=1e-6)
 
@@ -143,7 +143,7 @@ def test_kernels_alone_decay_if_asked_for(name):
   }
   nothing = jax.tree.map(jnp.zeros_like, params)
   for decay, expected in (("all", set(trees.leaves(params))), ("kernels", {"dense/kernel"})):
-    found = updated(optim.make_optimizer(settings(name, decay=decay), 10), [nothing], params)
+    found = updated(optim.make(settings(name, decay=decay), 10).transformation, [nothing], params)
     assert {path for path, leaf in trees.leaves(found).items() if (leaf < 1).all()} == expected
     assert {path for path, leaf in trees.leaves(found).items() if (leaf == 1).all()} == set(
       trees.leaves(params)
@@ -153,7 +153,7 @@ def test_kernels_alone_decay_if_asked_for(name):
 @pytest.mark.parametrize(("largest", "expected"), [(0.0, 5.0), (10.0, 5.0), (1.0, 1.0)])
 def test_clipping_by_the_global_norm(largest, expected):
   plain = {"momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1.0, "boundaries": (), "clip_norm": largest}
-  optimizer = optim.make_optimizer(OPTIM | plain, 10)
+  optimizer = optim.make(OPTIM | plain, 10).transformation
   gradient = {"w": jnp.asarray([3.0, 4.0])}
   updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
   np.testing.assert_allclose(np.linalg.norm(updates["w"]), expected, rtol=1e-6)

@@ -49,7 +49,7 @@ MODEL = linear()
 def sgd():
   """Returns plain SGD with rate 1."""
   plain = {"learning_rate": 1.0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "boundaries": ()}
-  return optim.make_optimizer(config().optim.to_dict() | plain, 1)
+  return optim.make(config().optim.to_dict() | plain, 1).transformation
 
 
 def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), mapping="pmap"):

@@ -85,7 +85,7 @@ class Output(NamedTuple):
   def _text(self, entries: Sequence[Entry], seeds: int) -> str:
     table, cells = self.table, [entry.cell for entry in entries]
     minus = f"minus {table.reference}"
-    source = table.source.removeprefix("the ").removesuffix("'s")
+    source = table.heading
     rows = [["", "", source, f"ours, {self.scale}", "difference", f"{source} {minus}", f"ours {minus}"]]
     shown = None
     for entry in entries:

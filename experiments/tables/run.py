@@ -99,7 +99,7 @@ def shard_of(cells: Sequence[Cell], rows: Sequence[str], seeds: int, shard: tupl
 
 def overview(table: Table, scale: str) -> str:
   """Returns a table's cells with their networks at a scale and the paper's numbers."""
-  rows = [["row", "column", f"network at the scale {scale}", table.source.removeprefix("the ").removesuffix("'s")]]
+  rows = [["row", "column", f"network at the scale {scale}", table.heading]]
   for cell in table.cells(scale, 1, "", controls=False):
     network = cell.members[0][-1].network if cell.members else "quoted only"
     rows.append([cell.row, cell.column, network, "" if cell.paper is None else f"{cell.paper:g}"])

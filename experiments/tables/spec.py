@@ -142,6 +142,11 @@ class Table(NamedTuple):
     return f"Table {self.number}" if isinstance(self.number, int) else f"Anchor {self.number}"
 
   @property
+  def heading(self) -> str:
+    """The heading of the column of its source's numbers: "paper", or "published"."""
+    return self.source.removeprefix("the ").removesuffix("'s")
+
+  @property
   def stem(self) -> str:
     """What its files are called."""
     return f"table{self.number}" if isinstance(self.number, int) else f"anchor_{self.number}"
