@@ -16,7 +16,7 @@ from ban_jax.errors import (
 )
 from ban_jax.evaluating import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
-from ban_jax.job import Setup, setup
+from ban_jax.generations import run, train_generation
 from ban_jax.loading import load, load_config, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.nnx import from_nnx
@@ -25,7 +25,7 @@ from ban_jax.optim import Optimizer, from_optax
 from ban_jax.predicting import log_probabilities, normalise, predict, sample
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
-from ban_jax.train import run, train_generation
+from ban_jax.resolving import Setup, setup
 from ban_jax.types import Dataset, Generation, Model
 from ban_jax.version import __version__
 

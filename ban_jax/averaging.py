@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, job, trees
+from ban_jax import config, networks, resolving, trees
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
 from ban_jax.step import make_statistics_step
@@ -22,7 +22,7 @@ BATCHES = 100
 @devices_lib.default_modes()
 def average(
   generations: Sequence[Member],
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   *,
   weights: Sequence[float] | None = None,
   devices: Sequence[jax.Device] | None = None,
@@ -37,8 +37,8 @@ def average(
   generations' numbers, and no metrics: `evaluate` has them. Other arguments and errors are those of `evaluate`, and a
   ConfigError is raised for networks of different kinds.
   """
-  setup = job.resolve(cfg, devices, job.Own(dataset, model, teacher_model))
-  members, models = job.members(generations, setup, "member")
+  setup = resolving.resolve(cfg, devices, resolving.Own(dataset, model, teacher_model))
+  members, models = networks.members(generations, setup, "member")
   if not members:
     raise ConfigError("average needs at least one network")
   for other in models[1:]:
@@ -63,7 +63,7 @@ def _mean(leaves: Sequence[np.ndarray], shares: Sequence[float] | np.ndarray) ->
   return total.astype(leaves[0].dtype)
 
 
-def _statistics(setup: job.Setup, model: Model, variables: dict) -> dict:
+def _statistics(setup: resolving.Setup, model: Model, variables: dict) -> dict:
   """Returns the batch statistics of a network on the training split, after at least BATCHES mini-batches."""
   cfg, devices = setup.cfg, setup.devices
   config.check_batch_size(cfg.train.batch_size, devices)

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import job, metrics, trees
+from ban_jax import job, metrics, networks, resolving, trees
 from ban_jax.errors import ConfigError
 from ban_jax.step import SumsOf, make_eval_step
 from ban_jax.trees import Member
@@ -30,7 +30,7 @@ class Subject(NamedTuple):
 @devices_lib.default_modes()
 def evaluate(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -45,14 +45,14 @@ def evaluate(
   before any work: ConfigError for an unknown split, no members or a configuration that cannot be evaluated,
   CheckpointError for a tree that does not fit its network.
   """
-  subject, rows = _resolve("evaluate", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  subject, rows = _resolve("evaluate", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return measure(subject, split, rows)
 
 
 @devices_lib.default_modes()
 def reliability(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -66,14 +66,14 @@ def reliability(
   their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
   Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
   """
-  subject, rows = _resolve("reliability", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  subject, rows = _resolve("reliability", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return metrics.bins(sum_predictions(subject, split, rows))
 
 
 @devices_lib.default_modes()
 def compare(
   generations: Member | Sequence[Member],
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   split: str = "test",
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -87,20 +87,20 @@ def compare(
   float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
   row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
   """
-  subject, rows = _resolve("compare", generations, cfg, devices, job.Own(dataset, model, teacher_model))
+  subject, rows = _resolve("compare", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return measure_pairs(subject, split, rows)
 
 
 def _resolve(
   what: str,
   generations: Member | Sequence[Member],
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   devices: Sequence[jax.Device] | None,
-  own: job.Own,
+  own: resolving.Own,
 ) -> tuple[Subject, int]:
   """Returns what the function named `what` was given, checked, and the evaluation batch."""
-  setup = job.resolve(cfg, devices, own)
-  members, models = job.members(generations, setup, "member")
+  setup = resolving.resolve(cfg, devices, own)
+  members, models = networks.members(generations, setup, "member")
   if not members:
     raise ConfigError(f"{what} needs at least one network")
   subject = Subject(tuple(models), tuple(map(trees.to_plain, members)), setup.dataset, setup.devices)

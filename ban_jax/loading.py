@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import job, presets, storage, trees
+from ban_jax import networks, presets, resolving, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Generation, Model
@@ -21,7 +21,7 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
   cannot be one and for another network, a CheckpointError where there is no finished generation or a damaged one, and a
   StorageError where the disk cannot be read at the moment.
   """
-  job.check_own(job.Own(model=model))
+  resolving.check_own(resolving.Own(model=model))
   directory = storage.resolve_workdir(path, "path")
   found = storage.load(directory)
   if found is None:
@@ -54,7 +54,7 @@ def load_config(path: epath.PathLike) -> ConfigDict:
 
 def _with_model(generation: Generation, model: Model, directory: epath.Path) -> Generation:
   """Returns a generation that carries the caller's own network; raises where it is not the one that was trained."""
-  if reason := job.misfit(model, generation):
+  if reason := networks.misfit(model, generation):
     raise ConfigError(f"{directory}: {reason}")
   assert generation.network is not None, "which a network that fits is compared with"
   return generation._replace(network=generation.network._replace(own=model))
@@ -68,7 +68,7 @@ def load_run(
 
   `model` and `teacher_model`, in any order, are given to those generations that were trained with them.
   """
-  job.check_own(job.Own(model=model, teacher_model=teacher_model))
+  resolving.check_own(resolving.Own(model=model, teacher_model=teacher_model))
   directory = storage.resolve_workdir(workdir)
   names = [name for name in _generations(directory) if (directory / name / "manifest.json").exists()]
   if not names:
@@ -79,7 +79,7 @@ def load_run(
   for own in (model, teacher_model):
     if own is None:
       continue
-    reasons = [job.misfit(own, one) for one in found]
+    reasons = [networks.misfit(own, one) for one in found]
     if all(reasons):
       named = [place for place, one in enumerate(found) if one.network and one.network.group.get("own") == own.name]
       if not named:
@@ -105,7 +105,7 @@ def _check_chain(directory: epath.Path, names: Sequence[str]) -> None:
 @devices_lib.default_modes()
 def with_network(
   member: Member,
-  cfg: ConfigDict | job.Setup,
+  cfg: ConfigDict | resolving.Setup,
   *,
   dataset: Dataset | None = None,
   model: Model | None = None,
@@ -117,9 +117,9 @@ def with_network(
   member's place in the lineage. Raises a CheckpointError for a tree that does not fit that network, and the errors of
   `evaluate`.
   """
-  setup = job.resolve(cfg, None, job.Own(dataset, model, teacher_model))
+  setup = resolving.resolve(cfg, None, resolving.Own(dataset, model, teacher_model))
   given = member if isinstance(member, Generation) else None
-  trees_, _ = job.members(given._replace(network=None) if given else member, setup, "the network")
+  trees_, _ = networks.members(given._replace(network=None) if given else member, setup, "the network")
   if len(trees_) != 1:
     raise ConfigError(f"with_network takes one Generation or variables tree, not {len(trees_)}")
   index = trees.lineage(trees_[0])

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from ban_jax import devices as devices_lib
-from ban_jax import job, report, trees
+from ban_jax import report, resolving, trees
 from ban_jax.data import images as images_lib
 from ban_jax.data.arrays import as_array
 from ban_jax.data.text import EOS, UNKNOWN
@@ -241,7 +241,7 @@ def prepare(
   dataset: Dataset | None = None,
 ) -> Predictor:
   """Returns what predicts; raises the errors of `predict` that are not about inputs."""
-  job.check_own(job.Own(dataset=dataset))
+  resolving.check_own(resolving.Own(dataset=dataset))
   members: list[Any] = trees.members_of(generations)  # `_network_of` refuses bare trees
   if not members:
     raise ConfigError("predict needs at least one generation")

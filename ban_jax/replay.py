@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
 from ban_jax import storage, trees
-from ban_jax.errors import ConfigError
 from ban_jax.job import Job
 from ban_jax.step import batch_of
 from ban_jax.teacher import Teaching
@@ -53,12 +52,6 @@ def epoch_source(
     else:
       logits = earlier
   return devices_lib.place(logits, job.devices)
-
-
-def check(cfg: ConfigDict) -> None:
-  """Raises a ConfigError where `train.replay` names what no directory of recordings can be."""
-  if cfg.train.replay and (root := _root(cfg)).exists() and not root.is_dir():
-    raise ConfigError(f"train.replay={cfg.train.replay!r} is a file; name a directory")
 
 
 def _root(cfg: ConfigDict) -> epath.Path:

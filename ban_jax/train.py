@@ -1,10 +1,8 @@
-"""Generations: one loop over training steps, and a plain Python loop over immutable variables trees."""
+"""The loop over training steps, of one generation or of several side by side."""
 
 import collections
 import contextlib
-import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,22 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 from jaxtyping import Int, PyTree
-from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import job as job_lib
-from ban_jax import metrics, preemption, processes, profiling, replay, report, storage, trees
-from ban_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError, check_flag
+from ban_jax import metrics, processes, profiling, replay, report, resuming, storage, trees
+from ban_jax.errors import Preempted, TrainingError
 from ban_jax.evaluating import Subject, measure
-from ban_jax.job import Job, Own, Setup
-from ban_jax.optim import Optimizer
+from ban_jax.job import Job
 from ban_jax.step import TrainStep, initial_state, make_train_step
-from ban_jax.trees import Member
-from ban_jax.types import Carry, Dataset, Generation, Model, TrainState
+from ban_jax.types import Carry, Generation, TrainState
 
 logger = logging.getLogger(__name__)
+
 
 # Steps dispatched ahead of the one whose sums are read: enough to keep an accelerator busy, while unbounded dispatch to
 # several CPU devices deadlocks. At least one dispatch, however many its steps.
@@ -38,181 +32,6 @@ VALIDATION_METRICS = {"images": "validation_error", "tokens": "validation_perple
 SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
-
-# Held by the thread that trains.
-_training = threading.Lock()
-
-
-@devices_lib.default_modes()
-def train_generation(
-  params_prev: Member | Sequence[Member] | None,
-  cfg: ConfigDict | Setup,
-  *,
-  generation: int | None = None,
-  workdir: epath.PathLike | None = None,
-  devices: Sequence[jax.Device] | None = None,
-  progress: bool = True,
-  dataset: Dataset | None = None,
-  model: Model | None = None,
-  teacher_model: Model | None = None,
-  optimizer: Optimizer | None = None,
-  initial: Member | None = None,
-  writers: Sequence[report.Writer] = (),
-  on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
-) -> Generation:
-  """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
-
-  `params_prev` is a variables tree, a Generation, or a sequence of them, which teaches by its mean probabilities.
-  `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
-  random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
-
-  `dataset`, `model`, `teacher_model` and `optimizer` take the place of the configuration's `data`, `model`,
-  `teacher.model` and `optim`: what `from_arrays`, `from_flax` and `from_optax` return. `initial`, a Generation or a
-  variables tree of the student's network, is what the student begins with, in place of random parameters: to fine-tune,
-  or to train a finished generation longer.
-
-  After each epoch, `on_epoch` is called with the history so far, a row per epoch; if it returns true, the training ends
-  there, with the parameters as they are, which the manifest records. It must decide by the history alone, so that a
-  resumed training ends there too. Then each of `writers` is called with the step and the epoch's numbers, "generation"
-  and "epoch" among them, as is TensorBoard's of a workdir; a resumed training repeats what came after its checkpoint.
-
-  With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
-  only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
-
-  Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
-  configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
-  network or a workdir that holds something else or is in use (InUseError). While it trains: a TrainingError within
-  `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite; with `workdir` a StorageError where that
-  cannot be written any more, and Preempted, after a checkpoint, on SIGTERM or Ctrl-C (in a notebook: interrupt); a
-  second Ctrl-C is a KeyboardInterrupt at once. Without `workdir`, Ctrl-C is a KeyboardInterrupt after the step.
-  """
-  progress = check_flag("progress", progress)
-  setup = job_lib.resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
-  job = job_lib.prepare(setup, params_prev, generation, initial, report.watch(writers, on_epoch))
-  replay.check(setup.cfg)
-  with storage.open_workdir(workdir, setup.values) if workdir is not None else contextlib.nullcontext() as held:
-    return finished_or_trained([job], [held], progress)[0]
-
-
-@devices_lib.default_modes()
-def run(
-  cfg: ConfigDict | Setup,
-  workdir: epath.PathLike,
-  *,
-  params_prev: Member | Sequence[Member] | None = None,
-  devices: Sequence[jax.Device] | None = None,
-  progress: bool = True,
-  dataset: Dataset | None = None,
-  model: Model | None = None,
-  teacher_model: Model | None = None,
-  optimizer: Optimizer | None = None,
-  writers: Sequence[report.Writer] = (),
-  on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
-) -> list[Generation]:
-  """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
-
-  With `params_prev`, a sequence that was begun elsewhere is carried on, perhaps with another configuration:
-  `cfg.generations` students follow, the first of them taught by `params_prev`, and their numbers go on from its own.
-
-  Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations of the
-  workdir. `on_epoch` and `writers` see one generation after the other. Other arguments and errors are those of
-  `train_generation`.
-  """
-  progress = check_flag("progress", progress)
-  setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model, optimizer))
-  watch = report.watch(writers, on_epoch)
-  replay.check(setup.cfg)
-  with storage.open_workdir(workdir, setup.values) as held:  # from the first generation to the last
-    return run_generations([setup], [held], progress, params_prev, watch)[0]
-
-
-def run_generations(
-  setups: Sequence[Setup],
-  workdirs: Sequence[epath.Path],
-  progress: bool,
-  params_prev: Member | Sequence[Member] | None = None,
-  watch: report.Watch = report.NOBODY,
-) -> list[list[Generation]]:
-  """Returns the generations of several runs, trained side by side, each on devices of its own.
-
-  The caller holds the workdirs open. Generation by generation, the runs wait for each other. `params_prev` teaches the
-  first generation of each, which then is a student.
-  """
-  runs: list[list[Generation]] = [[] for _ in setups]
-  counts = [setup.cfg.generations + (params_prev is None) for setup in setups]
-  for number in range(max(counts)):
-    due = [place for place, count in enumerate(counts) if number < count]
-    parents = [runs[place][-1] if number else params_prev for place in due]
-    jobs = [job_lib.prepare(setups[i], parent, None, watch=watch) for i, parent in zip(due, parents, strict=True)]
-    if number == 0:
-      for job, place in zip(jobs, due, strict=True):
-        storage.begin(workdirs[place], job.generation, job.teacher.digests)
-    done = finished_or_trained(jobs, [workdirs[place] for place in due], progress)
-    for place, generation in zip(due, done, strict=True):
-      runs[place].append(generation)
-  return runs
-
-
-def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
-  """Returns the generations that the workdirs hold, and trains the others side by side."""
-  with _only_thread():
-    return _finished_or_trained(jobs, workdirs, progress)
-
-
-@contextlib.contextmanager
-def _only_thread() -> Iterator[None]:
-  """Raises a ConfigError where another thread trains: steps of two threads would wait for each other's devices."""
-  if not _training.acquire(blocking=False):
-    raise ConfigError(
-      "another thread of this process is training; train one run after the other, or each in a process of its own"
-    )
-  try:
-    yield
-  finally:
-    _training.release()
-
-
-def _finished_or_trained(
-  jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool
-) -> list[Generation]:
-  directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
-  found: list[Any] = [where and _finished(job, where) for job, where in zip(jobs, directories, strict=True)]
-  missing = [place for place, generation in enumerate(found) if generation is None]
-  if missing:
-    with preemption.watch(saves=directories[missing[0]] is not None) as requested:
-      trained = train([jobs[i] for i in missing], [directories[i] for i in missing], requested, progress)
-    for place, generation in zip(missing, trained, strict=True):
-      found[place] = generation
-  return found
-
-
-def _finished(job: Job, directory: epath.Path) -> Generation | None:
-  """Returns a generation that a workdir holds, or None; raises where it is of another origin."""
-  _check_processes(job.lineage)
-  finished = storage.load_together(directory)
-  if finished is None:
-    return None
-  generation, manifest = finished
-  storage.check_lineage(job.lineage, manifest, directory)
-  if "stopped" in manifest and job.watch.on_epoch is None:
-    raise CheckpointError(
-      f"{directory} was ended by on_epoch after {manifest['stopped']['epoch']} of {manifest['stopped']['of']} epochs; "
-      "give on_epoch again, or another workdir"
-    )
-  if processes.is_primary():
-    storage.remove_leftovers(directory)
-  return generation._replace(network=job.network)  # an earlier version recorded none, and a network may be the caller's
-
-
-def _check_processes(lineage: Mapping[str, Any]) -> None:
-  """Raises a ConfigError that names the differences where the processes of a run have other configurations or data."""
-  given = {key: lineage.get(key) for key in ("generation", "teachers", "dataset", "programs")}
-  given |= {key: value for key, value in lineage["config"].items() if key != "data.dir"}  # local copies are welcome
-  if not processes.is_same(str(given)):
-    differing = [key for key, value in given.items() if not processes.is_same(str(value))]
-    raise ConfigError(
-      f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
-    )
 
 
 class Live(NamedTuple):
@@ -297,13 +116,10 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
     storage.provenance()  # as the software is before a long training
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
-    carry, record = zero_carry, dict[str, Any](history=[], sums={}, layouts=[])
-    if checkpoints:
-      check = functools.partial(_check_resumed, job, directory)
-      restored = storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)
-      if restored:
-        tree, record = restored
-        state, carry = tree["state"], tree["carry"]
+    carry, record = zero_carry, resuming.NOTHING
+    if checkpoints and (restored := resuming.restore(job, directory, checkpoints, {"state": state, "carry": carry})):
+      tree, record = restored
+      state, carry = tree["state"], tree["carry"]
     done = int(state.step)
     bar = report.Progress(title, job.total_steps, done, progress and primary)
     history, sums = storage.numbers(record["history"]), storage.numbers(record["sums"])
@@ -319,7 +135,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
       bar=stack.enter_context(contextlib.closing(bar)),
       write=stack.enter_context(report.tensorboard(directory if primary else None, done)),
-      layouts=_layouts(job, record, done),
+      layouts=resuming.layouts(job, record, done),
     )
     state, carry = devices_lib.broadcast(state, job.devices), devices_lib.place_rows(carry, job.devices)
     yield lane, Live(state, carry, done, sums, tuple(history), time.monotonic(), done)
@@ -349,44 +165,6 @@ def step_of(job: Job) -> TrainStep:
     gradient_split=job.cfg.train.gradient_split,
     mapping=job.cfg.train.mapping,
   )
-
-
-def _check_resumed(job: Job, directory: epath.Path, record: Mapping[str, Any]) -> None:
-  """Raises where a checkpoint cannot be continued by this job, and warns where it comes from another layout."""
-  recorded, own = record["lineage"], job.lineage
-  storage.check_lineage(own, recorded, directory)
-  replayed = own["layout"]["replayed"]
-  if recorded["layout"].get("replayed", replayed) != replayed:  # a recorded teacher has another carry
-    begun, now = ("live", "recorded") if replayed else ("recorded", "live")
-    raise CheckpointError(
-      f"{directory} was begun with a {begun} teacher, and is now to have a {now} one (train.replay; tables record the "
-      f"teachers that several of their columns share); continue it as it was begun, or remove {directory}/steps"
-    )
-  if job.has_dropout and recorded["layout"].get("dropout_draws", 1) != own["layout"]["dropout_draws"]:
-    raise CheckpointError(
-      f"{directory} was begun by an earlier version, which drew dropout's masks otherwise; continue it with that "
-      f"version, or remove {directory}/steps to train it anew"
-    )
-  before, now = (flatten_dict(lineage["layout"], sep=".") for lineage in (recorded, own))
-  # An earlier version recorded fewer settings: of those nothing is known.
-  changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
-  if changed and processes.is_primary():
-    logger.warning(
-      f"{directory} is resumed on another layout ({'; '.join(changed)}): its bytes may differ from those of a run left "
-      "alone"
-    )
-
-
-def _layouts(job: Job, record: Mapping[str, Any], done: int) -> list[Mapping[str, Any]]:
-  """Returns the layouts that took part in a generation, each with the steps that were done before: `record`'s and ours.
-
-  A checkpoint of an earlier version, which keeps no list, has the layout of its lineage.
-  """
-  earlier = record.get("layouts") or ([{"steps": 0, **record["lineage"]["layout"]}] if "lineage" in record else [])
-  own = {"steps": done, **job.lineage["layout"]}
-  if earlier and {**earlier[-1], "steps": done} == own:
-    return list(earlier)
-  return [*earlier, own]
 
 
 def _advance(lane: Lane, live: Live) -> Live:
@@ -510,9 +288,8 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
     return live
   live = _read(lane, live, keep=0)
   tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
-  lineage = {key: value for key, value in job.lineage.items() if key != "data"}  # which nobody resumes by
-  record = {"lineage": lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
-  storage.save_step(lane.checkpoints, live.done, tree, record)
+  kept = {"history": live.history, "sums": live.sums, "layouts": lane.layouts}
+  resuming.save(job, lane.checkpoints, live.done, tree, **kept)
   return live._replace(saved=live.done)
 
 

@@ -108,18 +108,14 @@ def members_of(given: Any) -> list[Member]:
   return found
 
 
-def check_tree(variables: Variables, what: str) -> None:
-  """Raises a CheckpointError where something cannot be a variables tree; `what` names it in the message."""
+def check_fits(variables: Variables, model: Model, what: str, note: str = "") -> None:
+  """Raises a CheckpointError for what is no variables tree, or does not fit the model: then it names the first path."""
   if not isinstance(variables, Mapping) or "params" not in variables:
     is_mapping = isinstance(variables, Mapping)
     given = f"a mapping with {', '.join(map(str, variables))}" if is_mapping else type(variables).__name__
     raise CheckpointError(
       f"{what} must be a variables tree with 'params' and 'batch_stats' (as Generation.params is), not {given}"
     )
-
-
-def check_fits(variables: Variables, model: Model, what: str, note: str = "") -> None:
-  """Raises a CheckpointError that names the first path, with both shapes, where a tree does not fit the model."""
   difference = first_difference(model.shapes, variables)
   if difference:
     path, want, have = difference

@@ -44,9 +44,10 @@ from etils import epath
 from ban_jax import data, storage, train
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError, look_up
-from ban_jax.job import Job, make_models
+from ban_jax.job import Job
 from ban_jax.models import DTYPES
 from ban_jax.programs import count_flops
+from ban_jax.resolving import make_models
 from ban_jax.types import Devices
 from experiments import cli, results
 from experiments.analysis import cases

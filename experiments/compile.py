@@ -24,13 +24,13 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from ban_jax import chips, compiled, config, data, programs
+from ban_jax import chips, compiled, config, data, programs, resolving
 from ban_jax import job as job_lib
 from ban_jax.chips import Slice
 from ban_jax.compiled import Report
 from ban_jax.errors import ConfigError, choices
-from ban_jax.job import Setup
 from ban_jax.programs import Program
+from ban_jax.resolving import Setup
 from experiments import cli, results
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -114,7 +114,7 @@ def main() -> None:
     raise ConfigError(f"--programs: {choices(unknown)}: expected some of {choices(known)}")
   jax.config.update("jax_platforms", "cpu")
   where = chips.find(TOPOLOGY.value)
-  setup = job_lib.resolve(CONFIG.value, where.devices, load=data.describe)
+  setup = resolving.resolve(CONFIG.value, where.devices, load=data.describe)
   reports = [look(name, setup, where) for name in PROGRAMS.value]
   answer: dict[str, Any] = {
     "topology": TOPOLOGY.value,

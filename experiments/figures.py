@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from ban_jax import data, metrics, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluating import Subject, measure_pairs, sum_predictions
-from ban_jax.job import make_models
 from ban_jax.processes import is_primary
+from ban_jax.resolving import make_models
 from ban_jax.types import Dataset, Generation, Model
 from experiments import cli, plots, results
 

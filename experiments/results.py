@@ -12,9 +12,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import ban_jax
-from ban_jax import config, job, storage
+from ban_jax import config, job, resolving, storage
+from ban_jax.generations import run_generations
 from ban_jax.processes import is_primary
-from ban_jax.train import run_generations
 from ban_jax.types import Generation
 
 Metrics = Mapping[str, float]
@@ -72,7 +72,9 @@ def evaluate_runs(
     return [_evaluate_run(*run) for run in zip(setups, held, runs, strict=True)]
 
 
-def _evaluate_run(setup: job.Setup, workdir: epath.Path, generations: Sequence[Generation]) -> tuple[Results, bool]:
+def _evaluate_run(
+  setup: resolving.Setup, workdir: epath.Path, generations: Sequence[Generation]
+) -> tuple[Results, bool]:
   rows, results, fresh = members(setup.cfg.generations), {}, {}
   record = workdir / "evaluations.json"
   try:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from ban_jax import data, job, programs
+from ban_jax import data, job, programs, resolving
 from ban_jax.compiled import exchanges
 from ban_jax.errors import ConfigError
 from experiments import cli, results
@@ -134,7 +134,7 @@ def main() -> None:
   jax.config.update("jax_num_cpu_devices", VIRTUAL)
   cli.use_compilation_cache()
   cfg = CONFIG.value
-  setup = job.resolve(cfg, jax.devices(), load=data.describe)
+  setup = resolving.resolve(cfg, jax.devices(), load=data.describe)
   program = programs.training(job.describe(setup, int(_TEACHER.value)), 1)
   batch = cfg.train.batch_size
   flops = programs.count_flops(program) * VIRTUAL / batch

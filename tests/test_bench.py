@@ -12,8 +12,8 @@ from conftest import ROOT
 
 from ban_jax import data, trees
 from ban_jax.errors import ConfigError
-from ban_jax.job import make_models
 from ban_jax.programs import count_flops
+from ban_jax.resolving import make_models
 from experiments import bench
 from experiments.analysis import cases
 from experiments.analysis.cases import KINDS, Row

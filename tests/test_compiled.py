@@ -9,10 +9,10 @@ import pytest
 from conftest import config
 
 from ban_jax import compiled as compiled_lib
-from ban_jax import data, job, optim, programs, step
+from ban_jax import data, job, optim, programs, resolving, step
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
-from ban_jax.job import make_models
+from ban_jax.resolving import make_models
 from configs import cifar, pydoc
 from experiments import scaling
 
@@ -31,12 +31,12 @@ NETWORKS = {
 
 def train_program(cfg, devices, *, taught=True):
   """Returns the training step of a student, or without `taught` of generation 0, for one mini-batch a call."""
-  return programs.training(job.describe(job.resolve(cfg, devices, load=data.describe), int(taught)), 1)
+  return programs.training(job.describe(resolving.resolve(cfg, devices, load=data.describe), int(taught)), 1)
 
 
 def eval_program(cfg, devices):
   return programs.evaluation(
-    job.describe(job.resolve(cfg, devices, load=data.describe), 1), cfg.train.batch_size, 1, "train"
+    job.describe(resolving.resolve(cfg, devices, load=data.describe), 1), cfg.train.batch_size, 1, "train"
   )
 
 

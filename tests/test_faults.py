@@ -22,7 +22,7 @@ from conftest import ROOT, TRAIN, config
 from etils import epath
 
 import ban_jax
-from ban_jax import data, preemption, processes, report, storage, train, trees
+from ban_jax import data, preemption, processes, report, resolving, storage, train, trees
 from ban_jax import job as job_lib
 from ban_jax.data import tfds_files
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, Preempted, StorageError, TrainingError
@@ -689,7 +689,7 @@ def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(t
   cfg = config(train__epochs=6, train__checkpoint_every=2, **PLAIN)
   dataset = data.load(cfg.data)
   # One of 100 images is NaN; the generation's order determines the first step that uses it.
-  job = job_lib.prepare(job_lib.resolve(cfg, None), None, None)
+  job = job_lib.prepare(resolving.resolve(cfg, None), None, None)
   order_key = jax.random.fold_in(jax.random.fold_in(job.key, train.ORDER), 0)
   bad = 4
   images = dataset.splits["train"]["images"].astype(np.float32)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ban_jax
-from ban_jax import job, models, train, trees
+from ban_jax import models, resolving, train, trees
 from ban_jax.errors import BanError
 from ban_jax.types import Generation
 
@@ -39,7 +39,7 @@ IMAGES, LABELS = np.arange(640).astype(np.uint8).reshape(10, 8, 8), np.arange(10
 @functools.cache
 def network(generation=0, words="digits,wrn_10_1,smoke"):
   """An untrained network of a configuration, as a Generation."""
-  setup = job.resolve(config(words) if words.startswith("digits") else ban_jax.get_config(words), None)
+  setup = resolving.resolve(config(words) if words.startswith("digits") else ban_jax.get_config(words), None)
   variables = jax.device_get(setup.models[0].init(jax.random.key(generation)))
   return Generation(generation, trees.to_host(variables, generation), {}, (), setup.network(generation))
 

@@ -8,13 +8,13 @@ import pytest
 from conftest import IMAGES
 
 import ban_jax
-from ban_jax import data, optim, storage, train, trees
+from ban_jax import data, optim, resolving, storage, train, trees
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.config import check_dataset
 from ban_jax.errors import CheckpointError, ConfigError, TrainingError
 from ban_jax.evaluating import Subject, measure
-from ban_jax.job import make_models
+from ban_jax.resolving import make_models
 from configs import digits, pydoc
 
 QUIET = {"progress": False}
@@ -170,7 +170,7 @@ def test_teacher_and_student_of_different_networks_carry_states_of_their_own():
   cfg = config("pydoc,lstm_32,smoke,teacher=cnn_lstm_32")
   cfg.teacher.model.units = 16
   teacher = ban_jax.train_generation(None, cfg, **QUIET)
-  job = job_lib.prepare(job_lib.resolve(cfg, None), teacher, None)
+  job = job_lib.prepare(resolving.resolve(cfg, None), teacher, None)
   _, (own, (taught,)) = train.initial(job)
   rows = cfg.train.batch_size
   assert [leaf.shape for leaf in jax.tree.leaves(own)] == [(rows, 32)] * 4

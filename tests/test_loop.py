@@ -7,7 +7,7 @@ from conftest import config
 
 import ban_jax
 from ban_jax import job as job_lib
-from ban_jax import storage, train, trees
+from ban_jax import resolving, storage, train, trees
 from ban_jax.errors import Preempted, TrainingError
 from configs import pydoc
 
@@ -70,7 +70,7 @@ def test_a_run_killed_between_chunks_ends_with_the_same_bytes(steps, teacher, st
 
 
 def test_a_stop_between_chunks_is_resumed_from(teacher, students, tmp_path):
-  setup = job_lib.resolve(text(7), None)
+  setup = resolving.resolve(text(7), None)
   job = job_lib.prepare(setup, teacher, 1)
   directory = storage.resolve_workdir(tmp_path) / "gen_1"
   asked = iter([False, False, True])
@@ -95,7 +95,7 @@ def test_the_layout_records_the_steps_a_dispatch(tmp_path):
   ban_jax.run(cfg, tmp_path, **QUIET)
   _, manifest = storage.load(storage.resolve_workdir(tmp_path) / "gen_0")
   assert manifest["layout"]["steps_per_dispatch"] == 1  # a convolution inside a compiled loop is slow on a CPU
-  assert job_lib.prepare(job_lib.resolve(text(0), None), None, 0).steps_per_dispatch == job_lib.BLOCK
+  assert job_lib.prepare(resolving.resolve(text(0), None), None, 0).steps_per_dispatch == job_lib.BLOCK
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_the_layout_records_the_steps_a_dispatch(tmp_path):
 
 def jobs_of(cfgs, teacher, devices):
   return [
-    job_lib.prepare(job_lib.resolve(cfg, [device]), teacher, 1) for cfg, device in zip(cfgs, devices, strict=True)
+    job_lib.prepare(resolving.resolve(cfg, [device]), teacher, 1) for cfg, device in zip(cfgs, devices, strict=True)
   ]
 
 
@@ -126,7 +126,7 @@ def test_generations_side_by_side_are_stopped_and_resumed_together(tmp_path):
   root = storage.resolve_workdir(tmp_path)
   directories = [root / "a", root / "b"]
   jobs = [
-    job_lib.prepare(job_lib.resolve(cfg, [device]), None, 0)
+    job_lib.prepare(resolving.resolve(cfg, [device]), None, 0)
     for cfg, device in zip(cfgs, jax.devices()[:2], strict=True)
   ]
   asked = iter([False, True])
@@ -138,4 +138,4 @@ def test_generations_side_by_side_are_stopped_and_resumed_together(tmp_path):
 
 def test_a_dispatch_is_no_longer_than_an_epoch():
   cfg = config(train__steps_per_dispatch=10**9)
-  assert job_lib.prepare(job_lib.resolve(cfg, None), None, 0).steps_per_dispatch == 5
+  assert job_lib.prepare(resolving.resolve(cfg, None), None, 0).steps_per_dispatch == 5

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ban_jax
-from ban_jax import job, trees
+from ban_jax import job, resolving, trees
 from ban_jax.data import digits, images
 from ban_jax.data import load as load_data
 from ban_jax.types import Generation, InputSpec
@@ -154,7 +154,7 @@ def test_a_network_normalises_as_it_was_trained_wherever_it_is_used(two_sets, ca
     assert metrics["nll"] == pytest.approx(-np.log(found[np.arange(60), labels]).mean(), rel=1e-4)
   assert "member normalises images by its own mean (" in caplog.text
   # As a teacher, too; with another normalisation it is another one.
-  setup = job.resolve(cfg, devices, job.Own(second, linear))
+  setup = resolving.resolve(cfg, devices, resolving.Own(second, linear))
   prepared = job.prepare(setup, teacher, None)
   batch = second.fetch(second.splits["test"], np.arange(60), key=None, positions=None, train=False)
   (teaching, source) = prepared.teacher[:2]
@@ -1101,7 +1101,7 @@ def test_a_setting_of_a_network_beside_a_network_is_refused(words, changes, give
 def test_a_teacher_of_the_library_may_compute_in_another_dtype_than_an_own_student(dataset, cnn):
   cfg = ban_jax.get_config("own,own,smoke,teacher=wrn_10_1")
   cfg.compute_dtype = "bfloat16"
-  setup = job.resolve(cfg, None, job.Own(dataset, cnn))
+  setup = resolving.resolve(cfg, None, resolving.Own(dataset, cnn))
   assert [setup.network(generation).compute_dtype for generation in (0, 1)] == ["bfloat16", "float32"]
 
 

@@ -21,7 +21,7 @@ import ban_jax
 from ban_jax import config as config_lib
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
-from ban_jax import report, storage, train, trees
+from ban_jax import report, resolving, resuming, storage, train, trees
 from ban_jax.errors import CheckpointError
 from ban_jax.storage import finished, steps
 from ban_jax.types import Generation, InputSpec, Network
@@ -226,22 +226,22 @@ def test_a_run_keeps_every_layout_that_took_part_and_a_resumption_names_what_cha
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_training_begun_with_other_draws_of_dropout_is_refused_and_others_are_not(dropout, tmp_path):
-  job = job_lib.prepare(job_lib.resolve(config(model__dropout=dropout), None), None, None)
+  job = job_lib.prepare(resolving.resolve(config(model__dropout=dropout), None), None, None)
   layout = {key: value for key, value in job.lineage["layout"].items() if key != "dropout_draws"}
   record = {"lineage": {**job.lineage, "layout": layout}}  # as an earlier version left it
-  train._check_resumed(job, tmp_path, {"lineage": job.lineage})
+  resuming.check(job, tmp_path, {"lineage": job.lineage})
   refused = pytest.raises(CheckpointError, match="begun by an earlier version, which drew dropout's masks otherwise")
   with refused if dropout else contextlib.nullcontext():
-    train._check_resumed(job, tmp_path, record)
+    resuming.check(job, tmp_path, record)
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes_without_a_warning_and_its_layout_is_kept(caplog):
-  job = job_lib.prepare(job_lib.resolve(config(), None), None, None)
+  job = job_lib.prepare(resolving.resolve(config(), None), None, None)
   layout = {**job.lineage["layout"], "settings": {"matmul_precision": "default"}}  # fewer settings, and no list
   record = {"lineage": {**job.lineage, "layout": layout}}
-  train._check_resumed(job, epath.Path("gen_0"), record)
+  resuming.check(job, epath.Path("gen_0"), record)
   assert not caplog.records
-  assert train._layouts(job, record, 5) == [{"steps": 0, **layout}, {"steps": 5, **job.lineage["layout"]}]
+  assert resuming.layouts(job, record, 5) == [{"steps": 0, **layout}, {"steps": 5, **job.lineage["layout"]}]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from conftest import config
 
 import ban_jax
-from ban_jax import data, replay, storage, trees
+from ban_jax import data, replay, resolving, storage, trees
 from ban_jax import job as job_lib
 from ban_jax.errors import CheckpointError, ConfigError, StorageError
 from configs import pydoc
@@ -125,7 +125,7 @@ def test_recordings_keep_to_their_bound(teachers, tmp_path, caplog):
 
 def test_a_teacher_that_is_not_heard_is_not_recorded(teachers, tmp_path):
   cfg = config(loss__name="label", train__replay=str(tmp_path), **AUGMENTED)
-  setup = job_lib.resolve(cfg, None)
+  setup = resolving.resolve(cfg, None)
   assert job_lib.prepare(setup, teachers[0], 1).teacher.recorded is None
   assert job_lib.prepare(setup, None, 0).teacher.recorded is None
   assert data.load(cfg.data).sizes["train"] == 100

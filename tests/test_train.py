@@ -9,7 +9,7 @@ import pytest
 from conftest import IMAGES, config
 
 import ban_jax
-from ban_jax import data, job, losses, models, trees
+from ban_jax import data, job, losses, models, resolving, trees
 from ban_jax import devices as devices_lib
 from ban_jax.errors import CheckpointError, ConfigError
 
@@ -273,11 +273,11 @@ def test_generation_0_has_a_loss_of_its_own(caplog):
   for name, expected in (("label_smoothing", 0.7 * plain - 0.3 * log_probabilities.mean(axis=1)), ("label", plain)):
     assert not caplog.messages
     cfg.teacher.loss = name
-    begun = job.prepare(job.resolve(cfg, None), None, None)
+    begun = job.prepare(resolving.resolve(cfg, None), None, None)
     values, _ = begun.loss.apply(logits, labels, None, key=None, positions=None)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
   assert caplog.messages == [
     "generation 0 is trained by teacher.loss='label'; loss.name='label_smoothing' is its students' loss"
   ]
   with pytest.raises(ConfigError, match="teacher.loss='ban': expected a loss that needs no teacher: label, label_smoo"):
-    job.resolve(config(teacher__loss="ban"), None)
+    resolving.resolve(config(teacher__loss="ban"), None)

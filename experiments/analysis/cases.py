@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, data, presets, programs, replay, step, train
+from ban_jax import config, data, presets, programs, replay, resolving, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax.data import images, text
 from ban_jax.errors import look_up
-from ban_jax.job import Job, Setup
+from ban_jax.job import Job
 from ban_jax.programs import Program
+from ban_jax.resolving import Setup
 from ban_jax.types import Dataset, Devices, Model, Variables
 
 Run = Callable[[int], None]
@@ -126,7 +127,7 @@ def setup_of(cfg: ConfigDict, devices: Devices) -> Setup:
   """Returns a configuration's Setup on synthetic data."""
   config.check_batch_size(cfg.train.batch_size, devices)
   dataset = synthetic(cfg.data)
-  return Setup(cfg, dataset, job_lib.make_models(cfg, dataset.spec, devices=devices), devices)
+  return Setup(cfg, dataset, resolving.make_models(cfg, dataset.spec, devices=devices), devices)
 
 
 def job_of(kind: Kind, setup: Setup) -> Job:

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import data, job, losses, programs
+from ban_jax import data, job, losses, programs, resolving
 from ban_jax.types import Devices
 from experiments import results
 from experiments.tables import graph
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 def work(cfg: ConfigDict, devices: Devices, *, taught: bool = True) -> Work:
   """Returns the work of an epoch of a student, or without `taught` of generation 0; raises as a run would."""
-  found = job.describe(job.resolve(cfg, devices, load=data.describe), int(taught))
+  found = job.describe(resolving.resolve(cfg, devices, load=data.describe), int(taught))
   return Work(found.steps_per_epoch, programs.count_flops(programs.training(found, 1)) * len(devices))
 
 

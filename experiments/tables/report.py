@@ -10,7 +10,7 @@ from etils import epath
 
 from ban_jax import data
 from ban_jax.errors import ConfigError
-from ban_jax.job import make_models
+from ban_jax.resolving import make_models
 from experiments import plots, results
 from experiments.analysis.memory import trained_sizes
 from experiments.results import CONFIDENCE

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import config, job, losses, processes, storage
 from ban_jax.errors import CheckpointError, ConfigError, InUseError, PeerError, StorageError
-from ban_jax.train import finished_or_trained
+from ban_jax.generations import finished_or_trained
 from ban_jax.types import Devices, Generation
 from experiments.tables import graph
 from experiments.tables.graph import Node
