@@ -121,7 +121,7 @@ def resolve_run(cfg: ConfigDict | Setup, devices: Sequence[jax.Device] | None, o
   """Returns `resolve`'s Setup, for training; raises whatever any generation of the run would raise at its start."""
   found = resolve(cfg, devices, own)
   config.check_batch_size(found.cfg.train.batch_size, found.devices)
-  steps = len(found.dataset.train_order(jax.random.key(0), found.cfg.train.batch_size))
+  steps = steps_per_epoch(found)
   if found.cfg.generations:
     _check_replay(found.cfg, found.dataset.spec, steps)
     _check_inherits(found.models[1], [found.models[0].shapes])
@@ -197,11 +197,11 @@ def _loss(setup: Setup, *, taught: bool) -> Loss:
 
 
 def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: Loss) -> Job:
-  """Returns the job of a student with this teacher; raises a ConfigError for an epoch without a step."""
+  """Returns the job of a student with this teacher; raises a ConfigError for an epoch without an update."""
   cfg, dataset = setup.cfg, setup.dataset
-  steps_per_epoch = len(dataset.train_order(jax.random.key(0), cfg.train.batch_size))
+  steps = steps_per_epoch(setup)
   if cfg.train.replay and teacher.teaching.teaches:
-    _check_replay(cfg, dataset.spec, steps_per_epoch)
+    _check_replay(cfg, dataset.spec, steps)
     teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
   return Job(
     cfg=cfg,
@@ -211,12 +211,24 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     student=student,
     teacher=teacher,
     loss=loss,
-    optimizer=setup.own.optimizer or optim.make(cfg.optim, steps_per_epoch * cfg.train.epochs),
-    steps_per_epoch=steps_per_epoch,
-    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps_per_epoch) or block_size(dataset.spec, setup.devices),
+    optimizer=setup.own.optimizer or optim.make(cfg.optim, steps // cfg.train.accumulate * cfg.train.epochs),
+    steps_per_epoch=steps,
+    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps) or block_size(dataset.spec, setup.devices),
     values=setup.values,
     network=setup.network(generation),
   )
+
+
+def steps_per_epoch(setup: Setup) -> int:
+  """Returns the mini-batches of an epoch; raises a ConfigError where they are too few for an update.
+
+  Those that are left over, fewer than an update takes, are no part of it, as with one mini-batch in place of several.
+  """
+  group = setup.cfg.train
+  steps = len(setup.dataset.train_order(jax.random.key(0), group.batch_size))
+  if steps < group.accumulate:
+    raise ConfigError(f"train.accumulate={group.accumulate}: expected at most {steps}, the mini-batches of an epoch")
+  return steps // group.accumulate * group.accumulate
 
 
 def _initial(given: Member, student: Model) -> Variables:

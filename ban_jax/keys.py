@@ -261,6 +261,13 @@ KEYS = {
   "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "Maximum global norm of the gradient; 0 for no clipping."),
   "train.epochs": Key(200, whole(1), "Number of passes over the training examples."),
   "train.batch_size": Key(128, whole(1), "Global mini-batch, over all devices."),
+  "train.accumulate": Key(
+    1,
+    whole(1),
+    "Mini-batches whose gradients are added up before an update, which is then that of one mini-batch so many times as "
+    "large. Steps are mini-batches; the schedule counts updates. What is left at the end of an epoch is dropped.",
+    neutral=1,
+  ),
   "train.checkpoint_every": Key(1000, whole(1), "Number of steps between checkpoints.", in_identity=False),
   "train.steps_per_dispatch": Key(
     0,

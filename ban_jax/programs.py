@@ -53,7 +53,8 @@ def training(job: Job, steps: int = 0) -> Program:
 
   def first(copied):
     carry = (job.student.init_carry(rows), teaching.init_carry(rows))
-    return initial_state(job.student.init(jax.random.key(0)), job.optimizer.transformation, copied), carry
+    variables, accumulate = job.student.init(jax.random.key(0)), job.cfg.train.accumulate
+    return initial_state(variables, job.optimizer.transformation, copied, accumulate), carry
 
   state, carry = jax.eval_shape(first, job.teacher.copied)
   source = _shapes(job.teacher.source)

@@ -64,6 +64,8 @@ def _directory(job: Job) -> epath.Path:
   data = {key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset."))}
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
   stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
+  if job.cfg.train.accumulate > 1:  # by which steps may be left out at the end of an epoch
+    stream["accumulate"] = job.cfg.train.accumulate
   # Equal variables may be another function's. Left out where they say nothing, so that earlier recordings are found.
   if job.cfg.compute_dtype != "float32":
     stream["compute_dtype"] = job.cfg.compute_dtype

@@ -13,6 +13,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
 from ban_jax import metrics
 from ban_jax.losses import Logits, Loss
+from ban_jax.optim import of_sums
 from ban_jax.teacher import Teaching
 from ban_jax.types import Batch, Carry, Devices, InputSpec, Model, TrainState
 
@@ -35,15 +36,19 @@ class EvalStep(NamedTuple):
 
 
 def initial_state(
-  variables: Mapping[str, Any], optimizer: optax.GradientTransformation, copied: Mapping[str, PyTree]
+  variables: Mapping[str, Any],
+  optimizer: optax.GradientTransformation,
+  copied: Mapping[str, PyTree],
+  accumulate: int = 1,
 ) -> TrainState:
   """Returns a student's state before its first step, from its initial variables.
 
-  `copied` replaces top-level parameters and is not trained.
+  `copied` replaces top-level parameters and is not trained. Other arguments are those of `make_train_step`.
   """
   params = {**variables["params"], **copied}
   trainable = {name: tree for name, tree in params.items() if name not in copied}
-  return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), optimizer.init(trainable))
+  opt_state = of_sums(optimizer, accumulate).init((trainable, jnp.float32(0)))
+  return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), opt_state)
 
 
 class Drawn(NamedTuple):
@@ -79,6 +84,7 @@ def make_train_step(
   sync_batch_stats: bool,
   gradient_split: bool,
   mapping: str = "pmap",
+  accumulate: int = 1,
 ) -> TrainStep:
   """Returns the pmapped step `(state, source, carry, arrays, index, key_data) -> (state, carry, sums)`.
 
@@ -92,10 +98,12 @@ def make_train_step(
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
   and returns the new state and carry, and the sums over each global mini-batch, float32 [n, sums]:
-  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` changes no byte.
+  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` changes no byte. Parameters change after every
+  `accumulate`th step.
   """
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
+  averaging = of_sums(optimizer, accumulate)
 
   def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], index):
     state, (student_carry, teacher_carry) = loop
@@ -119,10 +127,10 @@ def make_train_step(
     (total, (sums, student_carry, batch_stats)), gradient = jax.value_and_grad(weighted_sum, has_aux=True)(trainable)
     # The sum of this device's losses alone is differentiated: a psum inside the closure would count the others twice.
     gradient, sums = devices_lib.psum((gradient, {"loss": total, **sums}))
-    gradient = jax.tree.map(lambda g: g / sums["weight"], gradient)
     if not sync_batch_stats:
       batch_stats = devices_lib.pmean(batch_stats)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+    weight = sums["weight"]
+    (updates, _), opt_state = averaging.update((gradient, weight), state.opt_state, (trainable, weight))
     params = {**optax.apply_updates(trainable, updates), **fixed}
     # A momentum that is not finite makes its parameter so in the same step. XLA fuses this into the update.
     sums["finite"] = all_finite((params, batch_stats))

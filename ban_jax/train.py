@@ -145,7 +145,7 @@ def initial(job: Job) -> tuple[TrainState, Carry]:
   """Returns a generation's state and carry before its first step, as NumPy arrays on the host, rows in global order."""
   key = jax.random.fold_in(job.key, INIT)
   variables = job.student.init(key) if job.initial is None else trees.to_plain(job.initial)
-  state = initial_state(variables, job.optimizer.transformation, job.teacher.copied)
+  state = initial_state(variables, job.optimizer.transformation, job.teacher.copied, job.cfg.train.accumulate)
   rows = job.cfg.train.batch_size
   carry = (job.student.init_carry(rows), job.teacher.teaching.init_carry(rows))
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
@@ -164,6 +164,7 @@ def step_of(job: Job) -> TrainStep:
     sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
     gradient_split=job.cfg.train.gradient_split,
     mapping=job.cfg.train.mapping,
+    accumulate=job.cfg.train.accumulate,
   )
 
 
@@ -181,7 +182,7 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   order, source = live.order, live.source
   if first == 0 or order is None:
     key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
-    order = job.dataset.train_order(key, job.cfg.train.batch_size)
+    order = job.dataset.train_order(key, job.cfg.train.batch_size)[: job.steps_per_epoch]
     replayed = job.teacher.recorded is not None
     source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
   every = job.cfg.train.checkpoint_every
@@ -226,7 +227,7 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
   last = epoch == job.cfg.train.epochs
   rate = job.optimizer.rate
   values = {
-    **({"learning_rate": rate(live.done - 1, _validated(job, live.history))} if rate else {}),
+    **({"learning_rate": rate(live.done // job.cfg.train.accumulate - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
     **_evaluate(lane, state, epoch, last),

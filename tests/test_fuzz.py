@@ -119,7 +119,9 @@ def trace(job):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
   state = jax.eval_shape(
-    lambda key: initial_state(job.student.init(key), job.optimizer.transformation, job.teacher.copied),
+    lambda key: initial_state(
+      job.student.init(key), job.optimizer.transformation, job.teacher.copied, config.train.accumulate
+    ),
     jax.random.key(0),
   )
   rows = config.train.batch_size // len(devices)

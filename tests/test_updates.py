@@ -1,0 +1,62 @@
+"""What becomes of gradients and parameters: gradients added up over several mini-batches."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import config
+
+import ban_jax
+from ban_jax import storage, trees
+from ban_jax.errors import ConfigError
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def one(tiny):
+  """Returns the arguments of a tiny training on one device, 48 examples, and a teacher."""
+  one = {**tiny, "devices": jax.devices()[:1]}
+  return one, ban_jax.train_generation(None, short(), **one, **QUIET)
+
+
+def short(**changes):
+  changes = {"train__epochs": 2, "train__batch_size": 10, "optim__warmup": 0.3, "optim__clip_norm": 0.5} | changes
+  return config("digits,own,smoke,adamw,cwtm", **changes)
+
+
+def interrupted(*_):
+  raise KeyboardInterrupt
+
+
+def test_several_mini_batches_are_one_as_large(one):
+  one, teacher = one
+  # 48 examples: nine mini-batches of 5, of which the last one is too little for an update. CWTM's weights differ.
+  large, small = (
+    ban_jax.train_generation(teacher, short(**changes), **one, **QUIET)
+    for changes in ({}, {"train__batch_size": 5, "train__accumulate": 2})
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), large.params, small.params)
+  assert [row["step"] for row in small.history] == [8, 16]
+  for name in ("learning_rate", "train_loss"):
+    np.testing.assert_allclose(*([row[name] for row in each.history] for each in (large, small)), rtol=1e-5)
+  other = ban_jax.train_generation(teacher, short(train__batch_size=5), **one, **QUIET)
+  assert not np.allclose(*(each.params["params"]["Dense_0"]["kernel"] for each in (small, other)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__steps_per_dispatch": 3}], ids=["single steps", "chunks"])
+def test_a_run_killed_inside_an_accumulation_ends_with_the_same_bytes(changes, one, tmp_path, monkeypatch):
+  one, teacher = one
+  cfg = short(train__batch_size=5, train__accumulate=4, train__checkpoint_every=3, **changes)
+  alone = ban_jax.train_generation(teacher, cfg, **one, **QUIET)
+  with monkeypatch.context() as patch:
+    patch.setattr(storage, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **one, **QUIET)
+  assert {path.name for path in (tmp_path / "gen_1" / "steps").glob("[0-9]*")} == {"12", "15"}  # 16 in all
+  resumed = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **one, **QUIET)
+  assert trees.digest(resumed.params) == trees.digest(alone.params)
+
+
+def test_more_than_an_epoch_is_not_accumulated(one):
+  with pytest.raises(ConfigError, match="train.accumulate=5: expected at most 4, the mini-batches of an epoch"):
+    ban_jax.train_generation(None, short(train__accumulate=5), **one[0], **QUIET)
