@@ -22,6 +22,7 @@ from ban_jax.resolving import NOTHING, Own, Setup, resolve
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Program, Variables
+from ban_jax.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,12 @@ class Job(NamedTuple):
   def total_steps(self) -> int:
     """The steps of all epochs."""
     return self.steps_per_epoch * self.cfg.train.epochs
+
+  @property
+  def updates(self) -> Updates:
+    """How a step changes the state."""
+    group = self.cfg.train
+    return Updates(self.optimizer.transformation, group.accumulate, group.ema)
 
   @property
   def key(self) -> jax.Array:

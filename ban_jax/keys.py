@@ -268,6 +268,13 @@ KEYS = {
     "large. Steps are mini-batches; the schedule counts updates. What is left at the end of an epoch is dropped.",
     neutral=1,
   ),
+  "train.ema": Key(
+    0.0,
+    SHARE,
+    "Decay of the averaged weights: those after an update count ema times as much with each further update. With 0 the "
+    "last weights are evaluated, saved and taught by, else their average, and that of the batch statistics.",
+    neutral=0.0,
+  ),
   "train.checkpoint_every": Key(1000, whole(1), "Number of steps between checkpoints.", in_identity=False),
   "train.steps_per_dispatch": Key(
     0,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -260,27 +259,6 @@ def _make(group: tuple, total: int) -> Optimizer:
     return set_rate(state, rate_after(metrics))
 
   return Optimizer(optax.chain(*clip, *before, injected, *warming), rate, between_epochs, name)
-
-
-@functools.lru_cache
-def of_sums(transformation: optax.GradientTransformation, accumulate: int = 1) -> optax.GradientTransformation:
-  """Returns an optimizer's transformation of (gradient, weight), sums over a mini-batch, in place of their quotient.
-
-  It is initialised with, and updates, (parameters, a scalar). With `accumulate` N the sums of N mini-batches are added
-  up before an update, and the updates of the others are 0: then N mini-batches are exactly as one N times as large.
-  """
-
-  def init(params):
-    return transformation.init(params[0])
-
-  def update(sums, state, params):
-    gradient, weight = sums
-    updates, state = transformation.update(jax.tree.map(lambda g: g / weight, gradient), state, params[0])
-    return (updates, jnp.zeros_like(weight)), state
-
-  mean = optax.GradientTransformation(init, update)
-  # MultiSteps alone would take the mean of the mini-batches' means, whatever their weights.
-  return optax.MultiSteps(mean, accumulate, use_grad_mean=False).gradient_transformation() if accumulate > 1 else mean
 
 
 def set_rate(opt_state: PyTree, rate: float) -> PyTree:

@@ -16,7 +16,7 @@ from ban_jax import train
 from ban_jax.evaluating import share
 from ban_jax.job import Job
 from ban_jax.predicting import make_predict_step
-from ban_jax.step import initial_state, make_eval_step
+from ban_jax.step import make_eval_step
 from ban_jax.types import Dataset, Devices
 
 
@@ -53,8 +53,7 @@ def training(job: Job, steps: int = 0) -> Program:
 
   def first(copied):
     carry = (job.student.init_carry(rows), teaching.init_carry(rows))
-    variables, accumulate = job.student.init(jax.random.key(0)), job.cfg.train.accumulate
-    return initial_state(variables, job.optimizer.transformation, copied, accumulate), carry
+    return job.updates.init(job.student.init(jax.random.key(0)), copied), carry
 
   state, carry = jax.eval_shape(first, job.teacher.copied)
   source = _shapes(job.teacher.source)

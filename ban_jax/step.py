@@ -6,16 +6,15 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ban_jax import devices as devices_lib
 from ban_jax import gradient as gradient_lib
 from ban_jax import metrics
 from ban_jax.losses import Logits, Loss
-from ban_jax.optim import of_sums
 from ban_jax.teacher import Teaching
 from ban_jax.types import Batch, Carry, Devices, InputSpec, Model, TrainState
+from ban_jax.updates import Updates
 
 # From the logits of M networks, and their batch, to sums over its examples: metrics.ensemble_sums or comparison_sums.
 SumsOf = Callable[[list[Logits], Batch], Mapping[str, Array]]
@@ -33,22 +32,6 @@ class EvalStep(NamedTuple):
 
   run: Callable[..., tuple[Carry, Float[Array, "n sums"]]]
   shapes: Mapping[str, jax.ShapeDtypeStruct]
-
-
-def initial_state(
-  variables: Mapping[str, Any],
-  optimizer: optax.GradientTransformation,
-  copied: Mapping[str, PyTree],
-  accumulate: int = 1,
-) -> TrainState:
-  """Returns a student's state before its first step, from its initial variables.
-
-  `copied` replaces top-level parameters and is not trained. Other arguments are those of `make_train_step`.
-  """
-  params = {**variables["params"], **copied}
-  trainable = {name: tree for name, tree in params.items() if name not in copied}
-  opt_state = of_sums(optimizer, accumulate).init((trainable, jnp.float32(0)))
-  return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), opt_state)
 
 
 class Drawn(NamedTuple):
@@ -78,13 +61,12 @@ def make_train_step(
   teaching: Teaching,
   frozen: tuple[str, ...],
   loss: Loss,
-  optimizer: optax.GradientTransformation,
+  updates: Updates,
   fetch: Callable[..., Batch],
   devices: Devices,
   sync_batch_stats: bool,
   gradient_split: bool,
   mapping: str = "pmap",
-  accumulate: int = 1,
 ) -> TrainStep:
   """Returns the pmapped step `(state, source, carry, arrays, index, key_data) -> (state, carry, sums)`.
 
@@ -98,12 +80,10 @@ def make_train_step(
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
   and returns the new state and carry, and the sums over each global mini-batch, float32 [n, sums]:
-  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` changes no byte. Parameters change after every
-  `accumulate`th step.
+  metrics.TRAINING_SUMS and, with `gradient_split` and a teacher, gradient.SUMS. `mapping` changes no byte.
   """
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
-  averaging = of_sums(optimizer, accumulate)
 
   def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], index):
     state, (student_carry, teacher_carry) = loop
@@ -129,14 +109,12 @@ def make_train_step(
     gradient, sums = devices_lib.psum((gradient, {"loss": total, **sums}))
     if not sync_batch_stats:
       batch_stats = devices_lib.pmean(batch_stats)
-    weight = sums["weight"]
-    (updates, _), opt_state = averaging.update((gradient, weight), state.opt_state, (trainable, weight))
-    params = {**optax.apply_updates(trainable, updates), **fixed}
+    state = updates.apply(gradient, sums["weight"], batch_stats, state, trainable)
     # A momentum that is not finite makes its parameter so in the same step. XLA fuses this into the update.
-    sums["finite"] = all_finite((params, batch_stats))
+    sums["finite"] = all_finite((state.params, batch_stats))
     # One array is read at a time. Counts stay exact: a mini-batch has fewer than 2^24 examples or tokens.
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
-    return (TrainState(state.step + 1, params, batch_stats, opt_state), (student_carry, teacher_carry)), row
+    return (state, (student_carry, teacher_carry)), row
 
   def train_step(state, source, carry, arrays, index, key_data):
     step = functools.partial(one_step, source, arrays, key_data)

@@ -17,7 +17,7 @@ from ban_jax import metrics, processes, profiling, replay, report, resuming, sto
 from ban_jax.errors import Preempted, TrainingError
 from ban_jax.evaluating import Subject, measure
 from ban_jax.job import Job
-from ban_jax.step import TrainStep, initial_state, make_train_step
+from ban_jax.step import TrainStep, make_train_step
 from ban_jax.types import Carry, Generation, TrainState
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def initial(job: Job) -> tuple[TrainState, Carry]:
   """Returns a generation's state and carry before its first step, as NumPy arrays on the host, rows in global order."""
   key = jax.random.fold_in(job.key, INIT)
   variables = job.student.init(key) if job.initial is None else trees.to_plain(job.initial)
-  state = initial_state(variables, job.optimizer.transformation, job.teacher.copied, job.cfg.train.accumulate)
+  state = job.updates.init(variables, job.teacher.copied)
   rows = job.cfg.train.batch_size
   carry = (job.student.init_carry(rows), job.teacher.teaching.init_carry(rows))
   return jax.tree.map(np.asarray, jax.device_get((state, carry)))
@@ -158,13 +158,12 @@ def step_of(job: Job) -> TrainStep:
     teaching=job.teacher.teaching,
     frozen=tuple(job.teacher.copied),
     loss=job.loss,
-    optimizer=job.optimizer.transformation,
+    updates=job.updates,
     fetch=job.dataset.fetch,
     devices=job.devices,
     sync_batch_stats=job.cfg.train.sync_batch_stats and not job.student.local_batch_stats,
     gradient_split=job.cfg.train.gradient_split,
     mapping=job.cfg.train.mapping,
-    accumulate=job.cfg.train.accumulate,
   )
 
 
@@ -227,7 +226,7 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
   last = epoch == job.cfg.train.epochs
   rate = job.optimizer.rate
   values = {
-    **({"learning_rate": rate(live.done // job.cfg.train.accumulate - 1, _validated(job, live.history))} if rate else {}),
+    **({"learning_rate": rate(live.done // job.updates.accumulate - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
     **_evaluate(lane, state, epoch, last),
@@ -271,15 +270,16 @@ def _evaluate(lane: Lane, state: TrainState, epoch: int, last: bool) -> dict[str
   batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:
     return {}
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  variables = job.updates.variables(state)
   dataset = job.dataset._replace(splits={**job.dataset.splits, **lane.splits})
   subject = Subject((job.student,), (variables,), dataset, job.devices)
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
 
 
-def variables_of(state: TrainState) -> dict[str, Any]:
-  """Returns the variables of a state on the devices, on the host."""
-  return devices_lib.unreplicate({"params": state.params, "batch_stats": state.batch_stats})
+def variables_of(job: Job, state: TrainState) -> dict[str, Any]:
+  """Returns the variables that are kept, of a state on the devices, on the host."""
+  found = job.updates.variables(state)
+  return found if job.updates.ema else devices_lib.unreplicate(found)
 
 
 def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
@@ -298,7 +298,7 @@ def _finish(lane: Lane, live: Live) -> Generation:
   """Returns the trained generation, and writes it where there is a directory."""
   job = lane.job
   last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
-  params = trees.to_host(variables_of(live.state), job.generation)
+  params = trees.to_host(variables_of(job, live.state), job.generation)
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
     lane.checkpoints.wait_until_finished()  # all checkpoints are removed: a save that still runs would miss its own

@@ -9,10 +9,11 @@ import pytest
 from conftest import config
 
 from ban_jax import compiled as compiled_lib
-from ban_jax import data, job, optim, programs, resolving, step
+from ban_jax import data, job, optim, programs, resolving
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
 from ban_jax.resolving import make_models
+from ban_jax.updates import Updates
 from configs import cifar, pydoc
 from experiments import scaling
 
@@ -135,8 +136,7 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   dataset = data.load(cfg.data)
   _, model = make_models(cfg, dataset.spec)
   variables = jax.device_get(model.init(jax.random.key(0)))
-  optimizer = optim.make(cfg.optim, 1).transformation
-  state = jax.device_get(step.initial_state(model.init(jax.random.key(0)), optimizer, {}))
+  state = jax.device_get(Updates(optim.make(cfg.optim, 1).transformation).init(model.init(jax.random.key(0)), {}))
   state = devices_lib.broadcast(state, devices)
   teachers = devices_lib.broadcast((variables,), devices)
   arrays = devices_lib.broadcast_split(dataset, "train", devices)

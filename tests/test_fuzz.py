@@ -19,7 +19,7 @@ from ban_jax import job as job_lib
 from ban_jax import presets, train, trees
 from ban_jax.errors import BanError, ConfigError
 from ban_jax.losses import LOSSES
-from ban_jax.step import initial_state, make_eval_step
+from ban_jax.step import make_eval_step
 from experiments import results
 
 # All kinds of data and networks, and teachers of another kind than their student.
@@ -119,9 +119,7 @@ def trace(job):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
   state = jax.eval_shape(
-    lambda key: initial_state(
-      job.student.init(key), job.optimizer.transformation, job.teacher.copied, config.train.accumulate
-    ),
+    lambda key: job.updates.init(job.student.init(key), job.teacher.copied),
     jax.random.key(0),
   )
   rows = config.train.batch_size // len(devices)

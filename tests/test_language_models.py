@@ -15,6 +15,7 @@ from ban_jax.errors import ConfigError
 from ban_jax.models import make_model, recurrent
 from ban_jax.models.char_cnn_lstm import BEGIN, END, PADDING, CharacterCNN, CharCNNLSTMOptions, character_table
 from ban_jax.types import Batch, InputSpec, TrainState
+from ban_jax.updates import Updates
 from experiments import parameters
 
 WORDS = ("<eos>", "<unk>", "a", "cab", "bad", "abacadaba", "dab", "decade", "bead", "e", "dacebad")
@@ -288,7 +289,7 @@ def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
     teaching=teacher.live(teachers) if teachers else teacher.none(),
     frozen=(),
     loss=losses.make_loss(group),
-    optimizer=SGD,
+    updates=Updates(SGD),
     fetch=fetch,
     devices=devices,
     sync_batch_stats=True,

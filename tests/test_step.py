@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from ban_jax import data, losses, metrics, models, optim, step, teacher
 from ban_jax import devices as devices_lib
 from ban_jax.types import Batch, InputSpec, Model
+from ban_jax.updates import Updates
 
 SPEC = InputSpec("images", (6,), 3)
 
@@ -49,7 +50,7 @@ MODEL = linear()
 def sgd():
   """Returns plain SGD with rate 1."""
   plain = {"learning_rate": 1.0, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "boundaries": ()}
-  return optim.make(config().optim.to_dict() | plain, 1).transformation
+  return Updates(optim.make(config().optim.to_dict() | plain, 1).transformation)
 
 
 def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), mapping="pmap"):
@@ -59,7 +60,7 @@ def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), 
     teaching=teacher.live((MODEL,) * members) if members else teacher.none(),
     frozen=frozen,
     loss=losses.weighted(losses.make_loss(group), class_weights) if class_weights else losses.make_loss(group),
-    optimizer=sgd(),
+    updates=sgd(),
     fetch=fetch,
     devices=devices,
     sync_batch_stats=True,
@@ -71,7 +72,7 @@ def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), 
 def initial(frozen=()):
   variables = jax.device_get(MODEL.init(jax.random.key(1)))
   copied = {name: variables["params"][name] for name in frozen}
-  return variables, jax.device_get(step.initial_state(MODEL.init(jax.random.key(1)), sgd(), copied))
+  return variables, jax.device_get(sgd().init(MODEL.init(jax.random.key(1)), copied))
 
 
 def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weights=()):

@@ -1,13 +1,17 @@
-"""What becomes of gradients and parameters: gradients added up over several mini-batches."""
+"""What becomes of a step's gradient: sums over several mini-batches, and averages of the weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import config
 
 import ban_jax
+from ban_jax import devices as devices_lib
 from ban_jax import storage, trees
-from ban_jax.errors import ConfigError
+from ban_jax.errors import CheckpointError, ConfigError
+from ban_jax.updates import Updates
 
 QUIET = {"progress": False}
 
@@ -43,7 +47,7 @@ def test_several_mini_batches_are_one_as_large(one):
   assert not np.allclose(*(each.params["params"]["Dense_0"]["kernel"] for each in (small, other)), rtol=1e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"train__steps_per_dispatch": 3}], ids=["single steps", "chunks"])
+@pytest.mark.parametrize("changes", [{"train__ema": 0.5}, {"train__steps_per_dispatch": 3}], ids=["ema", "chunks"])
 def test_a_run_killed_inside_an_accumulation_ends_with_the_same_bytes(changes, one, tmp_path, monkeypatch):
   one, teacher = one
   cfg = short(train__batch_size=5, train__accumulate=4, train__checkpoint_every=3, **changes)
@@ -60,3 +64,38 @@ def test_a_run_killed_inside_an_accumulation_ends_with_the_same_bytes(changes, o
 def test_more_than_an_epoch_is_not_accumulated(one):
   with pytest.raises(ConfigError, match="train.accumulate=5: expected at most 4, the mini-batches of an epoch"):
     ban_jax.train_generation(None, short(train__accumulate=5), **one[0], **QUIET)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_averaged_weights_are_the_mean_by_age_and_leave_copied_layers_alone(accumulate):
+  updates = Updates(optax.sgd(0.1), accumulate, ema=0.8)
+  copied = {"stem": np.float32([0.1, 0.7])}
+  state = updates.init({"params": {"w": jnp.float32(3), "stem": jnp.zeros(2)}, "batch_stats": {"m": 0.0}}, copied)
+  w, weights, stats = 3.0, [], []
+  for step in range(1, 7):
+    trainable, statistics = {"w": state.params["w"]}, {"m": jnp.float32(step)}
+    state = updates.apply({"w": 8.0 * trainable["w"]}, jnp.float32(4), statistics, state, trainable)
+    if step % accumulate == 0:
+      w -= 0.1 * 2 * w
+      weights, stats = [*weights, w], [*stats, step]
+  age = 0.8 ** np.arange(len(weights))[::-1]
+  kept = updates.variables(devices_lib.broadcast(state, (jax.devices()[0],)))
+  np.testing.assert_allclose(kept["params"]["w"], np.average(weights, weights=age), rtol=1e-6)
+  np.testing.assert_allclose(kept["batch_stats"]["m"], np.average(stats, weights=age), rtol=1e-6)
+  assert kept["params"]["stem"].tobytes() == copied["stem"].tobytes()
+
+
+def test_averaged_weights_are_evaluated_saved_and_teach(one, tmp_path):
+  one, plain = one
+  cfg = short(train__ema=0.5)
+  averaged = ban_jax.train_generation(None, cfg, workdir=tmp_path, **one, **QUIET)
+  assert averaged.history[0]["train_loss"] == plain.history[0]["train_loss"]  # the training is the same
+  assert trees.digest(averaged.params) != trees.digest(plain.params)
+  for split in ("validation", "test"):
+    found = ban_jax.evaluate(averaged, cfg, split, **one)
+    assert {f"{split}_{name}": value for name, value in found.items()}.items() <= averaged.metrics.items()
+  read = ban_jax.load(tmp_path / "gen_0", model=one["model"])
+  students = [ban_jax.train_generation(teacher, cfg, **one, **QUIET) for teacher in (averaged, read)]
+  assert trees.digest(students[0].params) == trees.digest(students[1].params)
+  with pytest.raises(CheckpointError, match="train.ema: 0.5 there, 0.0 here"):
+    ban_jax.train_generation(None, short(), workdir=tmp_path, **one, **QUIET)
