@@ -30,12 +30,29 @@ def average(
   model: Model | None = None,
   teacher_model: Model | None = None,
 ) -> Generation:
-  """Returns the network with the mean parameters of several networks of the same kind (Izmailov et al. 2018).
+  """Returns the network with the mean parameters of several networks of the same kind.
 
   Its batch statistics are estimated anew on the training split, in the configuration's mini-batches, augmented as in
-  training. `weights`, at least 0, are those of the mean; None weights all equally. The result has the largest of the
-  generations' numbers, and no metrics: `evaluate` has them. Other arguments and errors are those of `evaluate`, and a
-  ConfigError is raised for networks of different kinds.
+  training. Reference: Izmailov et al. 2018, arXiv:1803.05407.
+
+  Args:
+    generations: Generations or variables trees of one network.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    weights: of the mean, at least 0; None weights all equally.
+    devices: the devices to use; all by default.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+
+  Returns:
+    A Generation with the largest of the generations' numbers, and no metrics: `evaluate` has them.
+
+  Raises:
+    ConfigError: for networks of different kinds; and the errors of `evaluate`.
+
+  Example:
+    >>> ban_jax.average([teacher, student], cfg, dataset=data).index
+    1
   """
   setup = resolving.resolve(cfg, devices, resolving.Own(dataset, model, teacher_model))
   members, models = networks.members(generations, setup, "member")

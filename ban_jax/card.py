@@ -39,13 +39,23 @@ predict with, to evaluate, or to teach; `cfg` is the configuration in `config.js
 def export_card(run: epath.PathLike, path: epath.PathLike) -> None:
   """Writes a finished run into a directory for others: parameters, configuration, lineage, and a README.md.
 
-  `run` is a run directory. `path` gets gen_K.safetensors for each generation (`export_parameters`), config.json with
-  the last generation's configuration by dotted key, lineage.json with digests, teachers, data, seed and software of
-  each generation, and README.md: a table of the test split with 95% intervals of the errors, the lineage, and how to
-  load the files. The intervals are Wilson's, over test examples; they say nothing of other seeds.
+  The directory gets gen_K.safetensors for each generation (`export_parameters`); config.json with the last generation's
+  configuration by dotted key; lineage.json with digests, teachers, data, seed and software of each generation; and
+  README.md: a table of the test split with 95% intervals of the errors, the lineage, and how to load the files. The
+  intervals are Wilson's, over test examples; they say nothing of other seeds.
 
-  Raises the errors of `load_run`, a ConfigError for a path that is no directory, and a StorageError for one that cannot
-  be written.
+  Args:
+    run: a run directory.
+    path: the directory to write.
+
+  Raises:
+    ConfigError: for a path that is no directory; and the errors of `load_run`.
+    StorageError: for one that cannot be written.
+
+  Example:
+    >>> ban_jax.export_card(directory / "run", directory / "card")
+    >>> (directory / "card" / "README.md").exists()
+    True
   """
   source, target = storage.resolve_workdir(run), storage.resolve_workdir(path, "path")
   if target.exists() and not target.is_dir():

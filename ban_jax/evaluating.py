@@ -40,10 +40,26 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a network, or the ensemble of several by their mean probabilities (Eq. 4), on every example of a split.
 
-  Returns "error" in %, "nll" in nats, "ece" (15 equal bins of confidence, a share), "brier" and "count", of tokens
-  "perplexity" too. Members may be Generations or variables trees, of generation 0's network or the students'. Raises
-  before any work: ConfigError for an unknown split, no members or a configuration that cannot be evaluated,
-  CheckpointError for a tree that does not fit its network.
+  Args:
+    generations: Generations or variables trees, one or several, of generation 0's network or the students'.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    split: "train", "validation" or "test".
+    devices: the devices to use; all by default.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+
+  Returns:
+    "error" in %, "nll" in nats, "ece" (15 equal bins of confidence, a share; Guo et al. 2017), "brier" and "count"; of
+    tokens "perplexity" too.
+
+  Raises:
+    ConfigError: before any work, for an unknown split, no members, or a configuration that cannot be evaluated.
+    CheckpointError: before any work, for a tree that does not fit its network.
+
+  Example:
+    >>> ban_jax.evaluate([teacher, student], cfg, dataset=data)["count"]
+    100
   """
   subject, rows = _resolve("evaluate", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return measure(subject, split, rows)
@@ -62,9 +78,28 @@ def reliability(
 ) -> dict[str, np.ndarray]:
   """Returns a reliability diagram's numbers on every example of a split: what `evaluate`'s "ece" is the sum of.
 
-  Bin b of 15 holds the examples, or tokens, whose largest probability is in ((b-1)/15, b/15]. "count" int64 [15] is
-  their number, and "confidence" and "accuracy" float64 [15] are their means as shares, not a number in an empty bin.
-  Several networks are an ensemble (Eq. 4). Arguments and errors are those of `evaluate`.
+  Bin b of 15 holds the examples, or tokens, whose largest probability is in ((b-1)/15, b/15]. Several networks are an
+  ensemble (Eq. 4). Reference: Guo et al. 2017, arXiv:1706.04599.
+
+  Args:
+    generations: Generations or variables trees, one or several.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    split: "train", "validation" or "test".
+    devices: the devices to use; all by default.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+
+  Returns:
+    "count" int64 [15], the number of examples in each bin, and their means "confidence" and "accuracy" float64 [15], as
+    shares; not a number in an empty bin.
+
+  Raises:
+    BanError: those of `evaluate`.
+
+  Example:
+    >>> int(ban_jax.reliability(student, cfg, dataset=data)["count"].sum())
+    100
   """
   subject, rows = _resolve("reliability", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return metrics.bins(sum_predictions(subject, split, rows))
@@ -83,9 +118,26 @@ def compare(
 ) -> dict[str, Any]:
   """Compares the predictions of M networks, pair by pair, on every example of a split.
 
-  Returns "agreement" float64 [M, M], the share of examples or tokens for which both predict the same class; "kl"
-  float64 [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with
-  row as teacher and column as student; and "count". Arguments and errors are those of `evaluate`.
+  Args:
+    generations: Generations or variables trees, one or several.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    split: "train", "validation" or "test".
+    devices: the devices to use; all by default.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+
+  Returns:
+    "agreement" float64 [M, M], the share of examples or tokens for which both predict the same class; "kl" float64
+    [M, M], the mean of KL(p_row || p_column) in nats, the excess of the loss of Eq. 2 and 3 over its minimum with row
+    as teacher and column as student; and "count".
+
+  Raises:
+    BanError: those of `evaluate`.
+
+  Example:
+    >>> ban_jax.compare([teacher, student], cfg, dataset=data)["agreement"].shape
+    (2, 2)
   """
   subject, rows = _resolve("compare", generations, cfg, devices, resolving.Own(dataset, model, teacher_model))
   return measure_pairs(subject, split, rows)

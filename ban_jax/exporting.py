@@ -37,13 +37,24 @@ def export(
   """Writes a function of images to probabilities, of one network or an ensemble (Eq. 4), that JAX alone can call.
 
   The file holds StableHLO with the parameters and the normalisation inside. It takes images [B, H, W, C] of the type
-  and size that the networks were trained on, B being any number or always `batch_size`, and returns float32 [B, n]:
+  and size that the networks were trained on, and returns probabilities, float32 [B, n].
 
-      function = jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes()))
-      probabilities = function.call(images)
+  Args:
+    generations: one Generation or several, whose networks are known.
+    path: the file to write.
+    weights: of the ensemble's members, at least 0; None weights them equally.
+    batch_size: the number of images that the function takes; None for any number.
+    platforms: what the function is compiled for.
 
-  Raises, before any work, the errors of `predict`, and a ConfigError for language models, for unknown platforms, and
-  for a network of the caller's own that needs a fixed number of images.
+  Raises:
+    ConfigError: before any work, for language models, for unknown platforms, and for a network of the caller's own that
+      needs a fixed number of images; and the errors of `predict`.
+
+  Example:
+    >>> ban_jax.export(student, directory / "student.bin")
+    >>> function = jax.export.deserialize(bytearray((directory / "student.bin").read_bytes()))
+    >>> function.call(images[:3]).shape
+    (3, 10)
   """
   if isinstance(platforms, str) or not isinstance(platforms, Sequence) or not platforms:
     raise ConfigError(f"platforms={platforms!r}: expected a sequence, some of {', '.join(PLATFORMS)}")
@@ -79,6 +90,17 @@ def export_parameters(generation: Generation, path: epath.PathLike) -> None:
   """Writes a generation's parameters and batch statistics as safetensors, named by their path: "params/stem/kernel".
 
   The metadata hold "generation" and, as JSON, "network": its options, its inputs and their normalisation.
+
+  Args:
+    generation: a Generation.
+    path: the file to write.
+
+  Raises:
+    ConfigError: for a path that cannot be one.
+    StorageError: if the file cannot be written.
+
+  Example:
+    >>> ban_jax.export_parameters(student, directory / "student.safetensors")
   """
   from safetensors.numpy import save
 

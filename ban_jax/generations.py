@@ -41,31 +41,50 @@ def train_generation(
   writers: Sequence[report.Writer] = (),
   on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
 ) -> Generation:
-  """Trains one generation: from the labels where `params_prev` is None, else taught by it (Eq. 3).
+  """Trains one generation: from the labels if there is no teacher, else taught by it (Eq. 3).
 
-  `params_prev` is a variables tree, a Generation, or a sequence of them, which teaches by its mean probabilities.
-  `generation` defaults to 0 for None and else to one more than the teacher's; with `cfg.seed` it determines every
-  random draw. The same arguments give the same bytes on the same machine, device count and thread settings.
+  The same arguments give the same bytes on the same machine, device count and thread settings. `dataset`, `model`,
+  `teacher_model` and `optimizer` take the place of the configuration's `data`, `model`, `teacher.model` and `optim`.
 
-  `dataset`, `model`, `teacher_model` and `optimizer` take the place of the configuration's `data`, `model`,
-  `teacher.model` and `optim`: what `from_arrays`, `from_flax` and `from_optax` return. `initial`, a Generation or a
-  variables tree of the student's network, is what the student begins with, in place of random parameters: to fine-tune,
-  or to train a finished generation longer.
+  Args:
+    params_prev: the teacher: a variables tree, a Generation, or a sequence of them, which teaches by its mean
+      probabilities. None trains generation 0 from the labels.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    generation: its number, which with `cfg.seed` determines every random draw; by default one more than the teacher's.
+    workdir: the directory under which the generation is checkpointed, as `gen_K`, resumed when called again, and only
+      read back once it is finished. None keeps nothing.
+    devices: the devices to train on; all by default.
+    progress: whether to show a bar on a terminal, and lines elsewhere.
+    dataset: what `from_arrays` returns.
+    model: what `from_flax` or `from_nnx` returns, for students, and for generation 0 unless `teacher_model` is given.
+    teacher_model: the network of generation 0.
+    optimizer: what `from_optax` returns.
+    initial: what the student begins with, in place of random parameters: a Generation or a variables tree of its
+      network. To fine-tune, or to train a finished generation longer.
+    writers: functions of (step, numbers), called after each epoch; "generation" and "epoch" are among the numbers. A
+      resumed training repeats what came after its checkpoint.
+    on_epoch: a function of the history so far, a row per epoch. If it returns true, the training ends there, with the
+      parameters as they are, which the manifest records. It must decide by the history alone, so that a resumed
+      training ends there too.
 
-  After each epoch, `on_epoch` is called with the history so far, a row per epoch; if it returns true, the training ends
-  there, with the parameters as they are, which the manifest records. It must decide by the history alone, so that a
-  resumed training ends there too. Then each of `writers` is called with the step and the epoch's numbers, "generation"
-  and "epoch" among them, as is TensorBoard's of a workdir; a resumed training repeats what came after its checkpoint.
+  Returns:
+    A Generation whose `params` are immutable and on the host.
 
-  With `workdir`, the generation is checkpointed under `workdir/gen_K`, resumes from there when called again, and is
-  only read back once it is finished. `devices` defaults to all; `progress` shows a bar on a terminal, lines elsewhere.
+  Raises:
+    ConfigError: before any work, for a configuration that cannot be run.
+    DataError: before any work, for missing data.
+    CheckpointError: before any work, for a tree that does not fit its network, or a workdir that holds something else
+      or is in use (InUseError).
+    TrainingError: within `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite.
+    StorageError: if the workdir cannot be written any more.
+    Preempted: on SIGTERM or Ctrl-C (in a notebook: interrupt), with a workdir, after a checkpoint. A second Ctrl-C is a
+      KeyboardInterrupt at once; without a workdir, Ctrl-C is one after the step.
 
-  Returns a Generation whose `params` are immutable and on the host. Raises, before any training, a ConfigError for a
-  configuration that cannot be run, a DataError for missing data, and a CheckpointError for a tree that does not fit its
-  network or a workdir that holds something else or is in use (InUseError). While it trains: a TrainingError within
-  `IN_FLIGHT` steps, or a dispatch, of the first number that is not finite; with `workdir` a StorageError where that
-  cannot be written any more, and Preempted, after a checkpoint, on SIGTERM or Ctrl-C (in a notebook: interrupt); a
-  second Ctrl-C is a KeyboardInterrupt at once. Without `workdir`, Ctrl-C is a KeyboardInterrupt after the step.
+  Example:
+    >>> teacher = ban_jax.train_generation(None, cfg, dataset=data, progress=False)
+    >>> student = ban_jax.train_generation(teacher, cfg, dataset=data, progress=False)
+    >>> student.index
+    1
   """
   progress = check_flag("progress", progress)
   setup = resolving.resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
@@ -89,14 +108,34 @@ def run(
   writers: Sequence[report.Writer] = (),
   on_epoch: Callable[[Sequence[Mapping[str, float]]], Any] | None = None,
 ) -> list[Generation]:
-  """Trains the whole sequence of Eq. 3, a teacher and `cfg.generations` born-again students, each taught by the last.
+  """Trains the whole sequence of Eq. 3: a teacher and `cfg.generations` born-again students, each taught by the last.
 
-  With `params_prev`, a sequence that was begun elsewhere is carried on, perhaps with another configuration:
-  `cfg.generations` students follow, the first of them taught by `params_prev`, and their numbers go on from its own.
+  Resumes where an earlier call in the same `workdir` ended, and skips what is finished.
 
-  Resumes where an earlier call in the same `workdir` ended, skips what is finished, and returns all generations of the
-  workdir. `on_epoch` and `writers` see one generation after the other. Other arguments and errors are those of
-  `train_generation`.
+  Args:
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    workdir: the run directory, which gets a `gen_K` for each generation.
+    params_prev: the teacher of a sequence that was begun elsewhere, perhaps with another configuration:
+      `cfg.generations` students follow, whose numbers go on from its own. None begins with generation 0.
+    devices: the devices to train on; all by default.
+    progress: whether to show a bar on a terminal, and lines elsewhere.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+    optimizer: what `from_optax` returns, in place of `cfg.optim`.
+    writers: as in `train_generation`; they see one generation after the other.
+    on_epoch: as in `train_generation`, for each generation.
+
+  Returns:
+    All generations of the workdir, in their order.
+
+  Raises:
+    BanError: those of `train_generation`.
+
+  Example:
+    >>> generations = ban_jax.run(cfg, directory / "run", dataset=data, progress=False)
+    >>> [generation.index for generation in generations]
+    [0, 1]
   """
   progress = check_flag("progress", progress)
   setup = job_lib.resolve_run(cfg, devices, Own(dataset, model, teacher_model, optimizer))

@@ -15,11 +15,23 @@ from ban_jax.types import Dataset, Generation, Model
 
 @devices_lib.default_modes()
 def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
-  """Returns the finished generation in a directory, `RUN/gen_K`: a str, pathlib or epath path, "~" or gs:// too.
+  """Returns the finished generation in a directory.
 
-  `model` is needed where the network is the caller's own, to predict with it. Raises a ConfigError for a path that
-  cannot be one and for another network, a CheckpointError where there is no finished generation or a damaged one, and a
-  StorageError where the disk cannot be read at the moment.
+  Args:
+    path: `RUN/gen_K`: a str, pathlib or epath path, "~" or gs:// too.
+    model: the network, if it is the caller's own, to predict with it.
+
+  Returns:
+    A Generation.
+
+  Raises:
+    ConfigError: for a path that cannot be one, and for another network.
+    CheckpointError: if there is no finished generation, or a damaged one.
+    StorageError: if the disk cannot be read at the moment.
+
+  Example:
+    >>> ban_jax.load(directory / "run" / "gen_1").index
+    1
   """
   resolving.check_own(resolving.Own(model=model))
   directory = storage.resolve_workdir(path, "path")
@@ -34,8 +46,22 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
 def load_config(path: epath.PathLike) -> ConfigDict:
   """Returns the locked configuration of a run directory, or of a finished generation in one, `RUN/gen_K`.
 
-  `ban_jax.run` goes on with it in the same directory; data and networks that the caller gave are given again, and stand
-  in it as "own". Raises a CheckpointError where there is none, and a ConfigError for what this version does not know.
+  `ban_jax.run` goes on with it in the same directory. Data and networks that the caller gave are given again; they
+  stand in it as "own".
+
+  Args:
+    path: `RUN` or `RUN/gen_K`.
+
+  Returns:
+    A ConfigDict.
+
+  Raises:
+    CheckpointError: if there is none.
+    ConfigError: for what this version does not know.
+
+  Example:
+    >>> ban_jax.load_config(directory / "run").data.name
+    'own'
   """
   directory = storage.resolve_workdir(path, "path")
   manifest, record = directory / "manifest.json", directory / "config.json"
@@ -64,9 +90,22 @@ def _with_model(generation: Generation, model: Model, directory: epath.Path) -> 
 def load_run(
   workdir: epath.PathLike, *, model: Model | None = None, teacher_model: Model | None = None
 ) -> list[Generation]:
-  """Returns the finished generations of a run directory, in their order; arguments and errors are those of `load`.
+  """Returns the finished generations of a run directory, in their order.
 
-  `model` and `teacher_model`, in any order, are given to those generations that were trained with them.
+  Args:
+    workdir: the run directory.
+    model: a network of the caller's own, given to those generations that were trained with it.
+    teacher_model: another one, in any order.
+
+  Returns:
+    A list of Generations.
+
+  Raises:
+    BanError: those of `load`.
+
+  Example:
+    >>> [generation.index for generation in ban_jax.load_run(directory / "run")]
+    [0, 1]
   """
   resolving.check_own(resolving.Own(model=model, teacher_model=teacher_model))
   directory = storage.resolve_workdir(workdir)
@@ -113,9 +152,25 @@ def with_network(
 ) -> Generation:
   """Returns a Generation that carries its network, of a variables tree or of a generation of an earlier version.
 
-  The network and the normalisation of inputs are those of the configuration, or of what is given in its place, for the
-  member's place in the lineage. Raises a CheckpointError for a tree that does not fit that network, and the errors of
-  `evaluate`.
+  Network and normalisation of inputs are those of the configuration, or of what is given in its place, for the member's
+  place in the lineage.
+
+  Args:
+    member: a variables tree or a Generation.
+    cfg: the configuration, of `get_config`, or a Setup, of `setup`.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: the students' network, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+
+  Returns:
+    A Generation, to be used by `predict`, `export` and others.
+
+  Raises:
+    CheckpointError: for a tree that does not fit that network; and the errors of `evaluate`.
+
+  Example:
+    >>> ban_jax.with_network(teacher.params, cfg, dataset=data).network is not None
+    True
   """
   setup = resolving.resolve(cfg, None, resolving.Own(dataset, model, teacher_model))
   given = member if isinstance(member, Generation) else None

@@ -8,11 +8,14 @@ MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2_000_000_000), "M_AR
 
 
 def keep_freed_memory() -> bool:
-  """Makes this process keep the memory it frees, for CPU training; returns whether it could.
+  """Makes this process keep the memory that it frees, for training on CPU.
 
   XLA allocates a step's buffers anew each time, and glibc maps and unmaps them: 25,000 page faults a step of
   Wide-ResNet-16-1, a quarter of its time. Call it before the first computation; later it has no effect. The command
-  lines do (--nokeep_memory switches it off). No byte of a result changes. False where the C library is not glibc.
+  lines do (--nokeep_memory switches it off). No byte of a result changes.
+
+  Returns:
+    Whether it could; False if the C library is not glibc.
   """
   if platform.libc_ver()[0] != "glibc":
     return False

@@ -37,14 +37,26 @@ def from_optax(
 ) -> Optimizer:
   """Returns an optax transformation as the argument `optimizer` of `train_generation`, `run` and `setup`.
 
-  It takes the place of the configuration's `optim` group. `name` identifies it in run directories, together with what
-  it computes: one with changed settings does not resume the run of another. `schedule`, a function of the step, is only
-  recorded, as the history's learning rate; it must be the one that the transformation was made with. Make it once and
-  give the same object to all generations: another one, even if made alike, compiles anew. Raises a ConfigError for
-  something else than an optax transformation.
+  It takes the place of the configuration's `optim` group. Make it once and give the same object to all generations:
+  another one, even if made alike, compiles anew.
 
-    rate = optax.cosine_decay_schedule(1e-3, total)
-    optimizer = ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate)
+  Args:
+    transformation: an optax.GradientTransformation.
+    name: identifies it in run directories, together with what it computes: one with changed settings does not resume
+      the run of another.
+    schedule: a function of the step, only recorded, as the history's learning rate. It must be the one that the
+      transformation was made with.
+
+  Returns:
+    An Optimizer.
+
+  Raises:
+    ConfigError: for something else than an optax transformation.
+
+  Example:
+    >>> rate = optax.cosine_decay_schedule(1e-3, 1000)
+    >>> ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate).name
+    'adabelief'
   """
   if not isinstance(transformation, optax.GradientTransformation):
     kind = type(transformation).__name__

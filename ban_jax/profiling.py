@@ -20,11 +20,19 @@ _asked: list[str] = []
 
 
 def trace_steps(directory: str | os.PathLike) -> None:
-  """Lets the next training of this process write a profiler's trace of a few warm dispatches to a local directory.
+  """Lets the next training of this process write a profiler's trace of a few warm dispatches.
 
-  `directory/plugins/profile/DATE` then has a trace.json.gz for ui.perfetto.dev, and an xplane.pb for TensorBoard or
-  xprof. A training of at most `TRACED.start` dispatches writes none and logs a warning. No byte of a result changes. An
-  OSError is raised where the directory cannot be written.
+  A training of at most `TRACED.start` dispatches writes none and logs a warning. No byte of a result changes.
+
+  Args:
+    directory: a local directory. `directory/plugins/profile/DATE` then has a trace.json.gz for ui.perfetto.dev, and an
+      xplane.pb for TensorBoard or xprof.
+
+  Raises:
+    OSError: if the directory cannot be written.
+
+  Example:
+    >>> ban_jax.trace_steps(directory / "trace")
   """
   directory = os.path.abspath(os.path.expanduser(directory))
   os.makedirs(directory, exist_ok=True)

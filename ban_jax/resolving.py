@@ -110,12 +110,27 @@ def setup(
   """Returns a configuration with what the caller gives in place of its parts, checked, to be used in place of `cfg`.
 
   `train_generation`, `run`, `evaluate`, `reliability`, `compare`, `average` and `with_network` take it. The data are
-  loaded once, and a later change of `cfg` does not reach it. Arguments are those of `train_generation`; raises a
-  ConfigError or a DataError if the configuration cannot be run or evaluated.
+  loaded once, and a later change of `cfg` does not reach it.
 
-    task = ban_jax.setup(cfg, dataset=data, model=cnn)
-    teacher = ban_jax.train_generation(None, task)
-    print(ban_jax.evaluate(teacher, task))
+  Args:
+    cfg: the configuration, of `get_config`.
+    dataset: what `from_arrays` returns, in place of `cfg.data`.
+    model: what `from_flax` or `from_nnx` returns, in place of `cfg.model`.
+    teacher_model: the network of generation 0, in place of `cfg.teacher.model`.
+    optimizer: what `from_optax` returns, in place of `cfg.optim`.
+    devices: the devices to train on; all by default.
+
+  Returns:
+    A Setup.
+
+  Raises:
+    ConfigError: for a configuration that can be neither run nor evaluated.
+    DataError: for missing data.
+
+  Example:
+    >>> task = ban_jax.setup(cfg, dataset=data)
+    >>> task.dataset.sizes["train"]
+    200
   """
   found = resolve(cfg, devices, Own(dataset, model, teacher_model, optimizer))
   return found._replace(cfg=FrozenConfigDict(found.cfg))

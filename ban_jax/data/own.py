@@ -42,15 +42,32 @@ def from_arrays(
 ) -> Dataset:
   """Returns a data set of the caller's own images, for the argument `dataset` of `train_generation` and others.
 
-  `train` and `test` are (images, labels): images uint8 or floating [N, H, W, C] or [N, H, W], and integer labels [N]
-  from 0. uint8 images are divided by 255. Floats are taken as they are, float32, whatever their range: all images are
-  then normalised by the mean and standard deviation of each channel over the training images, so no range is expected.
-  `validation` is a pair too, or the share of `train` to hold out. `num_classes` defaults to the largest label plus one.
-  `pad` pixels of reflection are added before a random crop, and `flip` mirrors at random. The other arguments are those
-  of the configuration's `data` group: a class-balanced or proportional choice of training examples, and wrong labels.
+  uint8 images are divided by 255. Floats are taken as they are, whatever their range. All images are then normalised by
+  the mean and standard deviation of each channel over the training images. The arrays are copied.
 
-  The arrays are copied. Raises a DataError for arrays that are no such pairs or do not fit each other, and a
-  ConfigError for a value out of range.
+  Args:
+    train: images, uint8 or floating [N, H, W, C] or [N, H, W], and integer labels [N] from 0.
+    test: a pair too.
+    validation: a pair too, or the share of `train` to hold out.
+    num_classes: by default the largest label plus one.
+    pad: pixels of reflection that are added before a random crop.
+    flip: whether to mirror at random.
+    name: the data set's name, in messages and records.
+    train_examples: a class-balanced or proportional choice of so many training examples, as `data.train_examples`.
+    label_noise: the share of training labels that are made wrong, as `data.label_noise`.
+    noise_kind: how, as `data.noise_kind`.
+    noise_seed: by which draws, as `data.noise_seed`.
+
+  Returns:
+    A Dataset.
+
+  Raises:
+    DataError: for arrays that are no such pairs or do not fit each other.
+    ConfigError: for a value out of range.
+
+  Example:
+    >>> ban_jax.from_arrays((images[:200], labels[:200]), (images[900:], labels[900:])).sizes["train"]
+    200
   """
   share = 0.0
   if isinstance(validation, numbers.Real):

@@ -30,7 +30,7 @@ def from_nnx(module: nnx.Module, spec: InputSpec | Dataset, *, name: str | None 
 def from_nnx(module: Callable[..., nnx.Module], spec: InputSpec | Dataset, *, name: str | None = None) -> Model: ...
 @devices.default_modes()
 def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None) -> Model | Generation:
-  """Returns an NNX module as a network, by its constructor: a function, or a class, of `rngs`.
+  """Returns an NNX module as a network, by its constructor, or a module itself as a fixed teacher.
 
   Every generation begins with a module of its own, `module(rngs)`, with `rngs` an nnx.Rngs. It is called as
   `module(x)`, or `module(x, train=)`, in the mode that `train()` or `eval()` sets, and takes and returns what the
@@ -38,10 +38,25 @@ def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None)
   variables are nnx.Param, which are trained, and nnx.BatchStat. What is not kept is the same, too: nnx.Dropout depends
   on the number of devices, and nnx.BatchNorm needs `axis_name="devices"` to normalise by all of them.
 
-  A module itself, in place of its constructor, becomes a fixed teacher, a Generation as `from_function` returns it; the
-  module is copied.
+  Args:
+    module: a function, or a class, of `rngs`; or a module, which is copied.
+    spec: the data set that it is for, or its `spec`.
+    name: by default the class's name.
 
-  Raises the ConfigErrors of `from_flax`, and one that names the path of any other variable or array.
+  Returns:
+    A Model; of a module itself a Generation, as `from_function` returns it.
+
+  Raises:
+    ConfigError: those of `from_flax`, and one that names the path of any other variable or array.
+
+  Example:
+    >>> class Linear(nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.dense = nnx.Linear(64, 10, rngs=rngs)
+    ...   def __call__(self, x):
+    ...     return self.dense(x.reshape(len(x), -1))
+    >>> ban_jax.from_nnx(Linear, data).name
+    'Linear'
   """
   scaling, spec = (spec.scaling, spec.spec) if isinstance(spec, Dataset) else ({}, spec)
   if not isinstance(spec, InputSpec):

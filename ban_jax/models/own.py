@@ -42,21 +42,34 @@ def own(spec: InputSpec, options: OwnOptions, *, dtype: Any, axis_name: str | No
 def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None = None) -> Model:
   """Returns a Flax module as a network, for the arguments `model` and `teacher_model` of `train_generation` and others.
 
-  The module is called as `module(x, train=...)`, or as `module(x)` where it has no argument `train`; x is float32
-  [B, H, W, C], normalised, and it returns logits [B, n]; of text, x is int32 [B, T], each row read on its own, and the
-  logits are [B, T, n]. It may have dropout by the random generator "dropout", batch statistics, and further collections
-  of floating-point numbers, which training carries as it carries batch statistics. `spec` is the data set that it is
-  for, or its `spec`; `name` defaults to the class's name. Name, plain field values and a digest of what its code
-  computes identify the network in run directories.
+  The module is called as `module(x, train=...)`, or as `module(x)` if it has no argument `train`. It may have dropout
+  by the random generator "dropout", batch statistics, and further collections of floating-point numbers, which
+  training carries as it carries batch statistics. Name, plain field values and a digest of what its
+  code computes identify the network in run directories.
 
   Two things are kept for the library's own networks alone. Dropout by `nn.Dropout` depends on the number of devices,
   because it does not draw by the example's place in the mini-batch. `nn.BatchNorm` on several devices normalises by
   each device's own examples, and the running statistics are averaged over the devices, unless the module gives it
   `axis_name="devices"`.
 
-  Raises a ConfigError for a module that cannot be called so, has a state of whole numbers, does not return logits of
-  the right shape, leaves batch statistics or dropout still in training, takes the images of a mini-batch together in
-  evaluation, or tells a token from later ones.
+  Args:
+    module: takes x, float32 [B, H, W, C], normalised, and returns logits [B, n]; of text, int32 [B, T], each row read
+      on its own, and logits [B, T, n].
+    spec: the data set that it is for, or its `spec`.
+    name: by default the class's name.
+
+  Returns:
+    A Model.
+
+  Raises:
+    ConfigError: for a module that cannot be called so, has a state of whole numbers, does not return logits of the
+      right shape, leaves batch statistics or dropout still in training, takes the images of a mini-batch together in
+      evaluation, or tells a token from later ones.
+
+  Example:
+    >>> linear = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)])
+    >>> ban_jax.from_flax(linear, data, name="linear").name
+    'linear'
   """
   spec = spec.spec if isinstance(spec, Dataset) else spec
   if not isinstance(module, nn.Module):
@@ -347,11 +360,26 @@ def from_function(
 ) -> Generation:
   """Returns a network of another library as a fixed teacher: a Generation to pass as `params_prev`.
 
-  `apply(variables, inputs)` is a JAX function of a tree of arrays and of normalised images, float32 [B, H, W, C], that
-  returns logits [B, n]; or of tokens, int32 [B, T], with logits [B, T, n]. Such a generation can teach and be
-  evaluated, but not be trained. Where `spec` is a data set, it predicts too, and normalises images as that set does.
-  Raises a ConfigError where the function does not return logits for inputs of `spec`, takes the images of a mini-batch
-  together, or tells a token from later ones.
+  It can teach and be evaluated, but not be trained.
+
+  Args:
+    apply: a JAX function `(variables, inputs)` that returns logits: of normalised images, float32 [B, H, W, C], logits
+      [B, n]; of tokens, int32 [B, T], logits [B, T, n].
+    variables: a tree of arrays.
+    spec: a data set, by which it predicts too, and normalises images as that set does; or a data set's `spec`.
+    name: its name, in messages and records.
+
+  Returns:
+    A Generation.
+
+  Raises:
+    ConfigError: if the function does not return logits for inputs of `spec`, takes the images of a mini-batch together,
+      or tells a token from later ones.
+
+  Example:
+    >>> weights = {"kernel": np.zeros((64, 10), np.float32)}
+    >>> ban_jax.from_function(lambda w, x: x.reshape(len(x), -1) @ w["kernel"], weights, data, name="zero").index
+    0
   """
   scaling, spec = (spec.scaling, spec.spec) if isinstance(spec, Dataset) else ({}, spec)
   if not callable(apply) or not isinstance(spec, InputSpec):

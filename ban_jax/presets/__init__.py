@@ -337,10 +337,22 @@ def compose(words: str, datasets: tuple[str, ...] = tuple(DATASETS)) -> ConfigDi
 def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   """Returns the locked configuration for the words `dataset,network,scale[,loss][,optimizer][,teacher=network]`.
 
-  The loss is the students'; generation 0 has `teacher.loss`, by default the plain labels. It is what the configuration
-  files of a checkout return. "own" stands for data, or a network, that the caller gives as `dataset=` and `model=`.
-  ban_jax/keys.py documents every key; a value is changed by `cfg.train.epochs = 30`. Raises a ConfigError that lists
-  the choices for an unknown word.
+  It is what the configuration files of a checkout return. The loss is the students'; generation 0 has `teacher.loss`,
+  by default the plain labels. "own" stands for data, or a network, that the caller gives as `dataset=` and `model=`.
+  docs/configuration.md lists every word and every key.
+
+  Args:
+    words: the words, in one string.
+
+  Returns:
+    A ConfigDict, of which values can be changed: `cfg.train.epochs = 30`.
+
+  Raises:
+    ConfigError: for an unknown word; it lists the choices.
+
+  Example:
+    >>> ban_jax.get_config("digits,wrn_10_1,cpu,ban_label").loss.name
+    'ban_label'
   """
   return compose(words)
 
