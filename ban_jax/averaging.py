@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, networks, resolving, trees
+from ban_jax import config, feeding, networks, resolving, trees
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
 from ban_jax.step import make_statistics_step
@@ -92,9 +92,9 @@ def _statistics(setup: resolving.Setup, model: Model, variables: dict) -> dict:
   key_data = devices_lib.broadcast(jax.random.key_data(key), devices)
   done, epoch = 0, 0
   while done < BATCHES:
-    for index in setup.dataset.train_order(jax.random.fold_in(key, epoch), cfg.train.batch_size):
-      own = devices_lib.split_rows(index, devices)
-      statistics = step(params, statistics, arrays, own, key_data, jnp.int32(done))
+    order = setup.dataset.train_order(jax.random.fold_in(key, epoch), cfg.train.batch_size)
+    for feed in feeding.singly(setup.dataset, "train", order, devices, draw=(cfg.seed, 0, epoch)):
+      statistics = step(params, statistics, arrays, feed, key_data, jnp.int32(done))
       jax.block_until_ready(statistics)  # unbounded dispatch to several CPU devices deadlocks
       done += 1
     epoch += 1

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import job, metrics, networks, resolving, trees
+from ban_jax import feeding, job, metrics, networks, resolving, trees
 from ban_jax.errors import ConfigError
 from ban_jax.step import SumsOf, make_eval_step
 from ban_jax.trees import Member
@@ -187,13 +187,13 @@ def sum_predictions(
   arrays = devices_lib.broadcast_split(dataset, split, devices)
   carries = devices_lib.place_rows(tuple(model.init_carry(batch_size) for model in models), devices)
   step = make_eval_step(models, dataset.fetch, devices, sums_of)
-  order, block = dataset.eval_order(split, batch_size), job.block_size(dataset.spec, devices)
+  order, block = dataset.eval_order(split, batch_size), job.block_size(dataset, split, batch_size, devices)
+  counts = [min(block, len(order) - first) for first in range(0, len(order), block)]
   total: Any = 0.0
-  for first in range(0, len(order), block):
-    batches = order[first : first + block]
-    carries, sums = step.run(variables, carries, arrays, devices_lib.split_batches(batches, devices, block))
+  for count, feed in zip(counts, feeding.feeds(dataset, split, order, counts, devices, block), strict=True):
+    carries, sums = step.run(variables, carries, arrays, feed)
     # Reading the sums at once bounds what is in flight to one dispatch.
-    for row in devices_lib.unreplicate(sums)[: len(batches)]:
+    for row in devices_lib.unreplicate(sums)[:count]:
       total += row.astype(np.float64)
   shapes, structure = jax.tree.flatten(step.shapes)
   parts = np.split(total, np.cumsum([leaf.size for leaf in shapes])[:-1])

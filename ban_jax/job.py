@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, losses, networks, optim, report, storage, trees
+from ban_jax import config, feeding, losses, networks, optim, report, storage, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Steps a dispatch where the configuration leaves the number open, enough to hide the host's millisecond for a dispatch.
 # Images on CPU take single steps: a convolution inside a compiled loop is 30 times slower there.
 BLOCK = 32
+# The most bytes that a dispatch brings to a device of a streamed split, unless one mini-batch has more.
+DISPATCH = 2**27
 
 
 class Job(NamedTuple):
@@ -64,6 +66,10 @@ class Job(NamedTuple):
   def key(self) -> jax.Array:
     """The generation's key."""
     return jax.random.fold_in(jax.random.key(self.cfg.seed, impl="threefry2x32"), self.generation)
+
+  def draw(self, epoch: int) -> tuple[int, int, int]:
+    """Returns what a streamed training split draws by in an epoch."""
+    return self.cfg.seed, self.generation, epoch
 
   @property
   def programs(self) -> tuple[dict[str, str] | None, ...]:
@@ -220,7 +226,8 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     loss=loss,
     optimizer=setup.own.optimizer or optim.make(cfg.optim, steps // cfg.train.accumulate * cfg.train.epochs),
     steps_per_epoch=steps,
-    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps) or block_size(dataset.spec, setup.devices),
+    steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps)
+    or block_size(dataset, "train", cfg.train.batch_size, setup.devices),
     values=setup.values,
     network=setup.network(generation),
   )
@@ -250,9 +257,14 @@ def _initial(given: Member, student: Model) -> Variables:
   return tree
 
 
-def block_size(spec: InputSpec, devices: Devices) -> int:
+def block_size(dataset: Dataset, split: str, batch_size: int, devices: Devices) -> int:
   """Returns the steps a dispatch where the configuration leaves the number open, and those of evaluation."""
-  return 1 if devices[0].platform == "cpu" and spec.kind == "images" else BLOCK
+  if devices[0].platform == "cpu" and dataset.spec.kind == "images":
+    return 1
+  if split not in dataset.streams:
+    return BLOCK
+  step = batch_size // len(devices) * feeding.row_bytes(dataset.streams[split])
+  return max(1, min(BLOCK, DISPATCH // step))
 
 
 def _check_replay(cfg: ConfigDict, spec: InputSpec, steps: int) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from jax.extend import core
 
 from ban_jax import devices as devices_lib
+from ban_jax import feeding, train
 from ban_jax import job as job_lib
-from ban_jax import train
 from ban_jax.evaluating import share
 from ban_jax.job import Job
 from ban_jax.predicting import make_predict_step
@@ -66,7 +66,7 @@ def training(job: Job, steps: int = 0) -> Program:
     source,
     _shapes(carry, count),
     _packed(job.dataset, "train"),
-    jax.ShapeDtypeStruct((count, steps, rows), np.int32),
+    feeding.shapes(job.dataset, "train", (count, steps, rows)),
     jax.ShapeDtypeStruct((2,), np.uint32),
   )
   names = ("state", "teacher", "carry", "data", "inputs", "inputs")
@@ -80,12 +80,12 @@ def evaluation(job: Job, batch_size: int = 0, steps: int = 0, split: str = "test
   """
   models, dataset = (job.student,), job.dataset
   batch_size, devices = share(models, dataset, split, batch_size or job.cfg.evaluate.batch_size, job.devices)
-  rows, steps = batch_size // len(devices), steps or job_lib.block_size(dataset.spec, devices)
+  rows, steps = batch_size // len(devices), steps or job_lib.block_size(dataset, split, batch_size, devices)
   arguments = (
     (job.student.shapes,),
     _shapes(jax.eval_shape(lambda: (job.student.init_carry(rows),)), len(devices)),
     _packed(dataset, split),
-    jax.ShapeDtypeStruct((len(devices), steps, rows), np.int32),
+    feeding.shapes(dataset, split, (len(devices), steps, rows)),
   )
   step = make_eval_step(models, dataset.fetch, devices)
   return Program(step.run, arguments, ("network", "carry", "data", "inputs"), steps, rows, devices)
@@ -99,7 +99,8 @@ def prediction(job: Job, batch_size: int = 256) -> Program:
   dtype: Any = np.int32
   if spec.kind == "images":
     arrays = job.dataset.splits["train"]
-    scaling, dtype = ((_shapes(arrays["mean"]), _shapes(arrays["std"])),), arrays["images"].dtype
+    scaling = ((_shapes(arrays["mean"]), _shapes(arrays["std"])),)
+    dtype = arrays["images"].dtype if "images" in arrays else np.uint8
   arguments = (
     (job.student.shapes,),
     scaling,

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
-from ban_jax import storage, trees
+from ban_jax import feeding, storage, trees
 from ban_jax.job import Job
 from ban_jax.step import batch_of
 from ban_jax.teacher import Teaching
@@ -82,22 +82,23 @@ def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any
   source = devices_lib.broadcast(job.teacher.source, job.devices)
   carry = jax.tree.map(np.asarray, teaching.init_carry(order.shape[1]))
   carry, rows = devices_lib.place_rows(carry, job.devices), []
-  for number, index in enumerate(order, epoch * job.steps_per_epoch):
-    carry, logits = step(source, carry, arrays, devices_lib.split_rows(index, job.devices), key_data, np.int32(number))
+  feeds = feeding.singly(job.dataset, "train", order, job.devices, draw=job.draw(epoch))
+  for number, feed in enumerate(feeds, epoch * job.steps_per_epoch):
+    carry, logits = step(source, carry, arrays, feed, key_data, np.int32(number))
     rows.append(np.asarray(logits))
   return np.stack(rows, axis=1)
 
 
 @functools.lru_cache
 def make_record_step(teaching: Teaching, fetch: Callable[..., Batch], devices: Devices) -> Callable[..., Any]:
-  """Returns the pmapped step `(source, carry, arrays, index, key_data, step) -> (carry, logits)` of a live teacher.
+  """Returns the pmapped step `(source, carry, arrays, feed, key_data, step) -> (carry, logits)` of a live teacher.
 
-  The arguments are those of the training step; `index` is int32 [devices, B / devices] and `step` int32 [], the number
-  of the training step that this is the mini-batch of. `logits` are float32 [devices, B / devices, ...].
+  The arguments are those of the training step; `feed` is one mini-batch and `step` int32 [], the number of the training
+  step that this is the mini-batch of. `logits` are float32 [devices, B / devices, ...].
   """
 
-  def record_step(source, carry, arrays, index, key_data, step):
-    logits, carry = teaching.logits(source, carry, batch_of(fetch, arrays, index, key_data, step).batch)
+  def record_step(source, carry, arrays, feed, key_data, step):
+    logits, carry = teaching.logits(source, carry, batch_of(fetch, arrays, feed, key_data, step).batch)
     return carry, logits
 
   return devices_lib.pmap(record_step, devices=devices, in_axes=(None, 0, None, 0, None, None))

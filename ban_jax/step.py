@@ -13,7 +13,7 @@ from ban_jax import gradient as gradient_lib
 from ban_jax import metrics
 from ban_jax.losses import Logits, Loss
 from ban_jax.teacher import Teaching
-from ban_jax.types import Batch, Carry, Devices, InputSpec, Model, TrainState
+from ban_jax.types import Batch, Carry, Devices, Feed, InputSpec, Model, TrainState
 from ban_jax.updates import Updates
 
 # From the logits of M networks, and their batch, to sums over its examples: metrics.ensemble_sums or comparison_sums.
@@ -43,15 +43,19 @@ class Drawn(NamedTuple):
   loss_key: PRNGKeyArray
 
 
-def batch_of(
-  fetch: Callable[..., Batch], arrays: PyTree, index: Int[Array, " B"], key_data: Array, step: Array
-) -> Drawn:
+def batch_of(fetch: Callable[..., Batch], arrays: Feed, feed: Feed, key_data: Array, step: Array) -> Drawn:
   """Returns a training step's mini-batch, inside a mapped function; arguments are those of the training step."""
+  index, rows = _taken(feed)
   positions = devices_lib.example_positions(len(index))
   key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), step)
   augment_key, dropout_key, loss_key = jax.random.split(key, 3)
-  batch = fetch(arrays, index, key=augment_key, positions=positions, train=True)
+  batch = fetch({**arrays, **rows}, index, key=augment_key, positions=positions, train=True)
   return Drawn(batch, positions, dropout_key, loss_key)
+
+
+def _taken(feed: Feed) -> tuple[Int[Array, " B"], Feed]:
+  """Returns a mini-batch's index, and the rows that were read for it: of a split on the devices, none."""
+  return feed["index"], {name: rows for name, rows in feed.items() if name != "index"}
 
 
 @functools.lru_cache
@@ -68,7 +72,7 @@ def make_train_step(
   gradient_split: bool,
   mapping: str = "pmap",
 ) -> TrainStep:
-  """Returns the pmapped step `(state, source, carry, arrays, index, key_data) -> (state, carry, sums)`.
+  """Returns the pmapped step `(state, source, carry, arrays, feed, key_data) -> (state, carry, sums)`.
 
   Equal arguments give the same object, so that it compiles once for all generations. It takes
 
@@ -76,7 +80,7 @@ def make_train_step(
     source    the teacher's source, placed as teaching.source_axis says; never donated, no gradient
     carry     (student's, teacher's), rows first, split over the devices; donated
     arrays    the data set's training arrays, broadcast
-    index     int32 [devices, n, B / devices], n mini-batches, as devices.split_batches makes them
+    feed      n mini-batches as feeding.feeds makes them: "index" int32 [devices, n, B / devices], and what was read
     key_data  uint32 [2], the key of the generation's steps, broadcast
 
   and returns the new state and carry, and the sums over each global mini-batch, float32 [n, sums]:
@@ -85,9 +89,9 @@ def make_train_step(
   split = gradient_split and teaching.teaches
   names = metrics.TRAINING_SUMS + (gradient_lib.SUMS if split else ())
 
-  def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], index):
+  def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], feed):
     state, (student_carry, teacher_carry) = loop
-    batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, index, key_data, state.step)
+    batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, feed, key_data, state.step)
     teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
     fixed, trainable = ({k: v for k, v in state.params.items() if (k in frozen) == kept} for kept in (True, False))
@@ -116,9 +120,9 @@ def make_train_step(
     row = jnp.stack([sums[name].astype(jnp.float32) for name in names])
     return (state, (student_carry, teacher_carry)), row
 
-  def train_step(state, source, carry, arrays, index, key_data):
+  def train_step(state, source, carry, arrays, feed, key_data):
     step = functools.partial(one_step, source, arrays, key_data)
-    (state, carry), rows = _several(step, (state, carry), index, len(names))
+    (state, carry), rows = _several(step, (state, carry), feed, len(names))
     return state, carry, rows
 
   mapped, axes, out = devices_lib.MAPPINGS[mapping], (None, teaching.source_axis, 0, None, 0, None), (None, 0, None)
@@ -126,19 +130,20 @@ def make_train_step(
 
 
 def _several(
-  one_step: Callable[[Any, Int[Array, " B"]], tuple[Any, Float[Array, " sums"]]],
+  one_step: Callable[[Any, Feed], tuple[Any, Float[Array, " sums"]]],
   loop: Any,
-  index: Int[Array, "n B"],
+  feed: Feed,
   sums: int,
 ) -> tuple[Any, Float[Array, "n sums"]]:
   """Takes a step for each of n mini-batches: `one_step` makes what the next one begins with, and a row of `sums`."""
+  index = feed["index"]
   if len(index) == 1:  # no loop: XLA's CPU back end runs a convolution inside one 30 times slower
-    loop, row = one_step(loop, index[0])
+    loop, row = one_step(loop, jax.tree.map(lambda leaf: leaf[0], feed))
     return loop, row[None]
 
   def body(number, state):
     loop, rows = state
-    loop, row = one_step(loop, index[number])
+    loop, row = one_step(loop, jax.tree.map(lambda leaf: leaf[number], feed))
     return loop, rows.at[number].set(row)
 
   # The length is known at run time only, so that one program, with the same bytes, serves every chunk.
@@ -155,16 +160,17 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 def make_eval_step(
   members: tuple[Model, ...], fetch: Callable[..., Batch], devices: Devices, sums_of: SumsOf = metrics.ensemble_sums
 ) -> EvalStep:
-  """Returns the pmapped step `(variables, carries, arrays, index) -> (carries, sums)` of M networks, the `members`.
+  """Returns the pmapped step `(variables, carries, arrays, feed) -> (carries, sums)` of M networks, the `members`.
 
-  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `index` (int32 [devices, n, B / devices], as
-  devices.split_batches makes it) have a leading device axis. `sums` are float32 [n, sums]: what `sums_of` makes of the
+  `variables` (one tree a member) and `arrays` are broadcast, `carries` and `feed` (n mini-batches, as feeding.feeds
+  makes them) have a leading device axis. `sums` are float32 [n, sums]: what `sums_of` makes of the
   members' logits on each mini-batch, one after the other in the order of a tree's leaves.
   """
   shapes = jax.eval_shape(sums_of, *_examples(members[0].spec, len(members)))
 
-  def one_step(variables, arrays, carries, index):
-    batch = fetch(arrays, index, key=None, positions=None, train=False)
+  def one_step(variables, arrays, carries, feed):
+    index, rows = _taken(feed)
+    batch = fetch({**arrays, **rows}, index, key=None, positions=None, train=False)
     outputs = [
       member.apply(tree, carry, batch.inputs, train=False)
       for member, tree, carry in zip(members, variables, carries, strict=True)
@@ -174,9 +180,9 @@ def make_eval_step(
     row = jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(sums)])
     return tuple(carry for _, carry, _ in outputs), row
 
-  def eval_step(variables, carries, arrays, index):
+  def eval_step(variables, carries, arrays, feed):
     step = functools.partial(one_step, variables, arrays)
-    return _several(step, carries, index, sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+    return _several(step, carries, feed, sum(leaf.size for leaf in jax.tree.leaves(shapes)))
 
   run = devices_lib.pmap(eval_step, devices=devices, in_axes=(None, 0, None, 0), out_axes=(0, None))
   return EvalStep(run, shapes)
@@ -193,16 +199,16 @@ def _examples(spec: InputSpec, networks: int) -> tuple[list[jax.ShapeDtypeStruct
 
 @functools.lru_cache
 def make_statistics_step(model: Model, fetch: Callable[..., Batch], devices: Devices) -> Callable[..., PyTree]:
-  """Returns the pmapped step `(params, batch_stats, arrays, index, key_data, step) -> batch_stats` that trains nothing.
+  """Returns the pmapped step `(params, batch_stats, arrays, feed, key_data, step) -> batch_stats` that trains nothing.
 
-  Of the arguments only `index` has a leading device axis.
+  Of the arguments only `feed`, one mini-batch, has a leading device axis.
   """
 
-  def statistics_step(params, batch_stats, arrays, index, key_data, step):
-    batch, positions, dropout_key, _ = batch_of(fetch, arrays, index, key_data, step)
+  def statistics_step(params, batch_stats, arrays, feed, key_data, step):
+    batch, positions, dropout_key, _ = batch_of(fetch, arrays, feed, key_data, step)
     variables = {"params": params, "batch_stats": batch_stats}
     _, _, new = model.apply(
-      variables, model.init_carry(len(index)), batch.inputs, train=True, key=dropout_key, positions=positions
+      variables, model.init_carry(len(positions)), batch.inputs, train=True, key=dropout_key, positions=positions
     )
     return devices_lib.pmean(new)
 

@@ -13,12 +13,12 @@ from etils import epath
 from jaxtyping import Int, PyTree
 
 from ban_jax import devices as devices_lib
-from ban_jax import metrics, processes, profiling, replay, report, resuming, storage, trees
+from ban_jax import feeding, metrics, processes, profiling, replay, report, resuming, storage, trees
 from ban_jax.errors import Preempted, TrainingError
 from ban_jax.evaluating import Subject, measure
 from ban_jax.job import Job
 from ban_jax.step import TrainStep, make_train_step
-from ban_jax.types import Carry, Generation, TrainState
+from ban_jax.types import TIMES, Carry, Feed, Generation, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Live(NamedTuple):
   epoch_start: float
   saved: int  # the step of the newest checkpoint, 0 for none
   pending: tuple[tuple[int, int, jax.Array], ...] = ()  # first step, number of steps, and their sums on the devices
-  order: Int[np.ndarray, "steps B"] | None = None  # the epoch's mini-batches
+  feeds: Iterator[tuple[int, Feed]] | None = None  # of the epoch's dispatches that are left: steps, and what they take
+  waited: float = 0.0  # seconds, for them
   source: PyTree = ()  # the teacher's, in this epoch
   stopped: bool = False  # by on_epoch
 
@@ -178,21 +179,35 @@ def _dispatch(lane: Lane, live: Live) -> Live:
   """Starts the next steps on the devices, at most to the end of the epoch or to the next checkpoint."""
   job = lane.job
   epoch, first = divmod(live.done, job.steps_per_epoch)
-  order, source = live.order, live.source
-  if first == 0 or order is None:
+  feeds, source = live.feeds, live.source
+  if first == 0 or feeds is None:
     key = jax.random.fold_in(jax.random.fold_in(job.key, ORDER), epoch)
     order = job.dataset.train_order(key, job.cfg.train.batch_size)[: job.steps_per_epoch]
     replayed = job.teacher.recorded is not None
     source = replay.epoch_source(job, epoch, order, lane.arrays, lane.key_data) if replayed else lane.source
-  every = job.cfg.train.checkpoint_every
-  count = min(job.steps_per_dispatch, job.steps_per_epoch - first, every - live.done % every)
+    feeds = _feeds(job, order, live.done)
+  begun = time.monotonic()
+  count, feed = next(feeds)
+  waited = live.waited + time.monotonic() - begun
   carry = devices_lib.place(lane.zero_carry, job.devices) if first == 0 else live.carry  # it is donated
-  index = devices_lib.split_batches(order[first : first + count], job.devices, job.steps_per_dispatch)
-  state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, index, lane.key_data)
+  state, carry, sums = lane.step.run(live.state, source, carry, lane.arrays, feed, lane.key_data)
   lane.bar.advance(count)
   pending = (*live.pending, (live.done + 1, count, sums))
   done = live.done + count
-  return live._replace(state=state, carry=carry, done=done, pending=pending, order=order, source=source)
+  new = {"state": state, "carry": carry, "done": done, "pending": pending}
+  return live._replace(**new, feeds=feeds, waited=waited, source=source)
+
+
+def _feeds(job: Job, order: Int[np.ndarray, "steps B"], done: int) -> Iterator[tuple[int, Feed]]:
+  """Returns the dispatches that are left of an epoch after `done` steps: the steps of each, and what it takes."""
+  epoch, first = divmod(done, job.steps_per_epoch)
+  end, every, counts = done + len(order) - first, job.cfg.train.checkpoint_every, []
+  while done < end:  # no dispatch goes beyond a checkpoint
+    counts.append(min(job.steps_per_dispatch, end - done, every - done % every))
+    done += counts[-1]
+  place: dict[str, Any] = {"first": first, "draw": job.draw(epoch)}
+  feeds = feeding.feeds(job.dataset, "train", order[first:], counts, job.devices, job.steps_per_dispatch, **place)
+  return zip(counts, feeds, strict=True)
 
 
 def _read(lane: Lane, live: Live, keep: int) -> Live:
@@ -229,6 +244,7 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
     **({"learning_rate": rate(live.done // job.updates.accumulate - 1, _validated(job, live.history))} if rate else {}),
     **metrics.training_row(live.sums),
     "seconds": round(time.monotonic() - live.epoch_start, 3),
+    **({"waited": round(live.waited, 3)} if "train" in job.dataset.streams else {}),
     **_evaluate(lane, state, epoch, last),
   }
   row = {"epoch": epoch, "step": live.done, **values}
@@ -243,7 +259,7 @@ def _end_epoch(lane: Lane, live: Live) -> Live:
   if processes.is_primary():
     job.watch.write(live.done, {"generation": job.generation, "epoch": epoch, **values})
   lane.bar.note(**{name: values[name] for name in SHOWN if name in values})
-  return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic(), stopped=stopped)
+  return live._replace(state=state, sums={}, history=history, epoch_start=time.monotonic(), waited=0.0, stopped=stopped)
 
 
 def _validated(job: Job, history: Sequence[Mapping[str, float]]) -> list[float]:
@@ -297,7 +313,7 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
 def _finish(lane: Lane, live: Live) -> Generation:
   """Returns the trained generation, and writes it where there is a directory."""
   job = lane.job
-  last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", "seconds")}
+  last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", *TIMES)}
   params = trees.to_host(variables_of(job, live.state), job.generation)
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:

@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 Variables = Mapping[str, Any]
 # What a recurrent model passes from one window to the next, rows first ([B, ...] in every leaf); () for image models.
 Carry = Any
+# Mini-batches as a step takes them: their "index", and the rows that were read for them where a split is streamed.
+Feed = Mapping[str, Any]
+# What a history's row has of the clock: seconds of an epoch, and for the data of a streamed one. No two runs agree.
+TIMES = ("seconds", "waited")
 # What a data set's examples are. A teacher and its student must agree on it.
 Kind = Literal["images", "tokens"]
 
@@ -121,8 +125,24 @@ def _made_again(make: Callable[..., Model], arguments: tuple[Any, ...], name: st
   return model if same else model._replace(name=name, inherits=inherits)
 
 
+class Stream(NamedTuple):
+  """A split whose examples are read on the host, as they are needed (`feeding`).
+
+  `read(numbers, places, draw)` returns the examples `numbers`, int32 [n], as arrays [n, ...] by name, with which
+  `fetch` works in place of the split's own. In training, `draw` is (seed, generation, epoch) and `places` int32 [n]
+  are the examples' places in the epoch, by both of which it draws; else `draw` is (). Equal arguments give equal bytes.
+  It pickles, and raises a DataError that names the example that cannot be read.
+  """
+
+  read: Callable[[np.ndarray, np.ndarray, tuple[int, ...]], Mapping[str, np.ndarray]]
+  row: Mapping[str, jax.ShapeDtypeStruct]  # one example's arrays
+  workers: int = 0  # processes that read; 0: threads of this one
+
+
 class Dataset(NamedTuple):
   """A data set whose arrays lie on the device, and the pure functions that cut mini-batches out of them.
+
+  Of a split in `streams`, the arrays hold only what all its examples share; the examples are read as they are needed.
 
   `fetch(arrays, index, *, key, positions, train)` turns an index vector int32 [B] into a Batch inside the compiled
   step: gather, augmentation (where `train`), normalisation, mask; a negative index is a padding row. `fetch` is the
@@ -144,6 +164,7 @@ class Dataset(NamedTuple):
   record: Mapping[str, Any] = {}  # what a manifest keeps of how the data were made, as JSON
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
   pack: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+  streams: Mapping[str, Stream] = {}
 
   def __reduce__(self):
     """Makes the arrays read-only again where a pickled data set is read."""
@@ -267,7 +288,7 @@ class Generation(NamedTuple):
 
 def _text(row: Mapping[str, float]) -> str:
   """Returns a record's numbers as text, in which one that is no number equals itself; without its time."""
-  return repr(sorted((name, float(value)) for name, value in row.items() if name != "seconds"))
+  return repr(sorted((name, float(value)) for name, value in row.items() if name not in TIMES))
 
 
 def _read_only(kind: Callable[..., Any], *fields: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from conftest import config
 
 from ban_jax import compiled as compiled_lib
-from ban_jax import data, job, optim, programs, resolving
+from ban_jax import data, feeding, job, optim, programs, resolving
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError
 from ban_jax.resolving import make_models
@@ -141,16 +141,17 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
   teachers = devices_lib.broadcast((variables,), devices)
   arrays = devices_lib.broadcast_split(dataset, "train", devices)
   key_data = devices_lib.broadcast(jax.random.key_data(jax.random.key(0)), devices)
-  index = devices_lib.split_batches(np.arange(cfg.train.batch_size, dtype=np.int32)[None], devices)  # as a run does
-  placed = devices_lib.place(index, devices)
+  batches = np.arange(cfg.train.batch_size, dtype=np.int32)[None]
+  feed = next(feeding.feeds(dataset, "train", batches, [1], devices))  # as a run does
+  placed = devices_lib.place(feed, devices)
   carry = ((), ((),))
-  state, carry, _ = program.step(state, teachers, carry, arrays, index, key_data)  # compiles
+  state, carry, _ = program.step(state, teachers, carry, arrays, feed, key_data)  # compiles
   with jax.transfer_guard("disallow"):
     for _ in range(2):
       state, carry, sums = program.step(state, teachers, carry, arrays, placed, key_data)
       jax.block_until_ready(sums)
     with pytest.raises(Exception, match="host-to-device"):
-      program.step(state, teachers, carry, arrays, index, key_data)
+      program.step(state, teachers, carry, arrays, feed, key_data)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -337,7 +337,7 @@ def test_several_windows_a_dispatch_are_those_of_one_at_a_time(batch_size, count
 
   def counting(*arguments):
     step = make_eval_step(*arguments)
-    return step._replace(run=lambda *inputs: dispatched.append(inputs[3].shape[1]) or step.run(*inputs))
+    return step._replace(run=lambda *inputs: dispatched.append(inputs[3]["index"].shape[1]) or step.run(*inputs))
 
   monkeypatch.setitem(sum_predictions.__globals__, "make_eval_step", counting)
   found = {}

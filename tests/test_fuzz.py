@@ -123,11 +123,11 @@ def trace(job):
     jax.random.key(0),
   )
   rows = config.train.batch_size // len(devices)
-  index = jax.ShapeDtypeStruct((job.steps_per_dispatch, rows), np.int32)
+  feed = {"index": jax.ShapeDtypeStruct((job.steps_per_dispatch, rows), np.int32)}
   key = jax.ShapeDtypeStruct((2,), np.uint32)
   carry = (*carries(rows, (job.student,)), jax.eval_shape(lambda: job.teacher.teaching.init_carry(rows)))
   source, arrays = job.teacher.source, job.dataset.splits["train"]
-  jax.eval_shape(train.step_of(job).run, state, source, on_each(carry), arrays, on_each(index), key)
+  jax.eval_shape(train.step_of(job).run, state, source, on_each(carry), arrays, on_each(feed), key)
 
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   step = make_eval_step((job.student,), job.dataset.fetch, devices).run
@@ -135,8 +135,9 @@ def trace(job):
     for rows in {config.evaluate.batch_size, config.evaluate.training_batch_size or config.evaluate.batch_size}:
       rows = -(-rows // len(devices))
       assert len(job.dataset.eval_order(split, rows * len(devices)))
-      index = jax.ShapeDtypeStruct((job_lib.block_size(job.dataset.spec, devices), rows), np.int32)
-      jax.eval_shape(step, (variables,), on_each(carries(rows, (job.student,))), arrays, on_each(index))
+      block = job_lib.block_size(job.dataset, split, rows * len(devices), devices)
+      feed = {"index": jax.ShapeDtypeStruct((block, rows), np.int32)}
+      jax.eval_shape(step, (variables,), on_each(carries(rows, (job.student,))), arrays, on_each(feed))
 
 
 def names_one_of(changes, message):

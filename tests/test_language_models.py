@@ -303,7 +303,7 @@ def trained(model, count, inputs, carry, label="label", teachers=(), key=1):
     devices_lib.broadcast(tuple(initial(other, 8) for other in teachers), devices),
     devices_lib.split_rows(carries, devices),
     devices_lib.broadcast({"windows": inputs}, devices),
-    devices_lib.split_batches(np.arange(len(inputs))[None], devices),
+    {"index": devices_lib.split_batches(np.arange(len(inputs))[None], devices)},
     devices_lib.broadcast(jax.random.key_data(jax.random.key(key)), devices),
   )
   assert devices_lib.unreplicate(state).batch_stats == {}

@@ -85,7 +85,7 @@ def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weigh
     placed,
     ((), ((),) * len(teachers)),
     devices_lib.broadcast(arrays(), devices),
-    devices_lib.split_batches(np.asarray([index], np.int32), devices),
+    {"index": devices_lib.split_batches(np.asarray([index], np.int32), devices)},
     devices_lib.broadcast(jax.random.key_data(jax.random.key(3)), devices),
   )
   (row,) = devices_lib.unreplicate(rows)
@@ -185,9 +185,9 @@ def test_the_teacher_is_neither_changed_nor_donated_nor_differentiated():
 
   def reported_loss(other):
     state = jax.tree.map(jnp.asarray, initial()[1])
-    index = jnp.arange(16, dtype=jnp.int32)[None, None]
+    feed = {"index": jnp.arange(16, dtype=jnp.int32)[None, None]}
     key = jax.random.key_data(jax.random.key(3))
-    rows = train_step.run(state, (other,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), index, key)[2]
+    rows = train_step.run(state, (other,), ((), ((),)), jax.tree.map(jnp.asarray, arrays()), feed, key)[2]
     return rows[..., train_step.sums.index("loss")].sum()
 
   for leaf in jax.tree.leaves(jax.grad(reported_loss)(jax.tree.map(jnp.asarray, TEACHER))):
@@ -224,8 +224,8 @@ def test_shard_map_gives_the_bytes_of_pmap_and_donates(count):
     arguments = devices_lib.broadcast((arrays(), jax.random.key_data(jax.random.key(3))), devices)
     source = devices_lib.broadcast((TEACHER,), devices)
     for index in np.arange(32, dtype=np.int32).reshape(2, 1, 16):
-      before, index = state, devices_lib.split_batches(index, devices)
-      state, carry, rows = run(state, source, carry, arguments[0], index, arguments[1])
+      before, feed = state, {"index": devices_lib.split_batches(index, devices)}
+      state, carry, rows = run(state, source, carry, arguments[0], feed, arguments[1])
       assert before.params["kernel"].is_deleted()
       assert not source[0]["params"]["kernel"].is_deleted()
     found.append([leaf.tobytes() for leaf in jax.tree.leaves(devices_lib.unreplicate((state, rows)))])
@@ -246,7 +246,7 @@ def test_what_is_not_finite_is_seen_though_no_loss_shows_it(place):
     (),
     ((), ()),
     devices_lib.broadcast(arrays(), devices),
-    devices_lib.split_batches(np.flatnonzero(arrays()["labels"] < 2)[:32].reshape(2, 16), devices, block=4),
+    {"index": devices_lib.split_batches(np.flatnonzero(arrays()["labels"] < 2)[:32].reshape(2, 16), devices, block=4)},
     devices_lib.broadcast(jax.random.key_data(jax.random.key(3)), devices),
   )[2]
   found = dict(zip(run.sums, devices_lib.unreplicate(rows).T, strict=True))

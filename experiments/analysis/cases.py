@@ -164,8 +164,8 @@ def training(job: Job, *, fixed: bool = False) -> Run:
     pending = collections.deque()
     for first in range(0, steps, size):
       chosen = np.stack(list(itertools.islice(batches, min(size, steps - first))))
-      index = devices_lib.split_batches(chosen, devices, size)
-      state, carry, sums = compiled.run(state, source, carry, arrays, index, key_data)
+      feed = {"index": devices_lib.split_batches(chosen, devices, size)}
+      state, carry, sums = compiled.run(state, source, carry, arrays, feed, key_data)
       pending.append(sums)
       if len(pending) > max(1, train.IN_FLIGHT // size):  # unbounded dispatch to several CPU devices deadlocks
         devices_lib.unreplicate(pending.popleft())
@@ -176,7 +176,8 @@ def training(job: Job, *, fixed: bool = False) -> Run:
 
 def evaluation(job: Job) -> Run:
   """Returns a function that runs evaluation steps of the student on training batches, as ban_jax.evaluate does."""
-  devices, rows, size = job.devices, job.cfg.train.batch_size, job_lib.block_size(job.dataset.spec, job.devices)
+  devices, rows = job.devices, job.cfg.train.batch_size
+  size = job_lib.block_size(job.dataset, "train", rows, devices)
   compiled = step.make_eval_step((job.student,), job.dataset.fetch, devices)
   variables = devices_lib.broadcast((untrained(job.student),), devices)
   arrays = devices_lib.broadcast_split(job.dataset, "train", devices)
@@ -187,7 +188,8 @@ def evaluation(job: Job) -> Run:
     nonlocal carries
     for first in range(0, steps, size):
       chosen = np.stack(list(itertools.islice(batches, min(size, steps - first))))
-      carries, sums = compiled.run(variables, carries, arrays, devices_lib.split_batches(chosen, devices, size))
+      feed = {"index": devices_lib.split_batches(chosen, devices, size)}
+      carries, sums = compiled.run(variables, carries, arrays, feed)
       devices_lib.unreplicate(sums)
 
   return run
