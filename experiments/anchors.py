@@ -26,6 +26,19 @@ ANCHOR = flags.DEFINE_string("anchor", "ptb_small", "The anchor to train and rep
 TEXT = {"metrics": {"": "perplexity"}, "unit": "test perplexity"}
 # SGD as in the Wide-ResNet paper. Evaluated rarely, since that takes a tenth of the time on CPU.
 IMAGES = {"train.evaluate_every": 20, "train.checkpoint_every": 100}
+# train_teacher.py of RepDistiller, which reports the best epoch on the test images; ours is the last.
+REPDISTILLER = {
+  **{"train.batch_size": 64, "train.epochs": 240, "optim.learning_rate": 0.05, "optim.nesterov": False},
+  **{"optim.schedule": "steps", "optim.boundaries": (150 / 240, 180 / 240, 210 / 240), "optim.factor": 0.1},
+}
+# deterministic.py of Uncertainty Baselines on eight cores; its l2 of 2e-4 adds twice that, times the weight, to the
+# gradient.
+UNCERTAINTY_BASELINES = {
+  **{"model.dropout": 0.0, "train.batch_size": 512, "optim.learning_rate": 0.4, "optim.weight_decay": 4e-4},
+  "optim.warmup": 1 / 200,
+}
+CALIBRATION = {"metrics": {"": "error", "NLL": "nll", "ECE": "ece"}}
+CALIBRATED = ("teacher", "teacher NLL", "teacher ECE")
 
 
 def zaremba(steps: int, epochs: int, first: int, factor: float) -> dict[str, object]:
@@ -115,6 +128,36 @@ ANCHORS = [
     "cifar10",
     make_rows(("teacher",), ("Wide-ResNet-16-1", "wrn_16_1", "0.2M", 8.77)),
     IMAGES,
+  ),
+  anchor(
+    "cifar10_wrn_16_2",
+    "CIFAR-10, a Wide-ResNet with 0.7M parameters. Published: 93.69 % accuracy by Zagoruyko and Komodakis 2017",
+    "cifar10",
+    make_rows(("teacher",), ("Wide-ResNet-16-2", "wrn_16_2", "0.7M", 6.31)),
+    IMAGES,
+  ),
+  anchor(
+    "cifar100_resnet_20",
+    "CIFAR-100, ResNet-20. Published: 69.06 % accuracy by RepDistiller, at the best epoch",
+    "cifar100",
+    make_rows(("teacher",), ("ResNet-20", "resnet_20", "0.28M", 30.94)),
+    IMAGES | REPDISTILLER,
+  ),
+  anchor(
+    "cifar10_wrn_28_10",
+    "CIFAR-10, Wide-ResNet-28-10 with its calibration. Published: 96.0 %, 0.159 and 0.0231 by Uncertainty Baselines",
+    "cifar10",
+    make_rows(CALIBRATED, ("Wide-ResNet-28-10", "wrn_28_10", "36.5M", 4.0, 0.159, 0.0231)),
+    UNCERTAINTY_BASELINES,
+    **CALIBRATION,
+  ),
+  anchor(
+    "cifar100_wrn_28_10",
+    "CIFAR-100, Wide-ResNet-28-10 with its calibration. Published: 79.8 %, 0.875 and 0.0857 by Uncertainty Baselines",
+    "cifar100",
+    make_rows(CALIBRATED, ("Wide-ResNet-28-10", "wrn_28_10", "36.5M", 20.2, 0.875, 0.0857)),
+    UNCERTAINTY_BASELINES,
+    **CALIBRATION,
   ),
 ]
 

@@ -28,6 +28,7 @@ COLUMNS = (
   ("ece", "ECE", 4),
   ("brier", "Brier", 4),
 )
+DECIMALS = {metric: decimals for metric, _, decimals in COLUMNS}
 # Row name -> metrics, in display order.
 Results = dict[str, Metrics]
 

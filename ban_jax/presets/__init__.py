@@ -144,6 +144,7 @@ MODELS = {
   "wrn_28_5": _wide_resnet(28, 5),
   "wrn_28_10": _wide_resnet(28, 10),
   "wrn_16_4": ConfigDict({**_wide_resnet(16, 4), "dropout": 0.0}),
+  "wrn_16_2": ConfigDict({**_wide_resnet(16, 2), "dropout": 0.0}),
   "wrn_16_1": ConfigDict({**_wide_resnet(16, 1), "dropout": 0.0}),
   "wrn_10_1": ConfigDict({**_wide_resnet(10, 1), "dropout": 0.0}),
   # The smallest, which compile in seconds: for tests, for the tables at the smoke scale, and to try something out.

@@ -33,7 +33,8 @@ def plot_table(table: Table, scale: str, setting: str, entries: Sequence[Entry])
 
   Below the paper's scale they are only in the lower panels, since only differences can be compared across scales.
   """
-  trained = [entry for entry in entries if entry.cell.members]
+  kind = next(iter(table.metrics.values())).removeprefix("validation_")  # others have another axis
+  trained = [e for e in entries if e.cell.members and e.cell.metric.removeprefix("validation_") == kind]
   rows, columns = _names(trained)
   groups = [rows] if table.by_row else [[row] for row in rows]
   width = max(1.1 * len(rows) * len(columns) ** 0.5, 7) if table.by_row else max(0.75 * len(columns), 5) * len(groups)

@@ -106,7 +106,8 @@ class Output(NamedTuple):
       "By row, column and seed, the generations whose mean probabilities were tested; the `manifest.json` of each has "
       "its teacher's digest, configuration, data, seed, software and commit.",
       "\n".join(
-        f"- {cell.row}, {cell.column}, seed {value.seed}: {value.value:.2f} from {', '.join(value.sources)}"
+        f"- {cell.row}, {cell.column}, seed {value.seed}: {value.value:.{results.DECIMALS[cell.metric]}f} from "
+        f"{', '.join(value.sources)}"
         for cell, values, *_ in entries
         for value in values
       ),
@@ -136,17 +137,17 @@ def _number(number: float, form: str) -> str:
 
 def _entry(entry: Entry, seeds: int) -> list[str]:
   """Returns an entry's line in the Markdown table, from its column to its difference from the reference."""
-  cell, difference = entry.cell, entry.difference
+  cell, difference, form = entry.cell, entry.difference, f".{results.DECIMALS[entry.cell.metric]}f"
   paper = "" if cell.paper is None else f"{cell.paper:g}"
   ours = "…" if cell.members else "quoted only"
   if entry.values:
-    error = "" if math.isnan(entry.error) else f" ± {entry.error:.2f}"
-    ours = f"{entry.mean:.2f}{error}{_of_seeds(len(entry.values), seeds)}"
+    error = "" if math.isnan(entry.error) else f" ± {entry.error:{form}}"
+    ours = f"{entry.mean:{form}}{error}{_of_seeds(len(entry.values), seeds)}"
   compared = "" if entry.reference is None else "…"
   if difference is not None:
-    interval = "" if math.isnan(difference.low) else f" [{difference.low:+.2f}, {difference.high:+.2f}]"
-    compared = f"{difference.mean:+.2f}{interval}{_of_seeds(difference.seeds, seeds)}"
-  numbers = [_number(number, "+.2f") for number in (entry.from_paper, entry.paper_difference)]
+    interval = "" if math.isnan(difference.low) else f" [{difference.low:+{form}}, {difference.high:+{form}}]"
+    compared = f"{difference.mean:+{form}}{interval}{_of_seeds(difference.seeds, seeds)}"
+  numbers = [_number(number, f"+{form}") for number in (entry.from_paper, entry.paper_difference)]
   return [cell.column, paper, ours, *numbers, compared]
 
 
