@@ -7,6 +7,16 @@ import setuptools
 
 # libtpu, the compiler for TPUs, in the version that fits the installed JAX. It compiles where there is no TPU.
 LIBTPU = 'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86_64"'
+# What reads and prepares data sets of TensorFlow Datasets, CIFAR among them.
+TFDS = [
+  "array_record",  # the file format of a prepared data directory
+  "importlib_resources",  # TFDS needs it and does not say so
+  "pillow",  # TFDS decodes images with it where TensorFlow is absent
+  "requests",  # asks for the archive before a long download is begun
+  "tensorflow-datasets>=4.9.10",
+]
+# What the scripts of a checkout need besides: flags, and plots.
+EXPERIMENTS = ["absl-py", "matplotlib"]
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text("utf-8")).group(1)
 
@@ -38,26 +48,19 @@ setuptools.setup(
   package_data={"ban_jax": ["py.typed"]},
   package_dir={"": "."},
   install_requires=[
-    "absl-py",
-    "array_record",  # the file format of a prepared data directory
     "etils[epath,epy]",
     "flatbuffers",  # jax.export writes with it
     "flax>=0.12.8",
-    "importlib_resources",  # TFDS needs it and does not say so
     "jax>=0.10.2",
     "jaxlib>=0.10.2",
     "jaxtyping",
-    "matplotlib",
     "ml_collections>=1.1",
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
-    "pillow",  # TFDS decodes images with it where TensorFlow is absent
-    "requests",  # asks for the archive before a long download is begun
     "safetensors",
     "scikit-learn",  # the embedded data set: handwritten digits
     "tensorboardX",
-    "tensorflow-datasets>=4.9.10",
     "tqdm",
   ],
   extras_require={
@@ -65,13 +68,16 @@ setuptools.setup(
     "compile": [LIBTPU],  # what experiments/compile.py needs for TPUs
     "cuda": ["jax[cuda12]>=0.10.2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
-    "notebook": ["ipywidgets", "jupyterlab"],
+    "experiments": [*EXPERIMENTS, *TFDS],
+    "notebook": ["ipywidgets", "jupyterlab", *EXPERIMENTS],
     "test": [
+      *(*EXPERIMENTS, *TFDS),
       *("beartype", "hypothesis", "ipykernel", "mypy==2.4.1", "nbclient", "nbformat", "pytest", "pytest-xdist"),
       "ruff==0.17.6",
       LIBTPU,
       "tensorboard",  # reads what a run shows; it needs no TensorFlow
     ],
+    "tfds": TFDS,
     "tpu": ["jax[tpu]>=0.10.2"],
   },
 )

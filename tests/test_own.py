@@ -88,13 +88,17 @@ def run(dataset, cnn, tmp_path_factory):
   return workdir, ban_jax.run(own(), workdir, dataset=dataset, model=cnn, devices=jax.devices()[:1], **QUIET)
 
 
+# What only extras install.
+EXTRA = ["array_record", "matplotlib", "requests", "tensorflow_datasets"]
+
+
 def readme_script(heading="Your own data and network") -> str:
   section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
   return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
 
 
 def test_the_readme_s_first_lines_train_a_teacher_and_its_students(capsys, monkeypatch):
-  small = ban_jax.get_config("digits,wrn_10_1,smoke")
+  small = ban_jax.get_config(IMAGES)
   monkeypatch.setattr(ban_jax, "get_config", lambda words: small)
   exec(readme_script("Ten lines"), {})
   assert re.fullmatch(r"0 [\d.]+ %\n1 [\d.]+ %\n", capsys.readouterr().out)
@@ -105,11 +109,16 @@ def test_the_readme_s_script_trains_predicts_and_exports_outside_the_checkout(tm
   script = readme_script()
   assert len([line for line in script.splitlines() if line]) <= 30
   assert "import configs" not in script
+  script = f"import sys; sys.modules |= dict.fromkeys({EXTRA})\n{script}"
   script += (
     "\nimport numpy as np; np.save('p.npy', probabilities); np.save('x.npy', images[900:, ..., None].astype('f4'))"
   )
+  script += "\ntry:\n  ban_jax.train_generation(None, ban_jax.get_config('cifar10,mlp_16,smoke'))"
+  script += "\nexcept ban_jax.ConfigError as error:\n  print(error, file=sys.stderr)"
   done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
+  needed = "data.name='cifar10' needs the package tensorflow_datasets: pip install 'ban_jax[tfds]'"
+  assert done.stderr.splitlines()[-1] == needed
   errors = json.loads(done.stdout.splitlines()[-1])
   assert len(errors) == 3
   assert max(errors) < 20

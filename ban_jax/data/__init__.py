@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ban_jax.data import cifar, digits, own, ptb, pydoc, tfds
+from ban_jax.errors import ConfigError
 from ban_jax.registry import Registry
 from ban_jax.types import Dataset, Kind
 
@@ -51,7 +52,10 @@ def load(group: Mapping[str, Any]) -> Dataset:
 
 @functools.lru_cache(maxsize=4)  # one CIFAR is 185 MB: a sweep over many subsets should not keep them all
 def _load(name: str, **arguments: Any) -> Dataset:
-  return DATASETS[name].load(**arguments)
+  try:
+    return DATASETS[name].load(**arguments)
+  except ModuleNotFoundError as error:
+    raise ConfigError(f"data.name={name!r} needs the package {error.name}: pip install 'ban_jax[tfds]'") from error
 
 
 def describe(group: Mapping[str, Any]) -> Dataset:

@@ -150,6 +150,7 @@ MODELS = {
   # The smallest, which compile in seconds: for tests, for the tables at the smoke scale, and to try something out.
   "mlp_16": ConfigDict({"name": "mlp", "units": 16, "layers": 1, "dropout": 0.0}),
   "mlp_32": ConfigDict({"name": "mlp", "units": 32, "layers": 2, "dropout": 0.1}),
+  "mlp_256": ConfigDict({"name": "mlp", "units": 256, "layers": 2, "dropout": 0.0}),
   "densenet_112_33": _densenet(112, 33),
   "densenet_90_60": _densenet(90, 60),
   "densenet_80_80": _densenet(80, 80),
