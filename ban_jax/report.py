@@ -18,6 +18,10 @@ from ban_jax.errors import ConfigError, StorageError
 EVENTS = "events.out.tfevents."
 # Minimum seconds between lines where there is no terminal.
 PLAIN_INTERVAL = 30.0
+# What a terminal shows: at 80 columns the bar and the rate give way, not the values.
+LINE = "{desc}: {n_fmt}/{total_fmt}{postfix}, {remaining} left {bar} {rate_fmt}"
+# The metrics that TensorBoard groups by split; any other number of an epoch is the training's.
+GROUPED = ("loss", "error", "nll", "ece", "brier", "perplexity")
 
 Writer = Callable[[int, Mapping[str, float]], Any]
 
@@ -62,14 +66,18 @@ class Progress:
   def __init__(self, title: str, total: int, initial: int, enabled: bool):
     steps = {"desc": title, "total": total, "initial": initial, "unit": "step", "disable": not enabled}
     self._plain = enabled and not is_terminal(sys.stderr)
-    if enabled and not self._plain:
-      self._bar = tqdm.tqdm(dynamic_ncols=True, **steps)
+    self._compiling = enabled and not self._plain  # until the first steps return
+    if self._compiling:
+      self._bar = tqdm.tqdm(dynamic_ncols=True, bar_format=LINE, postfix="compiling", **steps)
     else:  # tqdm decides when a line is due and how it reads; what it draws itself goes nowhere
       line = "{desc}: step {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}"
       self._bar = tqdm.tqdm(file=io.StringIO(), bar_format=line, mininterval=PLAIN_INTERVAL, miniters=1, **steps)
 
   def advance(self, steps: int) -> None:
     """Counts steps as done."""
+    if self._compiling:
+      self._bar.set_postfix_str("", refresh=False)
+      self._compiling = False
     if self._bar.update(steps) and self._plain:
       self._print()
 
@@ -98,8 +106,13 @@ def is_terminal(stream: Any) -> bool:
 
 
 @contextlib.contextmanager
-def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
+def tensorboard(
+  directory: epath.Path | None, done: int = 0, configuration: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
   """Yields `write(step, values)`, which adds scalars to an event file under `directory`; None writes nothing.
+
+  The tags are in groups, "test/error" for the value "test_error", without counts. The configuration's values by key are
+  shown as a table under "text".
 
   A resumed run comes with the steps that are `done`: what an earlier event file has of later ones is not shown again.
   Files are read in the order of the times in their names, so that no file gets an earlier time than those before it,
@@ -125,10 +138,14 @@ def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
 
   add(file_version="brain.Event:2")
   add(step=done + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+  if configuration:
+    rows = ["| key | value |", "|---|---|", *(f"| {key} | {value!r} |" for key, value in configuration.items())]
+    add(step=done, summary=summary.text("configuration", "\n".join(rows)))
 
   def write(step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-      add(step=step, summary=summary.scalar(name, value))
+      if not name.endswith("_count"):
+        add(step=step, summary=summary.scalar(_tag(name), value))
     writer.flush()
 
   try:
@@ -136,6 +153,12 @@ def tensorboard(directory: epath.Path | None, done: int = 0) -> Iterator[Any]:
   finally:
     with contextlib.suppress(OSError):  # every scalar is flushed already, or its error was raised
       writer.close()
+
+
+def _tag(name: str) -> str:
+  """Returns the tag of an epoch's number."""
+  split, _, metric = name.rpartition("_")
+  return f"{split}/{metric}" if split and metric in GROUPED else f"train/{name}"
 
 
 def _last_time(events: epath.Path) -> float:

@@ -29,7 +29,7 @@ IN_FLIGHT = 8
 # The metric, the lower the better, that a schedule may look at.
 VALIDATION_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
 # The metrics that the progress bar shows after an epoch.
-SHOWN = ("train_loss", "train_error", "validation_perplexity", "test_error", "test_perplexity")
+SHOWN = ("test_error", "test_perplexity", "validation_perplexity", "train_loss", "train_error")
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
 
@@ -82,7 +82,7 @@ def train(
   with contextlib.ExitStack() as stack:
     opened = []
     for job, directory in zip(jobs, directories, strict=True):
-      title = f"generation {job.generation}" + (f", seed {job.cfg.seed}" if len(jobs) > 1 else "")
+      title = f"generation {job.generation} ({job.loss.name}{f', seed {job.cfg.seed}' if len(jobs) > 1 else ''})"
       opened.append(stack.enter_context(_open(job, directory, title, progress)))
     lanes, lives = map(list, zip(*opened, strict=True))
     dispatched = stack.enter_context(profiling.tracing())
@@ -135,7 +135,7 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
       key_data=devices_lib.broadcast(jax.random.key_data(jax.random.fold_in(job.key, STEPS)), job.devices),
       zero_carry=devices_lib.split_rows(zero_carry, job.devices),
       bar=stack.enter_context(contextlib.closing(bar)),
-      write=stack.enter_context(report.tensorboard(directory if primary else None, done)),
+      write=stack.enter_context(report.tensorboard(directory if primary else None, done, job.values)),
       layouts=resuming.layouts(job, record, done),
     )
     state, carry = devices_lib.broadcast(state, job.devices), devices_lib.place_rows(carry, job.devices)

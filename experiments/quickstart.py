@@ -99,9 +99,9 @@ def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, st
     axes.axhline(results.mean_and_error([seed[rows[0]]["error"] for seed in per_seed])[0], color="0.6", ls=":", lw=1)
     axes.set_xticks(list(places.values()), rows)
     axes.margins(x=0.12)
-    axes.set_ylim(bottom=0)
     axes.set_title(titles[name], fontsize="medium")
     plots.tidy(axes, grid=True)
+  figure.axes[0].set_ylim(bottom=0)
   figure.axes[0].set_ylabel("test error, %")
   plots.save(figure, path)
 

@@ -117,7 +117,7 @@ def test_the_readme_s_script_trains_predicts_and_exports_outside_the_checkout(tm
   script += "\nexcept ban_jax.ConfigError as error:\n  print(error, file=sys.stderr)"
   done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  needed = "data.name='cifar10' needs the package tensorflow_datasets: pip install 'ban_jax[tfds]'"
+  needed = "data.name='cifar10' needs the package requests: pip install 'ban_jax[tfds]'"
   assert done.stderr.splitlines()[-1] == needed
   errors = json.loads(done.stdout.splitlines()[-1])
   assert len(errors) == 3

@@ -173,10 +173,16 @@ def test_tensorboard_shows_a_killed_and_resumed_run_forward(tmp_path):
   assert len(list(directory.glob("events.out.tfevents.*"))) >= 2
   reader = EventAccumulator(str(directory))
   reader.Reload()
-  names = set(trained.history[-1]) - {"epoch", "step"}
-  assert set(reader.Tags()["scalars"]) == names
-  for name in names:
-    shown = reader.Scalars(name)
+  names = {
+    name: f"train/{name}" if name in ("learning_rate", "seconds") else "/".join(name.rsplit("_", 1))
+    for name in set(trained.history[-1]) - {"epoch", "step", "test_count"}
+  }
+  assert {"train/loss", "train/learning_rate", "test/error"} < set(names.values())
+  assert set(reader.Tags()["scalars"]) == set(names.values())
+  (text,) = reader.Tensors("configuration/text_summary")[-1].tensor_proto.string_val
+  assert "| train.epochs | 4 |" in text.decode()
+  for name, tag in names.items():
+    shown = reader.Scalars(tag)
     rows = [row for row in trained.history if name in row]
     assert [event.step for event in shown] == [row["step"] for row in rows]
     assert [event.value for event in shown] == pytest.approx([row[name] for row in rows], rel=1e-6)
@@ -192,10 +198,10 @@ def test_tensorboard_shows_what_came_last_whatever_the_clock(clock, done, tmp_pa
     monkeypatch.setattr(time, "time", lambda now=now: now)
     with report.tensorboard(tmp_path, first) as write:
       for step in range(first + 1, 5):
-        write(step, {"error": value})
+        write(step, {"grade": value})
   reader = EventAccumulator(str(tmp_path))
   reader.Reload()
-  shown = reader.Scalars("error")
+  shown = reader.Scalars("train/grade")
   assert [(one.step, one.value) for one in shown] == [(n, 1.0 if n <= done else 2.0) for n in range(1, 5)]
   assert [one.wall_time for one in shown] == sorted(one.wall_time for one in shown)
 

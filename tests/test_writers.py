@@ -1,13 +1,18 @@
 """Where results go: the caller's writers, and its say after each epoch."""
 
 import csv
+import fcntl
 import json
+import os
+import struct
+import sys
+import termios
 
 import pytest
 from conftest import config
 
 import ban_jax
-from ban_jax import storage, trees
+from ban_jax import report, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError, StorageError
 
 QUIET = {"progress": False}
@@ -90,3 +95,17 @@ def test_what_is_no_writer_or_fails_is_named(tiny, tmp_path):
       ban_jax.run(short(), tmp_path, **tiny, **QUIET, writers=given)
   with pytest.raises(ConfigError, match="on_epoch must be a function of the history, or None, not 3"):
     ban_jax.train_generation(None, short(), **tiny, **QUIET, on_epoch=3)
+
+
+def test_a_terminal_of_80_columns_says_that_it_compiles_and_then_shows_the_test_error(monkeypatch):
+  reads, writes = os.openpty()
+  fcntl.ioctl(writes, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+  monkeypatch.setattr(sys, "stderr", os.fdopen(writes, "w"))
+  bar = report.Progress("generation 1 (ban_label)", 12000, 0, True)
+  bar.advance(1)
+  bar.note(test_error=17.61, train_loss=1.14, train_error=37.5)
+  bar.close()
+  first, *_, last = os.read(reads, 10_000).decode().strip().split("\r")
+  assert "0/12000, compiling, " in first
+  assert "generation 1 (ban_label): 1/12000, test error 17.61, train loss 1.14, " in last
+  assert len(last) <= 80
