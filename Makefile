@@ -53,7 +53,7 @@ quick: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
-	@echo 'see site/index.html'
+	@echo 'open site/index.html'
 
 bench: $(INSTALLED)
 	$(BIN)/python experiments/bench.py $(ARGS)

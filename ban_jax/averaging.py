@@ -50,7 +50,7 @@ def average(
   Raises:
     ConfigError: for networks of different kinds; and the errors of `evaluate`.
 
-  Example:
+  Examples:
     >>> ban_jax.average([teacher, student], cfg, dataset=data).index
     1
   """

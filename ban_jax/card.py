@@ -52,7 +52,7 @@ def export_card(run: epath.PathLike, path: epath.PathLike) -> None:
     ConfigError: for a path that is no directory; and the errors of `load_run`.
     StorageError: for one that cannot be written.
 
-  Example:
+  Examples:
     >>> ban_jax.export_card(directory / "run", directory / "card")
     >>> (directory / "card" / "README.md").exists()
     True

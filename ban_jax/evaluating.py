@@ -57,7 +57,7 @@ def evaluate(
     ConfigError: before any work, for an unknown split, no members, or a configuration that cannot be evaluated.
     CheckpointError: before any work, for a tree that does not fit its network.
 
-  Example:
+  Examples:
     >>> ban_jax.evaluate([teacher, student], cfg, dataset=data)["count"]
     100
   """
@@ -97,7 +97,7 @@ def reliability(
   Raises:
     BanError: those of `evaluate`.
 
-  Example:
+  Examples:
     >>> int(ban_jax.reliability(student, cfg, dataset=data)["count"].sum())
     100
   """
@@ -135,7 +135,7 @@ def compare(
   Raises:
     BanError: those of `evaluate`.
 
-  Example:
+  Examples:
     >>> ban_jax.compare([teacher, student], cfg, dataset=data)["agreement"].shape
     (2, 2)
   """

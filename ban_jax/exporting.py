@@ -50,7 +50,7 @@ def export(
     ConfigError: before any work, for language models, for unknown platforms, and for a network of the caller's own that
       needs a fixed number of images; and the errors of `predict`.
 
-  Example:
+  Examples:
     >>> ban_jax.export(student, directory / "student.bin")
     >>> function = jax.export.deserialize(bytearray((directory / "student.bin").read_bytes()))
     >>> function.call(images[:3]).shape
@@ -99,7 +99,7 @@ def export_parameters(generation: Generation, path: epath.PathLike) -> None:
     ConfigError: for a path that cannot be one.
     StorageError: if the file cannot be written.
 
-  Example:
+  Examples:
     >>> ban_jax.export_parameters(student, directory / "student.safetensors")
   """
   from safetensors.numpy import save

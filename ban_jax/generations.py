@@ -80,7 +80,7 @@ def train_generation(
     Preempted: on SIGTERM or Ctrl-C (in a notebook: interrupt), with a workdir, after a checkpoint. A second Ctrl-C is a
       KeyboardInterrupt at once; without a workdir, Ctrl-C is one after the step.
 
-  Example:
+  Examples:
     >>> teacher = ban_jax.train_generation(None, cfg, dataset=data, progress=False)
     >>> student = ban_jax.train_generation(teacher, cfg, dataset=data, progress=False)
     >>> student.index
@@ -132,7 +132,7 @@ def run(
   Raises:
     BanError: those of `train_generation`.
 
-  Example:
+  Examples:
     >>> generations = ban_jax.run(cfg, directory / "run", dataset=data, progress=False)
     >>> [generation.index for generation in generations]
     [0, 1]

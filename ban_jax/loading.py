@@ -29,7 +29,7 @@ def load(path: epath.PathLike, *, model: Model | None = None) -> Generation:
     CheckpointError: if there is no finished generation, or a damaged one.
     StorageError: if the disk cannot be read at the moment.
 
-  Example:
+  Examples:
     >>> ban_jax.load(directory / "run" / "gen_1").index
     1
   """
@@ -59,7 +59,7 @@ def load_config(path: epath.PathLike) -> ConfigDict:
     CheckpointError: if there is none.
     ConfigError: for what this version does not know.
 
-  Example:
+  Examples:
     >>> ban_jax.load_config(directory / "run").data.name
     'own'
   """
@@ -103,7 +103,7 @@ def load_run(
   Raises:
     BanError: those of `load`.
 
-  Example:
+  Examples:
     >>> [generation.index for generation in ban_jax.load_run(directory / "run")]
     [0, 1]
   """
@@ -168,7 +168,7 @@ def with_network(
   Raises:
     CheckpointError: for a tree that does not fit that network; and the errors of `evaluate`.
 
-  Example:
+  Examples:
     >>> ban_jax.with_network(teacher.params, cfg, dataset=data).network is not None
     True
   """

@@ -67,7 +67,7 @@ def distillation(logits: Logits, teacher_logits: Logits, temperature: float) -> 
 def label(logits, labels, teacher_logits, *, key, positions) -> ValuesAndWeights:
   """Cross-entropy with the label: the teacher of generation 0, and baselines (Eq. 1, 6).
 
-  Example:
+  Examples:
     >>> values, weights = losses.label(logits, labels, teacher, key=key, positions=positions)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.6931 1.0000'
@@ -79,7 +79,7 @@ def label(logits, labels, teacher_logits, *, key, positions) -> ValuesAndWeights
 def ban(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
   """Cross-entropy with the teacher's probabilities alone (Eq. 2, 3), softened by `temperature`.
 
-  Example:
+  Examples:
     >>> values, weights = losses.ban(logits, labels, teacher, key=key, positions=positions, temperature=1.0)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.9380 1.0000'
@@ -93,7 +93,7 @@ def ban_label(
 ) -> ValuesAndWeights:
   """BAN+L: the weighted sum of the cross-entropies with the label and with the teacher's probabilities.
 
-  Example:
+  Examples:
     >>> options = dict(temperature=1.0, label_weight=1.0, teacher_weight=1.0)
     >>> values, weights = losses.ban_label(logits, labels, teacher, key=key, positions=positions, **options)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
@@ -107,7 +107,7 @@ def ban_label(
 def cwtm(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
   """Confidence weighted by teacher max: label cross-entropy weighted by the teacher's largest probability (Eq. 10).
 
-  Example:
+  Examples:
     >>> values, weights = losses.cwtm(logits, labels, teacher, key=key, positions=positions, temperature=1.0)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.6931 0.6000'
@@ -118,7 +118,7 @@ def cwtm(logits, labels, teacher_logits, *, key, positions, temperature: float) 
 def dkpp(logits, labels, teacher_logits, *, key, positions, temperature: float) -> ValuesAndWeights:
   """Dark knowledge with permuted predictions: BAN, the teacher's outputs but the largest being shuffled (Eq. 11).
 
-  Example:
+  Examples:
     >>> values, weights = losses.dkpp(logits, labels, teacher, key=key, positions=positions, temperature=1.0)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.9380 1.0000'
@@ -148,7 +148,7 @@ def reverse_kl(logits, labels, teacher_logits, *, key, positions, temperature: f
 
   Reference: Gu et al. 2024, arXiv:2306.08543.
 
-  Example:
+  Examples:
     >>> values, weights = losses.reverse_kl(logits, labels, teacher, key=key, positions=positions, temperature=1.0)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.0475 1.0000'
@@ -163,7 +163,7 @@ def jensen_shannon(logits, labels, teacher_logits, *, key, positions, temperatur
 
   Reference: Lin 1991, doi:10.1109/18.61115.
 
-  Example:
+  Examples:
     >>> options = dict(temperature=1.0)
     >>> values, weights = losses.jensen_shannon(logits, labels, teacher, key=key, positions=positions, **options)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
@@ -183,7 +183,7 @@ def _divergence(log_probabilities: Logits, others: Logits) -> PerExample:
 def hard(logits, labels, teacher_logits, *, key, positions) -> ValuesAndWeights:
   """Cross-entropy with the teacher's most probable class: what it says, without how sure it is.
 
-  Example:
+  Examples:
     >>> values, weights = losses.hard(logits, labels, teacher, key=key, positions=positions)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.6931 1.0000'
@@ -197,7 +197,7 @@ def top_k(logits, labels, teacher_logits, *, key, positions, k: int) -> ValuesAn
 
   Reference: Jeong & Chung 2025, arXiv:2402.10482, with k = 2.
 
-  Example:
+  Examples:
     >>> values, weights = losses.top_k(logits, labels, teacher, key=key, positions=positions, k=2)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.9486 1.0000'
@@ -212,7 +212,7 @@ def label_smoothing(logits, labels, teacher_logits, *, key, positions, smoothing
 
   Reference: Szegedy et al. 2016, arXiv:1512.00567.
 
-  Example:
+  Examples:
     >>> values, weights = losses.label_smoothing(logits, labels, teacher, key=key, positions=positions, smoothing=0.1)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"
     '0.7407 1.0000'
@@ -226,7 +226,7 @@ def entropy_matched_smoothing(
 ) -> ValuesAndWeights:
   """Label smoothing with, example by example, the teacher's entropy: its softness without its dark knowledge.
 
-  Example:
+  Examples:
     >>> options = dict(key=key, positions=positions, temperature=1.0)
     >>> values, weights = losses.entropy_matched_smoothing(logits, labels, teacher, **options)
     >>> f"{values[0]:.4f} {weights[0]:.4f}"

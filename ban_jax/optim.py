@@ -53,7 +53,7 @@ def from_optax(
   Raises:
     ConfigError: for something else than an optax transformation.
 
-  Example:
+  Examples:
     >>> rate = optax.cosine_decay_schedule(1e-3, 1000)
     >>> ban_jax.from_optax(optax.adabelief(rate), name="adabelief", schedule=rate).name
     'adabelief'

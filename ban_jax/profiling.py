@@ -31,7 +31,7 @@ def trace_steps(directory: str | os.PathLike) -> None:
   Raises:
     OSError: if the directory cannot be written.
 
-  Example:
+  Examples:
     >>> ban_jax.trace_steps(directory / "trace")
   """
   directory = os.path.abspath(os.path.expanduser(directory))

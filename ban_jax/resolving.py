@@ -127,7 +127,7 @@ def setup(
     ConfigError: for a configuration that can be neither run nor evaluated.
     DataError: for missing data.
 
-  Example:
+  Examples:
     >>> task = ban_jax.setup(cfg, dataset=data)
     >>> task.dataset.sizes["train"]
     200

@@ -18,10 +18,11 @@ LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s]+)\)")
 
 def on_config(config):
   """Adds the guides to the navigation, and checks that the API page has every public name."""
-  guides = sorted(path.name for path in (ROOT / "docs" / "guides").glob("*.md"))
-  if guides:
-    guides.sort(key=lambda name: name != "README.md")
-    config.nav.insert(1, {"Guides": [f"guides/{name}" for name in guides]})
+  guides = ROOT / "docs" / "guides"
+  order = ["README.md", *re.findall(r"^\| \[(\w+\.md)\]", (guides / "README.md").read_text("utf-8"), re.M)]
+  if lacking := {path.name for path in guides.glob("*.md")} - set(order):
+    raise PluginError(f"docs/guides/README.md lacks {', '.join(sorted(lacking))}")
+  config.nav.insert(1, {"Guides": [f"guides/{name}" for name in order]})
   problems = undocumented((ROOT / "docs" / "api.md").read_text("utf-8"))
   if problems:
     raise PluginError("; ".join(problems))

@@ -65,7 +65,7 @@ def from_arrays(
     DataError: for arrays that are no such pairs or do not fit each other.
     ConfigError: for a value out of range.
 
-  Example:
+  Examples:
     >>> ban_jax.from_arrays((images[:200], labels[:200]), (images[900:], labels[900:])).sizes["train"]
     200
   """

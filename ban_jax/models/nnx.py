@@ -49,7 +49,7 @@ def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None)
   Raises:
     ConfigError: those of `from_flax`, and one that names the path of any other variable or array.
 
-  Example:
+  Examples:
     >>> class Linear(nnx.Module):
     ...   def __init__(self, rngs):
     ...     self.dense = nnx.Linear(64, 10, rngs=rngs)

@@ -66,7 +66,7 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
       right shape, leaves batch statistics or dropout still in training, takes the images of a mini-batch together in
       evaluation, or tells a token from later ones.
 
-  Example:
+  Examples:
     >>> linear = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)])
     >>> ban_jax.from_flax(linear, data, name="linear").name
     'linear'
@@ -376,7 +376,7 @@ def from_function(
     ConfigError: if the function does not return logits for inputs of `spec`, takes the images of a mini-batch together,
       or tells a token from later ones.
 
-  Example:
+  Examples:
     >>> weights = {"kernel": np.zeros((64, 10), np.float32)}
     >>> ban_jax.from_function(lambda w, x: x.reshape(len(x), -1) @ w["kernel"], weights, data, name="zero").index
     0

@@ -352,7 +352,7 @@ def get_config(words: str = "digits,wrn_10_1,cpu") -> ConfigDict:
   Raises:
     ConfigError: for an unknown word; it lists the choices.
 
-  Example:
+  Examples:
     >>> ban_jax.get_config("digits,wrn_10_1,cpu,ban_label").loss.name
     'ban_label'
   """
