@@ -3,6 +3,7 @@
 from ban_jax.averaging import average
 from ban_jax.card import export_card
 from ban_jax.data.own import from_arrays
+from ban_jax.data.own_text import from_text
 from ban_jax.errors import (
   BanError,
   CheckpointError,
@@ -17,12 +18,13 @@ from ban_jax.errors import (
 from ban_jax.evaluating import compare, evaluate, reliability
 from ban_jax.exporting import export, export_parameters
 from ban_jax.generations import run, train_generation
+from ban_jax.language import log_probabilities, sample
 from ban_jax.loading import load, load_config, load_run, with_network
 from ban_jax.memory import keep_freed_memory
 from ban_jax.models.nnx import from_nnx
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
-from ban_jax.predicting import log_probabilities, normalise, predict, sample
+from ban_jax.predicting import normalise, predict
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
 from ban_jax.resolving import Setup, setup
@@ -56,6 +58,7 @@ __all__ = [
   "from_function",
   "from_nnx",
   "from_optax",
+  "from_text",
   "get_config",
   "keep_freed_memory",
   "load",

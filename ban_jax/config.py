@@ -12,7 +12,7 @@ import flax
 from ml_collections import ConfigDict
 
 from ban_jax import data, losses, models, optim
-from ban_jax.data import noise
+from ban_jax.data import noise, reading
 from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.keys import KEYS, neutral_values
 from ban_jax.registry import OWN
@@ -26,6 +26,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
   **{registry.key: registry for registry in REGISTRIES},
   "compute_dtype": models.DTYPES,
   "data.noise_kind": noise.KINDS,
+  "data.tokens": dict.fromkeys(reading.UNITS),
   "optim.decay": optim.DECAYS,
   "teacher.loss": losses.LOSSES,
 }

@@ -51,7 +51,7 @@ def evaluate(
 
   Returns:
     "error" in %, "nll" in nats, "ece" (15 equal bins of confidence, a share; Guo et al. 2017), "brier" and "count"; of
-    tokens "perplexity" too.
+    tokens "perplexity" too, and where it is known how much text they are, "bits_per_byte" and "bits_per_character".
 
   Raises:
     ConfigError: before any work, for an unknown split, no members, or a configuration that cannot be evaluated.
@@ -163,7 +163,7 @@ def measure(subject: Subject, split: str, batch_size: int) -> dict[str, float]:
   """Returns `evaluate`'s numbers."""
   found = metrics.summarise(sum_predictions(subject, split, batch_size))
   if subject.dataset.spec.kind == "tokens":
-    found["perplexity"] = float(np.exp(found["nll"]))
+    found |= metrics.of_text(found, subject.dataset.written.get(split, {}))
   return found
 
 

@@ -146,6 +146,13 @@ KEYS = {
     "For text: tokens per window, the length of truncated backpropagation through time; 0 for images.",
     unused=(0, "holds images, and no text is cut into windows"),
   ),
+  "data.tokens": Key(
+    "words",
+    NAME,
+    "For pydoc: what is predicted one after another: words, characters or bytes.",
+    neutral="words",
+    unused=("words", "does not take it"),
+  ),
   "data.label_noise": Key(
     0.0,
     SHARE,

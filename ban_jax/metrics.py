@@ -1,5 +1,6 @@
 """Metrics: the sums over a batch that the compiled steps compute, and the means computed from these sums."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,16 @@ def summarise(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     "brier": float(sums["brier"] / count),
     "count": int(count),
   }
+
+
+def of_text(found: Mapping[str, float], written: Mapping[str, int]) -> dict[str, float]:
+  """Returns "perplexity" from `summarise`'s numbers, and bits per unit of a split "written" in so many of each.
+
+  With `written` = {"byte": 5, "character": 4}, "bits_per_byte" is all nats of the split / (ln 2 * 5).
+  """
+  bits = found["nll"] * found["count"] / math.log(2)
+  per_unit = {f"bits_per_{unit}": bits / number for unit, number in written.items()}
+  return {"perplexity": float(np.exp(found["nll"])), **per_unit}
 
 
 def bins(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

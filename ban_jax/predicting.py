@@ -1,10 +1,8 @@
-"""What trained generations say of new inputs: probabilities of images, and of text its words' and samples of it."""
+"""What trained generations say of new inputs: the probabilities of images' classes, and of the token after each."""
 
 import contextlib
 import functools
 import math
-import numbers
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +15,10 @@ from ban_jax import devices as devices_lib
 from ban_jax import report, resolving, trees
 from ban_jax.data import images as images_lib
 from ban_jax.data.arrays import as_array
-from ban_jax.data.text import EOS, UNKNOWN
-from ban_jax.errors import CheckpointError, ConfigError, DataError, check_flag, check_whole, choices
+from ban_jax.errors import CheckpointError, ConfigError, DataError, check_flag, check_whole
 from ban_jax.models import make_model
 from ban_jax.types import Carry, Dataset, Devices, Generation, InputSpec, Model, Network
 
-# Sentences are padded to a multiple of this many tokens, so that few lengths are compiled.
-PAD_TO = 32
 # Pixels that are looked at together for numbers that are not finite.
 CHECKED_AT_ONCE = 2**22
 
@@ -114,7 +109,7 @@ def predict(
   with contextlib.closing(report.Progress(title, len(inputs), 0, progress and len(inputs) > 20 * batch_size)) as bar:
     for first in range(0, len(inputs), batch_size):
       part = inputs[first : first + batch_size]
-      rows = _pad(part, _filled(batch_size, len(inputs), predictor.devices))
+      rows = pad(part, filled(batch_size, len(inputs), predictor.devices))
       found.append(np.exp(predictor.step(predictor.carries(len(rows)), rows)[1][: len(part)]))
       bar.advance(len(part))
   return np.concatenate(found)
@@ -136,102 +131,6 @@ def normalise(images: Any, source: Dataset | Generation) -> Float32[np.ndarray, 
   images = jnp.asarray(_checked(known.spec, known.scaling["dtype"], images), known.scaling["dtype"])
   mean, std = (jnp.array(known.scaling[name], jnp.float32) for name in ("mean", "std"))
   return np.asarray(images_lib.normalise(images, mean, std))
-
-
-@devices_lib.default_modes()
-def log_probabilities(
-  generations: Generation | Sequence[Generation],
-  sentences: Sequence[str],
-  *,
-  weights: Sequence[float] | None = None,
-  batch_size: int = 32,
-  devices: Sequence[jax.Device] | None = None,
-) -> list[Float32[np.ndarray, " words+1"]]:
-  """Returns the natural logarithm of the probability of each word of each sentence, and of its end, `<eos>`.
-
-  A sentence is words of the vocabulary separated by spaces, as the training text has them. Each is read on its own,
-  after an `<eos>`; its perplexity is exp of minus the mean. A word that is not in the vocabulary counts as `<unk>`, or
-  raises a DataError where the vocabulary has none. A network without a carry reads a longer sentence window by window,
-  as in evaluation. Other arguments and errors are those of `predict`.
-  """
-  predictor = _language_model(generations, weights, devices, "log_probabilities")
-  unit = predictor.window or PAD_TO
-  batch_size = check_whole("batch_size", batch_size, 1)
-  if isinstance(sentences, str):
-    raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
-  try:
-    texts = list(sentences)
-  except TypeError as error:
-    raise DataError(f"log_probabilities takes a sequence of sentences, not {type(sentences).__name__}") from error
-  tokens = [
-    np.array([*_ids(predictor.spec, EOS), *_ids(predictor.spec, text), *_ids(predictor.spec, EOS)]) for text in texts
-  ]
-  found = []
-  for first in range(0, len(tokens), batch_size):
-    part = tokens[first : first + batch_size]
-    longest = -(-max(map(len, part)) // unit) * unit
-    rows = np.zeros((len(part), longest), np.int32)  # what follows a sentence does not change what is said of it
-    for row, own in zip(rows, part, strict=True):
-      row[: len(own)] = own
-    rows = _pad(rows, _filled(batch_size, len(tokens), predictor.devices))
-    carries, read = predictor.carries(len(rows)), []
-    for window in np.split(rows, longest // predictor.window if predictor.window else 1, axis=1):
-      carries, logs = predictor.step(carries, window)
-      read.append(logs)
-    logs = np.concatenate(read, axis=1)
-    found += [row[np.arange(len(own) - 1), own[1:]] for row, own in zip(logs, part, strict=False)]
-  return found
-
-
-@devices_lib.default_modes()
-def sample(
-  generations: Generation | Sequence[Generation],
-  length: int,
-  *,
-  prompt: str = "",
-  seed: int = 0,
-  temperature: float = 1.0,
-  weights: Sequence[float] | None = None,
-) -> str:
-  """Returns `length` words sampled from a language model, or from an ensemble, after a `prompt` of words.
-
-  Words are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. The same seed gives
-  the same text on the same machine. If a network has no carry, each word follows from the last window of words alone.
-  Errors are those of `log_probabilities`.
-  """
-  length, seed = check_whole("length", length, 0), check_whole("seed", seed, 0)
-  if not isinstance(temperature, numbers.Real) or not 0 < temperature <= sys.float_info.max:
-    raise ConfigError(f"temperature={temperature!r}: expected a finite number above 0")
-  predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
-  rng, words, read = np.random.default_rng(seed), [], _reader(predictor)
-  logs = read([*_ids(predictor.spec, EOS), *_ids(predictor.spec, prompt)])
-  for _ in range(length):
-    logs = logs.astype(np.float64)
-    with np.errstate(all="ignore"):  # at a temperature near 0 all words but the likeliest are infinitely unlikely
-      odds = np.exp((logs - logs.max()) / temperature)
-    token = rng.choice(len(odds), p=odds / odds.sum())
-    words.append(predictor.spec.words[token])
-    logs = read([token])
-  return " ".join(words)
-
-
-def _reader(predictor: Predictor) -> Callable[[Sequence[int]], Float32[np.ndarray, " words"]]:
-  """Returns the function that reads a text's further tokens and returns the log-probabilities of the one after them."""
-  text: list[int] = []
-  carries = predictor.carries(1)
-
-  def read(tokens: Sequence[int]) -> np.ndarray:
-    nonlocal carries
-    if predictor.window is None:
-      for token in tokens:
-        carries, logs = predictor.step(carries, np.array([[token]], np.int32))
-      return logs[0, 0]
-    text.extend(tokens)
-    last = text[-predictor.window :]
-    row = np.array([last + [0] * (predictor.window - len(last))], np.int32)  # what follows does not change the past
-    return predictor.step(carries, row)[1][0, len(last) - 1]
-
-  return read
 
 
 def prepare(
@@ -307,16 +206,16 @@ def _of_network(spec: InputSpec) -> InputSpec:
 def _inputs(spec: InputSpec, dtype: str) -> str:
   if spec.kind == "tokens":
     listed = ", ".join(spec.words[:4])
-    return f"tokens of {spec.num_classes} words, {listed}, ..."
+    return f"tokens of {spec.num_classes} {spec.unit}, {listed}, ..."
   return f"{dtype} images {'x'.join(map(str, spec.shape))} of {spec.num_classes} classes".strip()
 
 
-def _filled(batch_size: int, count: int, devices: Devices) -> int:
+def filled(batch_size: int, count: int, devices: Devices) -> int:
   """Returns the rows of each batch of `count` inputs: as many for every device."""
   return -(-min(batch_size, count) // len(devices)) * len(devices)
 
 
-def _pad(rows: np.ndarray, count: int) -> np.ndarray:
+def pad(rows: np.ndarray, count: int) -> np.ndarray:
   """Returns the rows, followed by copies of the last up to `count`."""
   return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)]) if len(rows) < count else rows
 
@@ -355,26 +254,3 @@ def _checked(spec: InputSpec, dtype: str, inputs: Any, window: int | None = None
         if not np.isfinite(inputs[first : first + rows].astype(np.float32, copy=False)).all():
           raise DataError("the inputs have pixels that are not finite")
   return inputs
-
-
-def _language_model(generations, weights, devices, what: str) -> Predictor:
-  predictor = prepare(generations, weights, devices)
-  if predictor.spec.kind != "tokens":
-    raise ConfigError(f"{what} takes language models; these networks read images")
-  return predictor
-
-
-def _ids(spec: InputSpec, text: str) -> list[int]:
-  """Returns the tokens of a text's words."""
-  if not isinstance(text, str):
-    raise DataError(f"a text must be a string of words with spaces between them, not {type(text).__name__}")
-  known, text = _numbers(spec.words), text.removeprefix("\ufeff")  # the mark that some editors put first
-  missing = [word for word in text.split() if word not in known]
-  if missing and UNKNOWN not in known:
-    raise DataError(f"the words {choices(set(missing))} are not in the vocabulary, which has no {UNKNOWN}")
-  return [known[word if word in known else UNKNOWN] for word in text.split()]
-
-
-@functools.lru_cache(maxsize=4)
-def _numbers(words: tuple[str, ...]) -> dict[str, int]:
-  return {word: number for number, word in enumerate(words)}

@@ -29,7 +29,10 @@ IN_FLIGHT = 8
 # The metric, the lower the better, that a schedule may look at.
 VALIDATION_METRICS = {"images": "validation_error", "tokens": "validation_perplexity"}
 # The metrics that the progress bar shows after an epoch.
-SHOWN = ("test_error", "test_perplexity", "validation_perplexity", "train_loss", "train_error")
+SHOWN = (
+  *("test_error", "test_perplexity", "test_bits_per_byte", "validation_perplexity", "validation_bits_per_byte"),
+  *("train_loss", "train_error"),
+)
 # What a generation's key is folded with, one number a purpose.
 INIT, ORDER, STEPS = range(3)
 

@@ -70,7 +70,8 @@ class InputSpec(NamedTuple):
   kind: Kind
   shape: tuple[int, ...]  # one example's: (H, W, C), or (T,)
   num_classes: int
-  words: tuple[str, ...] = ()  # of tokens: the vocabulary, token i being words[i]
+  words: tuple[str, ...] = ()  # of tokens: the vocabulary, token i being words[i]; () if only a tokenizer knows
+  unit: str = "words"  # of tokens: "words", "characters", "bytes", or "tokens" of a tokenizer of one's own
 
 
 class Program(NamedTuple):
@@ -165,6 +166,8 @@ class Dataset(NamedTuple):
   options: Mapping[str, Any] = {}  # of data that the caller gave: what its mini-batches depend on beside the arrays
   pack: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
   streams: Mapping[str, Stream] = {}
+  # Of text, if it is known: split -> how many of "byte" and "character" it is written in.
+  written: Mapping[str, Mapping[str, int]] = {}
 
   def __reduce__(self):
     """Makes the arrays read-only again where a pickled data set is read."""

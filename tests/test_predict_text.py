@@ -98,9 +98,9 @@ def test_language_models_of_other_windows_predict_together(run):
     (lambda run: ban_jax.log_probabilities(run, "a b"), ban_jax.DataError, "takes a sequence of sentences, not one"),
     (lambda run: ban_jax.sample(run, -1), ban_jax.ConfigError, "length=-1: expected a whole number of at least 0"),
     (
-      lambda run: ban_jax.sample(run, 1, temperature=0),
+      lambda run: ban_jax.sample(run, 1, temperature=-1),
       ban_jax.ConfigError,
-      "temperature=0: expected a finite number above 0",
+      "temperature=-1: expected a finite number of at least 0",
     ),
     (lambda run: ban_jax.log_probabilities(run, None), ban_jax.DataError, "a sequence of sentences, not NoneType"),
     (lambda run: ban_jax.log_probabilities(run, np.array(None)), ban_jax.DataError, "of sentences, not ndarray"),

@@ -315,7 +315,7 @@ def test_text_described_without_data_is_what_is_built(change):
 
 
 def test_the_manual_is_read_the_same_every_time():
-  code = "from ban_jax.data import pydoc, text; print(pydoc.load(text.Options(0, 9)).digest, hash('a'))"
+  code = "from ban_jax.data import pydoc; print(pydoc.load(pydoc.Options(0, 9)).digest, hash('a'))"
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   digests, hashes = zip(
     *(
@@ -384,7 +384,7 @@ def test_paragraphs_worked_out_by_hand():
 def test_a_python_without_its_manual_is_reported(monkeypatch):
   monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
   with pytest.raises(DataError, match="pydoc: this Python comes without its manual .module pydoc_data.topics."):
-    pydoc.load(text.Options(train_examples=0, window=35))
+    pydoc.load(pydoc.Options(train_examples=0, window=35))
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ban_jax.data import cifar, digits, own, ptb, pydoc, tfds
+from ban_jax.data import cifar, digits, enwik8, own, ptb, pydoc, tfds, wikitext
 from ban_jax.errors import ConfigError
 from ban_jax.registry import Registry
 from ban_jax.types import Dataset, Kind
@@ -19,7 +19,7 @@ class Source(NamedTuple):
   """Where a data set comes from.
 
   `load(*, dir, options)` returns the Dataset; a loader that reads no files has no argument `dir`. The annotation of
-  `options` is the NamedTuple of the other keys that it takes: images.Options, text.Options or tfds.Options.
+  `options` is the NamedTuple of the other keys that it takes: images.Options, text.Options, or one of its own.
   """
 
   load: Callable[..., Dataset]
@@ -32,10 +32,12 @@ _ENTRIES = {
   "cifar10": Source(cifar.load_cifar10, "images", cifar.describe_cifar10),
   "cifar100": Source(cifar.load_cifar100, "images", cifar.describe_cifar100),
   "digits": Source(digits.load, "images", embedded=True),
+  "enwik8": Source(enwik8.load, "tokens"),
   "own": Source(own.load, "images"),
   "ptb": Source(ptb.load, "tokens", ptb.describe),
   "pydoc": Source(pydoc.load, "tokens", embedded=True),
   "tfds": Source(tfds.load, "images"),
+  "wikitext": Source(wikitext.load, "tokens"),
 }
 DATASETS = Registry("data.name", "data set", _ENTRIES)
 

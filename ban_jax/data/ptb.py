@@ -2,11 +2,11 @@
 
 import functools
 import logging
-import os
 import pathlib
 
-from ban_jax.data import text
-from ban_jax.errors import ConfigError, DataError
+from ban_jax.data import text, text_files
+from ban_jax.data.tokens import EOS, UNKNOWN
+from ban_jax.errors import DataError
 from ban_jax.types import Dataset
 
 logger = logging.getLogger(__name__)
@@ -26,16 +26,7 @@ def load(*, dir: str, options: text.Options) -> Dataset:
   or the options do not fit the text, and DataError, naming file and line, for a file that is missing, blank, not UTF-8
   or unreadable, for a word that is not in the vocabulary, and for an `<eos>` that is there already.
   """
-  expected = (
-    f"ptb is read from {', '.join(FILES.values())} in the directory that data.dir names; nothing is downloaded: the"
-    " files (the Penn Treebank in Mikolov's split) have to be supplied by the user"
-  )
-  if not dir:
-    raise ConfigError(f"data.dir={dir!r}: {expected}")
-  paths = {split: pathlib.Path(os.path.expanduser(dir)) / file for split, file in FILES.items()}
-  missing = [str(path) for path in paths.values() if _is_missing(path)]
-  if missing:
-    raise DataError(f"ptb: missing: {', '.join(missing)}; {expected}")
+  paths = text_files.find("ptb", dir, FILES, "the Penn Treebank in Mikolov's split")
   lines = {split: _read_lines(path) for split, path in paths.items()}
   words = text.vocabulary(lines["train"])
   known = set(words)
@@ -66,37 +57,18 @@ def describe(options: text.Options) -> Dataset:
 def made_up_words() -> tuple[str, ...]:
   """Returns 10,000 words written in 46 characters: all that the shapes of a language model depend on."""
   characters = [chr(ord("0") + number) for number in range(CHARACTERS)]
-  words = (text.EOS, text.UNKNOWN, *characters)
+  words = (EOS, UNKNOWN, *characters)
   return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
-
-
-def _is_missing(path: pathlib.Path) -> bool:
-  """Returns whether there is no such file; if that is unknown the answer is no, and reading will report why."""
-  try:
-    path.stat()
-  except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have this name
-    return True
-  except OSError:
-    return False
-  return False
 
 
 def _read_lines(path: pathlib.Path) -> text.Lines:
   """Returns the words of each line of a file; raises DataError with the file's name and, if known, the line."""
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise DataError(f"ptb: {path} cannot be read: {error}") from error
-  try:
-    decoded = content.decode("utf-8-sig")  # without the mark that some editors put first
-  except UnicodeDecodeError as error:
-    number = content[: error.start].count(b"\n") + 1
-    raise DataError(f"ptb: {path}, line {number}: byte {content[error.start]:#04x} is not UTF-8") from error
-  decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
+  content = text_files.read("ptb", path)
+  decoded = text_files.decoded(f"ptb: {path}", content)
   lines = [line.split() for line in decoded.removesuffix("\n").split("\n")]
   for number, line in enumerate(lines, 1):
-    if text.EOS in line:
-      raise DataError(f"ptb: {path}, line {number}: {text.EOS!r} is added at each line's end; expected text without it")
+    if EOS in line:
+      raise DataError(f"ptb: {path}, line {number}: {EOS!r} is added at each line's end; expected text without it")
   if not any(lines):
     raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
   return lines

@@ -3,8 +3,10 @@
 import collections
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from ban_jax.data import text
+from ban_jax.data import reading, text
+from ban_jax.data.tokens import UNKNOWN
 from ban_jax.errors import DataError
 from ban_jax.types import Dataset
 
@@ -16,8 +18,19 @@ UNDERLINE = re.compile(r"^\s*([*=\-~^+])\1{2,}\s*$", re.MULTILINE)
 WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
 
-def load(options: text.Options) -> Dataset:
+class Options(NamedTuple):
+  """The keys of a configuration's `data` group that it takes."""
+
+  train_examples: int  # tokens to train on, from the beginning of the text; 0: all
+  window: int  # tokens of a window, at least 1
+  tokens: str = "words"  # one of reading.UNITS
+
+
+def load(options: Options) -> Dataset:
   """Returns the manual's topics: about 70,000, 9,000 and 7,000 tokens of 1,500 words.
+
+  Characters and bytes, about five times as many, are those of the same words with spaces between them, a paragraph a
+  line.
 
   For tests and demonstrations only: it is small, it differs between versions of Python (the digest distinguishes
   them), and its numbers compare with nothing published.
@@ -31,12 +44,19 @@ def load(options: text.Options) -> Dataset:
   except ImportError as error:
     raise DataError("pydoc: this Python comes without its manual (module pydoc_data.topics)") from error
   lines = {split: [line for part in parts.values() for line in part] for split, parts in split_topics(topics).items()}
+  read = text.Options(options.train_examples, options.window)
+  if options.tokens != "words":
+    parts = {split: "".join(f"{' '.join(line)}\n" for line in part) for split, part in lines.items()}
+    if options.tokens == "characters":
+      return reading.build("pydoc", parts, reading.Reading("characters", unknown=True), options=read)
+    content = {split: part.encode() for split, part in parts.items()}
+    return reading.build("pydoc", content, reading.Reading("bytes"), options=read)
   counts = collections.Counter(word for line in lines["train"] for word in line)
   lines = {
-    split: [[word if counts[word] >= RAREST else text.UNKNOWN for word in line] for line in part]
+    split: [[word if counts[word] >= RAREST else UNKNOWN for word in line] for line in part]
     for split, part in lines.items()
   }
-  return text.build("pydoc", lines, text.vocabulary(lines["train"]), options=options)
+  return text.build("pydoc", lines, text.vocabulary(lines["train"]), options=read)
 
 
 def split_topics(topics: Mapping[str, str]) -> dict[str, dict[str, text.Lines]]:

@@ -12,12 +12,11 @@ from jaxtyping import Array, Int, Int32, PRNGKeyArray
 
 from ban_jax import errors
 from ban_jax.data.arrays import digest, make_read_only, padded_range
+from ban_jax.data.tokens import EOS
 from ban_jax.errors import ConfigError
 from ban_jax.types import Batch, Dataset, InputSpec, maker
 
 Lines = list[list[str]]  # the words of each line, without the <eos> that follows the last
-
-EOS, UNKNOWN = "<eos>", "<unk>"
 
 
 class Options(NamedTuple):
@@ -48,14 +47,38 @@ def build(name: str, lines: Mapping[str, Lines], words: tuple[str, ...], *, opti
   """
   ids = {word: number for number, word in enumerate(words)}
   streams = {split: _stream(part, ids) for split, part in lines.items()}
+  return of_streams(name, streams, spec_of(words, options), options=options)
+
+
+def spec_of(words: tuple[str, ...], options: Options) -> InputSpec:
+  """Returns what a network must know of text in these words."""
+  return InputSpec("tokens", (options.window,), len(words), words)
+
+
+def of_streams(
+  name: str,
+  streams: Mapping[str, Int32[np.ndarray, " N+1"]],
+  spec: InputSpec,
+  *,
+  options: Options,
+  written: Mapping[str, Mapping[str, int]] = {},
+) -> Dataset:
+  """Returns the Dataset of the splits' tokens, each after a first one that is not predicted; raises as `build`.
+
+  `written` are the bytes and characters of each split (types.Dataset); those of a training text that is cut are left
+  out.
+  """
+  streams = dict(streams)
   chosen = _train_tokens(name, len(streams["train"]) - 1, options)
-  streams["train"] = streams["train"][: chosen + 1]
+  if chosen + 1 < len(streams["train"]):
+    streams["train"] = streams["train"][: chosen + 1]
+    written = {split: counts for split, counts in written.items() if split != "train"}
   splits = {split: {"tokens": tokens} for split, tokens in streams.items()}
   make_read_only(splits)
   sizes = {split: len(tokens) - 1 for split, tokens in streams.items()}
-  listed = np.frombuffer("\n".join(words).encode(), np.uint8)
-  return _dataset(name, splits, sizes, words, options)._replace(
-    digest=digest({**splits, "vocabulary": {"words": listed}})
+  listed = np.frombuffer("\n".join(spec.words).encode(), np.uint8)
+  return _dataset(name, splits, sizes, spec)._replace(
+    digest=digest({**splits, "vocabulary": {"words": listed}}), written=written
   )
 
 
@@ -66,19 +89,20 @@ def describe(name: str, *, tokens: Mapping[str, int], words: tuple[str, ...], op
   """
   sizes = {**tokens, "train": _train_tokens(name, tokens["train"], options)}
   splits = {split: {"tokens": jax.ShapeDtypeStruct((size + 1,), np.int32)} for split, size in sizes.items()}
-  return _dataset(name, splits, sizes, words, options)
+  return _dataset(name, splits, sizes, spec_of(words, options))
 
 
-def _dataset(name: str, splits: Any, sizes: Mapping[str, int], words: tuple[str, ...], options: Options) -> Dataset:
+def _dataset(name: str, splits: Any, sizes: Mapping[str, int], spec: InputSpec) -> Dataset:
+  window = spec.shape[0]
   return Dataset(
     name=name,
-    spec=InputSpec("tokens", (options.window,), len(words), words),
+    spec=spec,
     splits=splits,
     sizes=sizes,
     digest="",
-    fetch=make_fetch(options.window),
-    train_order=functools.partial(_train_order, name, sizes["train"], options.window),
-    eval_order=functools.partial(_eval_order, name, sizes, options.window),
+    fetch=make_fetch(window),
+    train_order=functools.partial(_train_order, name, sizes["train"], window),
+    eval_order=functools.partial(_eval_order, name, sizes, window),
   )
 
 

@@ -63,10 +63,12 @@ DATASETS = {
   "cifar10": _images("cifar10"),
   "cifar100": _images("cifar100"),
   "digits": _digits,
+  "enwik8": _text("enwik8"),
   "own": _own,
   "ptb": _text("ptb"),
   "pydoc": _text("pydoc"),
   "tfds": _images("tfds"),
+  "wikitext": _text("wikitext"),
 }
 
 

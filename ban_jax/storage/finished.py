@@ -57,6 +57,8 @@ def network_record(network: Network) -> dict[str, Any]:
   """Returns what is kept of a generation's network, as JSON holds it; a caller's own functions are not."""
   values = {name: value for name, value in network._asdict().items() if name not in ("own", "program")}
   values["spec"] = network.spec._asdict()
+  if network.spec.unit == "words":  # as records were before there were other units
+    del values["spec"]["unit"]
   if network.program is not None:
     values["program"] = network.program._asdict()
   return json.loads(json.dumps(standard(values)))
@@ -70,8 +72,8 @@ def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network
   # An earlier version took the digest before numbers that are not finite became words.
   if manifest["network_digest"] not in (trees.json_digest(record), trees.json_digest(numbers(record))):
     raise ValueError("network.json was changed: its digest is not the manifest's")
-  spec = record["spec"]
-  spec = InputSpec(spec["kind"], tuple(spec["shape"]), spec["num_classes"], tuple(spec["words"]))
+  spec = {"unit": "words", **record["spec"]}
+  spec = InputSpec(spec["kind"], tuple(spec["shape"]), spec["num_classes"], tuple(spec["words"]), spec["unit"])
   program = Program(**record["program"]) if "program" in record else None
   return Network(record["group"], record["compute_dtype"], spec, record["scaling"], program)
 

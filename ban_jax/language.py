@@ -1,0 +1,137 @@
+"""What trained language models say of text: the probabilities of its words, or other tokens, and samples of it."""
+
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from ban_jax import devices as devices_lib
+from ban_jax.data import tokens as tokens_lib
+from ban_jax.data.tokens import EOS
+from ban_jax.errors import ConfigError, DataError, check_whole
+from ban_jax.predicting import Predictor, filled, pad, prepare
+from ban_jax.types import Generation
+
+# Sentences are padded to a multiple of this many tokens, so that few lengths are compiled.
+PAD_TO = 32
+
+
+@devices_lib.default_modes()
+def log_probabilities(
+  generations: Generation | Sequence[Generation],
+  sentences: Sequence[str],
+  *,
+  weights: Sequence[float] | None = None,
+  batch_size: int = 32,
+  devices: Sequence[jax.Device] | None = None,
+  tokenizer: Any = None,
+) -> list[Float32[np.ndarray, " tokens"]]:
+  """Returns the natural logarithm of the probability of each token of each sentence, and of its end, `<eos>`.
+
+  A sentence is a text as those of training: of words those of the vocabulary separated by spaces, or characters, bytes,
+  or what `tokenizer`, the pair (encode, decode) of `from_text`, makes tokens of; without one, the numbers of tokens.
+  Each is read on its own, after an `<eos>`; its perplexity is exp of minus the mean. Where the vocabulary has no
+  `<eos>` it is read after a line's end or token 0, and its end has no probability. What is not in the vocabulary counts
+  as `<unk>`, or raises a DataError where there is none. A network without a carry reads a longer sentence window by
+  window, as in evaluation. Other arguments and errors are those of `predict`.
+  """
+  predictor = _language_model(generations, weights, devices, "log_probabilities")
+  spec, unit = predictor.spec, predictor.window or PAD_TO
+  batch_size = check_whole("batch_size", batch_size, 1)
+  if isinstance(sentences, str):
+    raise DataError("log_probabilities takes a sequence of sentences, not one string; pass [sentence]")
+  try:
+    texts = list(sentences)
+  except TypeError as error:
+    raise DataError(f"log_probabilities takes a sequence of sentences, not {type(sentences).__name__}") from error
+  first = tokens_lib.start(spec)
+  end = [first] if EOS in spec.words else []
+  tokens = [np.array([first, *tokens_lib.encode(spec, text, tokenizer), *end]) for text in texts]
+  found = []
+  for place in range(0, len(tokens), batch_size):
+    part = tokens[place : place + batch_size]
+    longest = -(-max(map(len, part)) // unit) * unit
+    rows = np.zeros((len(part), longest), np.int32)  # what follows a sentence does not change what is said of it
+    for row, own in zip(rows, part, strict=True):
+      row[: len(own)] = own
+    rows = pad(rows, filled(batch_size, len(tokens), predictor.devices))
+    carries, read = predictor.carries(len(rows)), []
+    for window in np.split(rows, longest // predictor.window if predictor.window else 1, axis=1):
+      carries, logs = predictor.step(carries, window)
+      read.append(logs)
+    logs = np.concatenate(read, axis=1)
+    found += [row[np.arange(len(own) - 1), own[1:]] for row, own in zip(logs, part, strict=False)]
+  return found
+
+
+@devices_lib.default_modes()
+def sample(
+  generations: Generation | Sequence[Generation],
+  length: int,
+  *,
+  prompt: str = "",
+  seed: int = 0,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  weights: Sequence[float] | None = None,
+  tokenizer: Any = None,
+) -> str:
+  """Returns `length` tokens sampled from a language model, or from an ensemble, after a `prompt`, as text.
+
+  Tokens are drawn with probabilities proportional to p^(1 / temperature), at temperature 0 always the likeliest one;
+  `top_k` leaves only so many of the likeliest, 0 all. `<eos>` is one of them. The same seed gives the same text on the
+  same machine. If a network has no carry, each token follows from the last window of tokens alone. Prompt and text are
+  words, characters or bytes as in training, or what `tokenizer`, the pair (encode, decode) of `from_text`, makes of
+  tokens; without one, the numbers of tokens. Errors are those of `log_probabilities`.
+  """
+  length, seed, top_k = check_whole("length", length, 0), check_whole("seed", seed, 0), check_whole("top_k", top_k, 0)
+  if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
+    raise ConfigError(f"temperature={temperature!r}: expected a finite number of at least 0")
+  predictor = _language_model(generations, weights, jax.local_devices()[:1], "sample")
+  rng, found, read = np.random.default_rng(seed), [], _reader(predictor)
+  logs = read([tokens_lib.start(predictor.spec), *tokens_lib.encode(predictor.spec, prompt, tokenizer)])
+  for _ in range(length):
+    found.append(_draw(rng, logs.astype(np.float64), float(temperature), top_k))
+    logs = read(found[-1:])
+  return tokens_lib.decode(predictor.spec, found, tokenizer)
+
+
+def _draw(rng: np.random.Generator, logs: Float64[np.ndarray, " n"], temperature: float, top_k: int) -> int:
+  """Returns a token drawn by log-probabilities; the first of equally likely ones is the likelier."""
+  if not temperature:
+    return int(logs.argmax())
+  if 0 < top_k < len(logs):
+    logs[np.argsort(-logs, kind="stable")[top_k:]] = -np.inf
+  with np.errstate(all="ignore"):  # at a temperature near 0 all tokens but the likeliest are infinitely unlikely
+    odds = np.exp((logs - logs.max()) / temperature)
+  return int(rng.choice(len(odds), p=odds / odds.sum()))
+
+
+def _reader(predictor: Predictor) -> Callable[[Sequence[int]], Float32[np.ndarray, " words"]]:
+  """Returns the function that reads a text's further tokens and returns the log-probabilities of the one after them."""
+  text: list[int] = []
+  carries = predictor.carries(1)
+
+  def read(tokens: Sequence[int]) -> np.ndarray:
+    nonlocal carries
+    if predictor.window is None:
+      for token in tokens:
+        carries, logs = predictor.step(carries, np.array([[token]], np.int32))
+      return logs[0, 0]
+    text.extend(tokens)
+    last = text[-predictor.window :]
+    row = np.array([last + [0] * (predictor.window - len(last))], np.int32)  # what follows does not change the past
+    return predictor.step(carries, row)[1][0, len(last) - 1]
+
+  return read
+
+
+def _language_model(generations, weights, devices, what: str) -> Predictor:
+  predictor = prepare(generations, weights, devices)
+  if predictor.spec.kind != "tokens":
+    raise ConfigError(f"{what} takes language models; these networks read images")
+  return predictor
