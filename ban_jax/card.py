@@ -19,7 +19,10 @@ LINEAGE = (
   *("generation", "seed", "model", "loss", "teachers", "initial", "identity", "dataset", "data", "layout", "layouts"),
   *("stopped", "digest", "ban_jax", "git_commit", "packages"),
 )
-COLUMNS = {"test_perplexity": "perplexity", "test_nll": "NLL", "test_ece": "ECE", "test_brier": "Brier"}
+COLUMNS = {
+  **{"test_perplexity": "perplexity", "test_bits_per_byte": "bits per byte"},
+  **{"test_nll": "NLL", "test_ece": "ECE", "test_brier": "Brier"},
+}
 HOW_TO_LOAD = """\
 ```python
 import json

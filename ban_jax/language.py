@@ -32,12 +32,26 @@ def log_probabilities(
 ) -> list[Float32[np.ndarray, " tokens"]]:
   """Returns the natural logarithm of the probability of each token of each sentence, and of its end, `<eos>`.
 
-  A sentence is a text as those of training: of words those of the vocabulary separated by spaces, or characters, bytes,
-  or what `tokenizer`, the pair (encode, decode) of `from_text`, makes tokens of; without one, the numbers of tokens.
-  Each is read on its own, after an `<eos>`; its perplexity is exp of minus the mean. Where the vocabulary has no
-  `<eos>` it is read after a line's end or token 0, and its end has no probability. What is not in the vocabulary counts
-  as `<unk>`, or raises a DataError where there is none. A network without a carry reads a longer sentence window by
-  window, as in evaluation. Other arguments and errors are those of `predict`.
+  Each sentence is read on its own, after `<eos>`; its perplexity is exp of minus the mean. Without `<eos>` in the
+  vocabulary it is read after a line's end or token 0, and its end has no probability. What is not in the vocabulary
+  counts as `<unk>`. A network without a carry reads a longer sentence window by window, as in evaluation.
+
+  Args:
+    generations: one or several, an ensemble, with their networks, as `train_generation` or `load` returns them.
+    sentences: texts as in training: words with spaces between them, characters, or bytes.
+    weights: of the members, at least 0; by default equal.
+    batch_size: bounds the memory, and does not change the result beyond rounding.
+    devices: the devices to use; all of this process by default.
+    tokenizer: for tokens of a tokenizer of one's own, the pair (encode, decode) of `from_text`; without it a text is
+      the tokens' numbers.
+
+  Returns:
+    An array for each sentence.
+
+  Raises:
+    CheckpointError: for generations that do not say which network they are.
+    ConfigError: for networks of images, weights or a batch size out of range, and networks that read different inputs.
+    DataError: for what is no text, and for what is not in a vocabulary without `<unk>`.
   """
   predictor = _language_model(generations, weights, devices, "log_probabilities")
   spec, unit = predictor.spec, predictor.window or PAD_TO
@@ -82,11 +96,24 @@ def sample(
 ) -> str:
   """Returns `length` tokens sampled from a language model, or from an ensemble, after a `prompt`, as text.
 
-  Tokens are drawn with probabilities proportional to p^(1 / temperature), at temperature 0 always the likeliest one;
-  `top_k` leaves only so many of the likeliest, 0 all. `<eos>` is one of them. The same seed gives the same text on the
-  same machine. If a network has no carry, each token follows from the last window of tokens alone. Prompt and text are
-  words, characters or bytes as in training, or what `tokenizer`, the pair (encode, decode) of `from_text`, makes of
-  tokens; without one, the numbers of tokens. Errors are those of `log_probabilities`.
+  Tokens are drawn with probabilities proportional to p^(1 / temperature); `<eos>` is one of them. If a network has no
+  carry, each token follows from the last window of tokens alone.
+
+  Args:
+    generations: those that `log_probabilities` takes.
+    length: the number of tokens.
+    prompt: a text as in training.
+    seed: the same seed gives the same text on the same machine.
+    temperature: at 0 it is always the likeliest token.
+    top_k: how many of the likeliest tokens are drawn from; 0 for all.
+    weights: of the members, at least 0; by default equal.
+    tokenizer: that of `log_probabilities`; its decode makes the text.
+
+  Returns:
+    The tokens after the prompt, as text.
+
+  Raises:
+    ConfigError: for a value out of range; otherwise as `log_probabilities`.
   """
   length, seed, top_k = check_whole("length", length, 0), check_whole("seed", seed, 0), check_whole("top_k", top_k, 0)
   if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:

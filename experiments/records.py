@@ -20,6 +20,7 @@ SEARCH = 100
 KEPT = (
   *("train_error", "train_loss", "train_seen_error", "wrong_seen_error", "wrong_true_error"),
   *("validation_error", "validation_nll", "validation_perplexity", "test_error", "test_nll", "test_perplexity"),
+  *("validation_bits_per_byte", "validation_bits_per_character", "test_bits_per_byte", "test_bits_per_character"),
 )
 
 

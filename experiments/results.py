@@ -23,6 +23,8 @@ CONFIDENCE = 0.95
 COLUMNS = (
   ("validation_perplexity", "validation perplexity", 2),
   ("perplexity", "test perplexity", 2),
+  ("bits_per_byte", "bits per byte", 3),
+  ("bits_per_character", "bits per character", 3),
   ("error", "test error %", 2),
   ("nll", "NLL", 4),
   ("ece", "ECE", 4),

@@ -12,6 +12,7 @@ import forks
 import jax
 import pytest
 import test_own
+import test_own_text
 from conftest import ROOT
 from test_own import arrays, cnn, dataset, run  # noqa: F401  fixtures
 
@@ -112,6 +113,10 @@ def sentences(run, dataset):  # noqa: F811
   found = [
     sentence(ban_jax.from_arrays, **{**images, **changes})
     for changes, _ in cases(test_own.test_arrays_that_do_not_fit_are_refused_in_one_sentence)
+  ]
+  found += [
+    sentence(ban_jax.from_text, given, **{"window": 1, **changes})
+    for given, changes, _ in cases(test_own_text.test_what_is_no_text_is_named)
   ]
   found += [
     sentence(ban_jax.from_flax, module, dataset)

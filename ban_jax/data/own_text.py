@@ -33,17 +33,32 @@ def from_text(
 ) -> Dataset:
   """Returns a data set of the caller's own text, for the argument `dataset` of `train_generation` and others.
 
-  `train` is a string, a pathlib.Path of a UTF-8 file, or whole numbers [N], tokens that were made elsewhere.
-  `validation` and `test` are of the same sort, or shares of `train`, cut from its end in this order; words are cut at a
-  line's end. `tokens` are "words" between white space, "characters", "bytes", or a tokenizer's functions
-  (encode, decode). `vocabulary` is the number of tokens: of words and characters the most frequent in training, by
-  default all; always 256 of bytes; of others by default the largest plus one. `eos` ends each line of words in `<eos>`,
-  as it does by default. Words and characters outside of the vocabulary become `<unk>`; with `unknown=False` they are
-  an error. `window` tokens are read at once, and `train_examples` of them trained on, 0 for all.
-
   Every token of a split is predicted, the first from `<eos>`, a line's end, or token 0. Evaluations also give the bits
-  per byte and per character of the text. Raises a DataError for texts that cannot be read, and a ConfigError for a
-  value out of range.
+  per byte and per character of the text.
+
+  Args:
+    train: a string, a pathlib.Path of a UTF-8 file, or whole numbers [N], tokens that were made elsewhere.
+    validation: of the same sort, or the share of `train` to cut from its end, before that of `test`.
+    test: of the same sort, or a share. Words are cut at a line's end.
+    tokens: "words" between white space, "characters", "bytes", or a tokenizer's functions (encode, decode).
+    vocabulary: the number of tokens: of words and characters the most frequent in training, by default all; 256 of
+      bytes; of others by default the largest plus one.
+    window: tokens that are read at once, or before the gradient is cut.
+    eos: whether each line of words ends in `<eos>`; by default it does.
+    unknown: whether words and characters outside of the vocabulary become `<unk>`, as by default, or are an error.
+    name: the data set's name, in messages and records.
+    train_examples: tokens to train on, from the beginning, as `data.train_examples`; 0 for all.
+
+  Returns:
+    A Dataset.
+
+  Raises:
+    DataError: for texts that cannot be read.
+    ConfigError: for a value out of range.
+
+  Example:
+    >>> ban_jax.from_text("to be or not to be " * 100, tokens="characters").sizes
+    {'train': 1710, 'validation': 95, 'test': 95}
   """
   if not (isinstance(name, str) and name.isprintable() and name):
     raise ConfigError(f"name={name!r}: expected a printable word, because it names the data set in messages")
