@@ -72,8 +72,8 @@ def _read_network(directory: epath.Path, manifest: Mapping[str, Any]) -> Network
   # An earlier version took the digest before numbers that are not finite became words.
   if manifest["network_digest"] not in (trees.json_digest(record), trees.json_digest(numbers(record))):
     raise ValueError("network.json was changed: its digest is not the manifest's")
-  spec = {"unit": "words", **record["spec"]}
-  spec = InputSpec(spec["kind"], tuple(spec["shape"]), spec["num_classes"], tuple(spec["words"]), spec["unit"])
+  known = {"unit": "words", **record["spec"]}
+  spec = InputSpec(known["kind"], tuple(known["shape"]), known["num_classes"], tuple(known["words"]), known["unit"])
   program = Program(**record["program"]) if "program" in record else None
   return Network(record["group"], record["compute_dtype"], spec, record["scaling"], program)
 
