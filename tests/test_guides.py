@@ -55,6 +55,8 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", [name for name in names() if "```python" in (GUIDES / name).read_text()])
 def test_its_python_prints_what_it_shows(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  if name == "pytorch_teacher.md":
+    pytest.importorskip("torch", reason="PyTorch is not installed")
   # As a module, so that the classes of networks find their names.
   namespace, printed, compared = {"__name__": f"guide_{name.removesuffix('.md')}"}, "", 0
   for kind, note, text in blocks(name):
