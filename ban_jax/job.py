@@ -32,6 +32,9 @@ BLOCK = 32
 # The most bytes that a dispatch brings to a device of a streamed split, unless one mini-batch has more.
 DISPATCH = 2**27
 
+# The most that batch statistics may have left of their beginning when a training ends; more costs test errors.
+BEGINNING = 0.1
+
 
 class Job(NamedTuple):
   """Everything that one generation is trained from, checked before any work."""
@@ -216,6 +219,7 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
   if cfg.train.replay and teacher.teaching.teaches:
     _check_replay(cfg, dataset.spec, steps)
     teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
+  _warn_of_statistics(student, steps * cfg.train.epochs)
   return Job(
     cfg=cfg,
     dataset=dataset,
@@ -231,6 +235,16 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     values=setup.values,
     network=setup.network(generation),
   )
+
+
+def _warn_of_statistics(student: Model, steps: int) -> None:
+  """Warns of batch statistics that will be no average of mini-batches yet when the training ends."""
+  if (left := student.momentum**steps) > BEGINNING:
+    logger.warning(
+      f"model {student.name!r}: its batch normalisation keeps {student.momentum:g} of its statistics in each step, so "
+      f"that after all {steps} steps {left:.0%} of them are still those it began with, and evaluation uses them; give "
+      "it momentum=0.9, or more steps: a smaller train.batch_size, more train.epochs"
+    )
 
 
 def steps_per_epoch(setup: Setup) -> int:

@@ -101,6 +101,8 @@ class Model(NamedTuple):
   inherits: tuple[str, ...] = ()
   # Whether its batch statistics are each device's own, so that the step averages them (models.from_flax).
   local_batch_stats: bool = False
+  # Of a network that the caller gave: the share of its batch statistics that a step keeps, where most is kept.
+  momentum: float = 0.0
   # Of a network that the caller gave: its options, (name, plain value) each, for the records.
   options: tuple[tuple[str, Any], ...] = ()
   program: Program | None = None  # of a network that the caller gave: what it computes

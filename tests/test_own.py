@@ -104,6 +104,23 @@ def test_the_readme_s_first_lines_train_a_teacher_and_its_students(capsys, monke
   assert re.fullmatch(r"0 [\d.]+ %\n1 [\d.]+ %\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("momentum", "epochs", "warned"), [(0.99, 9, True), (0.99, 30, False), (0.9, 9, False)])
+def test_batch_statistics_that_would_not_forget_their_beginning_are_named(momentum, epochs, warned, dataset, caplog):
+  class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return Linear()(nn.BatchNorm(use_running_average=not train, momentum=momentum)(x))
+
+  setup = ban_jax.setup(own(train__epochs=epochs), dataset=dataset, model=ban_jax.from_flax(Normalised(), dataset))
+  assert not caplog.messages
+  steps = job.prepare(setup, None, None).total_steps
+  expected = (
+    f"model 'Normalised': its batch normalisation keeps 0.99 of its statistics in each step, so that after all "
+    f"{steps} steps 40% of them are still those it began with, and evaluation uses them; give it momentum=0.9"
+  )
+  assert [message.startswith(expected) for message in caplog.messages] == [True] * warned
+
+
 @pytest.mark.slow
 def test_the_readme_s_script_trains_predicts_and_exports_outside_the_checkout(tmp_path):
   script = readme_script()

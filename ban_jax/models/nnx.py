@@ -22,6 +22,7 @@ class Parts(NamedTuple):
   statistics: nnx.State
   streams: nnx.State  # of random numbers: made anew from the step's key at each call, and kept nowhere
   drops: bool = False  # whether it has dropout
+  momentum: float = 0.0  # the largest of batch normalisation
 
 
 @overload
@@ -88,7 +89,7 @@ def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None)
     logits = called(inputs, **({"train": train} if trains else {}))
     return logits_of(logits), carry, _arrays(nnx.state(called, nnx.BatchStat))
 
-  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True)
+  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, momentum=parts.momentum)
   how = "train=True" if trains else "after train()"
   model = model._replace(program=examine(model, "" if given else f"called as module(x), {how}"))
   if not given:
@@ -134,7 +135,7 @@ def _shapes(constructor: Callable[..., Any], name: str | None) -> tuple[type, Pa
     reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ConfigError(f"the constructor cannot make a module from rngs: {reason}") from error
   kind, parts = found
-  return kind, Parts(parts.graph, params, statistics, streams, parts.drops)
+  return kind, parts._replace(params=params, statistics=statistics, streams=streams)
 
 
 def _split(module: nnx.Module, name: str | None) -> Parts:
@@ -153,7 +154,8 @@ def _split(module: nnx.Module, name: str | None) -> Parts:
     )
   layers = [layer for _, layer in nnx.iter_modules(module)]
   drops = any(layer.rate if isinstance(layer, nnx.Dropout) else getattr(layer, "dropout_rate", 0) for layer in layers)
-  return Parts(graph, params, statistics, streams, drops)
+  momentum = max([0.0, *(float(layer.momentum) for layer in layers if isinstance(layer, nnx.BatchNorm))])
+  return Parts(graph, params, statistics, streams, drops, momentum)
 
 
 def _arrays(state: nnx.State) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Networks of one's own: a Flax module as a Model, and any function of variables and inputs as a fixed teacher."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -148,10 +149,26 @@ def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, st
     logits, updated = call(collections, inputs, True, rngs=rngs, mutable=kept)
     return logits_of(logits), carry, _state({**collections, **updated})
 
-  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
+  own = {"momentum": _momentum(module, spec, trains), "options": _plain_fields(module)}
+  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, **own)
   if trains:
     return model, "called as module(x, train=True), and has to hand train on to its layers"
   return model, "called as module(x): it has to take an argument train, and hand that on to its layers"
+
+
+def _momentum(module: nn.Module, spec: InputSpec, trains: bool) -> float:
+  """Returns the largest momentum of a module's batch normalisation, 0 where there is none or the module fails."""
+  found = [0.0]
+
+  def watch(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    if isinstance(context.module, nn.BatchNorm):
+      found.append(float(context.module.momentum))
+    return next_call(*args, **kwargs)
+
+  options = {"train": False} if trains else {}
+  with nn.intercept_methods(watch), contextlib.suppress(Exception):  # `examine` raises it where it matters
+    jax.eval_shape(lambda: module.init(jax.random.key(0), common.blank(spec), **options))
+  return max(found)
 
 
 def _takes_train(module: nn.Module, spec: InputSpec) -> bool:
