@@ -165,7 +165,7 @@ def _momentum(module: nn.Module, spec: InputSpec, trains: bool) -> float:
       found.append(float(context.module.momentum))
     return next_call(*args, **kwargs)
 
-  options = {"train": False} if trains else {}
+  options: dict[str, Any] = {"train": False} if trains else {}
   with nn.intercept_methods(watch), contextlib.suppress(Exception):  # `examine` raises it where it matters
     jax.eval_shape(lambda: module.init(jax.random.key(0), common.blank(spec), **options))
   return max(found)
