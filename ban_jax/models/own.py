@@ -149,8 +149,8 @@ def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, st
     logits, updated = call(collections, inputs, True, rngs=rngs, mutable=kept)
     return logits_of(logits), carry, _state({**collections, **updated})
 
-  own = {"momentum": _momentum(module, spec, trains), "options": _plain_fields(module)}
-  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, **own)
+  model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
+  model = model._replace(momentum=_momentum(module, spec, trains))
   if trains:
     return model, "called as module(x, train=True), and has to hand train on to its layers"
   return model, "called as module(x): it has to take an argument train, and hand that on to its layers"
