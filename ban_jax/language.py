@@ -52,6 +52,13 @@ def log_probabilities(
     CheckpointError: for generations that do not say which network they are.
     ConfigError: for networks of images, weights or a batch size out of range, and networks that read different inputs.
     DataError: for what is no text, and for what is not in a vocabulary without `<unk>`.
+
+  Examples:
+    >>> text = ban_jax.from_text("to be or not to be " * 100, tokens="characters", unknown=False)
+    >>> apply = lambda weights, x: jnp.broadcast_to(weights, (*x.shape, text.spec.num_classes))
+    >>> uniform = ban_jax.from_function(apply, np.zeros(text.spec.num_classes, np.float32), text, name="uniform")
+    >>> [sentence.shape for sentence in ban_jax.log_probabilities(uniform, ["to be"])]
+    [(5,)]
   """
   predictor = _language_model(generations, weights, devices, "log_probabilities")
   spec, unit = predictor.spec, predictor.window or PAD_TO
@@ -114,6 +121,10 @@ def sample(
 
   Raises:
     ConfigError: for a value out of range; otherwise as `log_probabilities`.
+
+  Examples:
+    >>> len(ban_jax.sample(uniform, 20, prompt="to be "))
+    20
   """
   length, seed, top_k = check_whole("length", length, 0), check_whole("seed", seed, 0), check_whole("top_k", top_k, 0)
   if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:

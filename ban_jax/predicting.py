@@ -88,16 +88,30 @@ def predict(
 ) -> Float32[np.ndarray, "N *T n"]:
   """Returns the probabilities of one network, or of an ensemble (Eq. 4), for new inputs.
 
-  For networks of images, `inputs` are images [N, H, W, C], or [N, H, W] of one channel, of the type that the networks
-  were trained on: uint8 from 0 to 255, or floats in the range of the training images. They are normalised as in
-  training, for each network by its own training images, and the result is [N, n]. For language models they are whole
-  numbers [N, T], tokens of the vocabulary, each row a text of its own; the result [N, T, n] is of the token after each.
+  Images are normalised as in training, for each network by its own training images.
 
-  `weights`, at least 0, are those of the ensemble's members; None weights them equally. `batch_size` bounds the memory
-  and does not change the result beyond rounding. `devices` defaults to this process's. `dataset` normalises where a
-  generation does not say how its images were. Raises, before any work, a CheckpointError for generations that do not
-  say which network they are, a ConfigError for weights or a batch size out of range and networks that read different
-  inputs, and a DataError for inputs that the networks cannot read.
+  Args:
+    generations: one or several, with their networks, as `train_generation` or `load` returns them.
+    inputs: images [N, H, W, C], or [N, H, W] of one channel, of the type that the networks were trained on: uint8 from
+      0 to 255, or floats in the range of the training images. For language models whole numbers [N, T], tokens of the
+      vocabulary, each row a text of its own.
+    weights: of the ensemble's members, at least 0; None weights them equally.
+    batch_size: bounds the memory, and does not change the result beyond rounding.
+    devices: the devices to use; all of this process by default.
+    progress: whether to show a bar on a terminal, if there are many inputs.
+    dataset: normalises if a generation does not say how its images were.
+
+  Returns:
+    float32 [N, n]; of tokens [N, T, n], of the token after each.
+
+  Raises:
+    CheckpointError: before any work, for generations that do not say which network they are.
+    ConfigError: before any work, for weights or a batch size out of range, and networks that read different inputs.
+    DataError: before any work, for inputs that the networks cannot read.
+
+  Examples:
+    >>> ban_jax.predict([teacher, student], images[:3], progress=False).shape
+    (3, 10)
   """
   predictor = prepare(generations, weights, devices, dataset)
   inputs = _checked(predictor.spec, predictor.dtype, inputs, predictor.window)
@@ -119,9 +133,23 @@ def predict(
 def normalise(images: Any, source: Dataset | Generation) -> Float32[np.ndarray, "N H W C"]:
   """Returns images as the networks of a data set, or a generation, read them: for functions of one's own.
 
-  `images` are those that `predict` takes. uint8 is divided by 255, and then the mean of each channel over the training
-  images is subtracted and the result divided by their standard deviation. Raises a ConfigError for another source and
-  for one that does not say how its images are normalised, and a DataError for images that its networks cannot read.
+  uint8 is divided by 255; then the mean of each channel over the training images is subtracted, and the result divided
+  by their standard deviation.
+
+  Args:
+    images: those that `predict` takes.
+    source: a Dataset, or a Generation.
+
+  Returns:
+    float32 [N, H, W, C].
+
+  Raises:
+    ConfigError: for another source, and for one that does not say how its images are normalised.
+    DataError: for images that its networks cannot read.
+
+  Examples:
+    >>> ban_jax.normalise(images[:3], data).shape
+    (3, 8, 8, 1)
   """
   if not isinstance(source, Dataset | Generation):
     raise ConfigError(f"normalise takes a Dataset or a Generation as the second argument, not {type(source).__name__}")

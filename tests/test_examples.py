@@ -22,7 +22,7 @@ def test_the_examples_of_the_api_page_print_what_they_show(tmp_path, capsys):
   cfg = ban_jax.get_config("own,mlp_16,smoke")
   cfg.update(generations=1)
   data = ban_jax.from_arrays((images[:200], labels[:200]), (images[900:1000], labels[900:1000]))
-  names = {"ban_jax": ban_jax, "jax": jax, "np": np, "nn": nn, "nnx": nnx, "optax": optax}
+  names = {"ban_jax": ban_jax, "jax": jax, "jnp": jnp, "np": np, "nn": nn, "nnx": nnx, "optax": optax}
   names |= {"images": images, "labels": labels, "cfg": cfg, "data": data, "directory": tmp_path}
   page = (ROOT / "docs" / "api.md").read_text("utf-8")
   public = [getattr(ban_jax, name) for name in re.findall(r"^::: ban_jax\.(\w+)$", page, re.M)]

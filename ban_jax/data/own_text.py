@@ -56,7 +56,7 @@ def from_text(
     DataError: for texts that cannot be read.
     ConfigError: for a value out of range.
 
-  Example:
+  Examples:
     >>> ban_jax.from_text("to be or not to be " * 100, tokens="characters").sizes
     {'train': 1710, 'validation': 95, 'test': 95}
   """
