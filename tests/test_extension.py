@@ -1,4 +1,7 @@
-"""Adding a loss, an optimizer, a network, a data set or a table is its own module and one registry entry."""
+"""Adding a loss, an optimizer, a network, a data set or a table is its own module and one registry entry.
+
+What only a caller's project needs, as a module, a text or a writer, is one function's argument.
+"""
 
 import dataclasses
 import textwrap
@@ -10,6 +13,7 @@ import optax
 import pytest
 from conftest import IMAGES, config
 from flax import linen as nn
+from flax import nnx
 
 import ban_jax
 from ban_jax import config as config_lib
@@ -91,6 +95,40 @@ def test_a_network_is_a_file_and_an_entry(monkeypatch):
     cfg.model.sale = 1.0
   with pytest.raises(ban_jax.ConfigError, match="model 'linear' takes the options scale; the configuration gives"):
     ban_jax.train_generation(None, cfg, **QUIET)
+
+
+def test_an_nnx_module_is_its_constructor(tiny):
+  class Linear(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+      return self.layer(x.reshape(x.shape[0], -1))
+
+  own = {**tiny, "model": ban_jax.from_nnx(lambda rngs: Linear(rngs), tiny["dataset"]), **QUIET}
+  cfg = config("digits,own,smoke", train__batch_size=8, **SHORT)
+  student = ban_jax.train_generation(ban_jax.train_generation(None, cfg, **own), cfg, **own)
+  assert (student.index, *student.params["params"]["layer"]) == (1, "bias", "kernel")
+
+
+def test_a_text_is_a_call(tmp_path):
+  text = ban_jax.from_text("to be or not to be\n" * 60, tokens="characters", window=8, name="hamlet")
+  size = text.spec.num_classes
+  own = {"dataset": text, "model": ban_jax.from_flax(nn.Embed(size, size), text), "devices": jax.devices()[:1]}
+  cfg = ban_jax.get_config("own,own,smoke")
+  cfg.train.update(epochs=3, batch_size=8)
+  cfg.optim.learning_rate, cfg.evaluate.batch_size = 20.0, 8
+  teacher = ban_jax.train_generation(None, cfg, **own, **QUIET)
+  student = ban_jax.train_generation(teacher, cfg, workdir=tmp_path, **own, **QUIET)
+  metrics = student.metrics
+  assert metrics["test_bits_per_byte"] == metrics["test_bits_per_character"]
+  assert metrics["test_bits_per_byte"] == pytest.approx(np.log2(metrics["test_perplexity"]))
+  again = ban_jax.load_run(tmp_path, model=own["model"])[0]
+  assert again.network.spec == text.spec
+  # Each letter's likeliest successor: "o" is followed by a space more often than by "r" or "t".
+  assert ban_jax.sample(again, 3, prompt="not t", temperature=0) == ban_jax.sample(again, 3, prompt="t", top_k=1)
+  assert ban_jax.sample(again, 2, prompt="n", temperature=0) == "o "
+  assert len(ban_jax.log_probabilities(again, ["to be"])[0]) == 5, "no <eos> in characters"
 
 
 def test_a_data_set_is_a_file_and_an_entry(monkeypatch):

@@ -67,9 +67,10 @@ def test_samples_follow_the_seed_the_prompt_and_the_temperature(run):
   words = run[0].network.spec.words
   tokens = np.array([[words.index("<eos>"), 3, 4]])
   likely = words[int(ban_jax.predict(run, tokens)[0, -1].argmax())]
-  for temperature in (1e-3, 1e-310, 5e-324):
+  for temperature in (1e-3, 1e-310, 5e-324, 0):
     assert ban_jax.sample(run, 1, prompt=f"{words[3]} {words[4]}", temperature=temperature) == likely
   assert ban_jax.sample(run, 1, temperature=1e308) in words  # each as likely
+  assert ban_jax.sample(run, 1, prompt=f"{words[3]} {words[4]}", temperature=1e308, top_k=1) == likely
   assert ban_jax.sample(run, 1, prompt=f"\ufeff{words[3]} {words[4]}", temperature=1e-3) == likely
 
 
@@ -114,6 +115,7 @@ def test_language_models_of_other_windows_predict_together(run):
       ban_jax.ConfigError,
       "temperature=1000.*: expected a fin",
     ),
+    (lambda run: ban_jax.sample(run, 1, top_k=-1), ban_jax.ConfigError, "top_k=-1: expected a whole number of at lea"),
     (lambda run: ban_jax.predict(run, [[-1]]), ban_jax.DataError, "a token is -1; expected 0 to "),
     (lambda run: ban_jax.predict(run, [[0.5]]), ban_jax.DataError, "expected tokens, whole numbers"),
     (lambda run: ban_jax.export(run, "x"), ban_jax.ConfigError, "export takes networks of images"),
