@@ -2,12 +2,13 @@
 
     python experiments/text.py --workdir=runs/text
     python experiments/text.py --dataset=ptb --data_dir=PTB --workdir=runs/ptb
+    python experiments/text.py --dataset=characters --controls="labels, twice as long" --workdir=runs/characters
 
 Per seed a teacher, BAN+L generations, and the controls: a second network from the labels, one trained for twice as
 long, one with more dropout (and its student), and an ensemble of teacher and second network beside that of the two
 generations. Differences from the teacher are paired by seed. pydoc comes with Python; PTB is a directory with
-ptb.train.txt, ptb.valid.txt and ptb.test.txt. Finished results are shown at once, an interrupted run is resumed, and
-several processes may share a workdir.
+ptb.train.txt, ptb.valid.txt and ptb.test.txt; characters are those of pydoc, learned by a GPT. Finished results are
+shown at once, an interrupted run is resumed, and several processes may share a workdir.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
@@ -19,7 +20,9 @@ from experiments.tables.spec import Builder, Columns
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/text", "Directory for the runs, the table and the plot.")
 STUDENTS = flags.DEFINE_integer("students", 2, "Number of born-again generations.", lower_bound=1)
-DATASET = flags.DEFINE_enum("dataset", "pydoc", ["pydoc", "ptb"], "pydoc (embedded) or ptb (files, --data_dir).")
+DATASET = flags.DEFINE_enum(
+  "dataset", "pydoc", ["pydoc", "ptb", "characters"], "pydoc (embedded), ptb (files, --data_dir) or pydoc's characters."
+)
 # A plateau schedule needs the validation split after each epoch; the test split is read once, at the end.
 SHARED = {"train.evaluate_every": 0, "train.checkpoint_every": 250}
 # Scale -> data set -> network, configuration values, and the dropout of the control that has more. Chosen by the
@@ -29,8 +32,20 @@ SETTINGS = {
     "pydoc": ("lstm_200", {"model.units": 100, "model.dropout": 0.2, "train.epochs": 30}, 0.3),
     # The first 200,000 of the 930,000 training tokens, which a network of this size overfits within 20 epochs.
     "ptb": ("lstm_200", {"data.train_examples": 200_000, "model.dropout": 0.2, "train.epochs": 20}, 0.5),
+    # A guess: nothing was searched for it yet.
+    "characters": (
+      "gpt_64",
+      {
+        **{"data.tokens": "characters", "data.train_examples": 50_000, "data.window": 64, "model.layers": 2},
+        **{"optim.learning_rate": 3e-3, "train.batch_size": 16, "train.epochs": 25},
+      },
+      0.2,
+    ),
   },
-  "smoke": dict.fromkeys(("pydoc", "ptb"), ("lstm_32", {}, 0.3)),
+  "smoke": {
+    **dict.fromkeys(("pydoc", "ptb"), ("lstm_32", {}, 0.3)),
+    "characters": ("gpt_64", {"data.tokens": "characters", "model.layers": 1, "model.width": 16}, 0.3),
+  },
 }
 
 
@@ -57,7 +72,9 @@ def main() -> None:
   """Trains what is missing, then prints the table and the path of the plot."""
   workdir = study.check_workdir(WORKDIR.value)
   network, changes, dropout = SETTINGS[study.SCALE.value][DATASET.value]
-  by_seed = [columns(study.builder(DATASET.value, seed, SHARED | changes), network, dropout) for seed in study.seeds()]
+  letters = DATASET.value == "characters"
+  dataset = "pydoc" if letters else DATASET.value
+  by_seed = [columns(study.builder(dataset, seed, SHARED | changes), network, dropout) for seed in study.seeds()]
   more = f"dropout {dropout:g}"
   rivals = ("second teacher", f"teacher, {more}", "labels, twice as long")
   students = [f"BAN-{number}" for number in range(1, STUDENTS.value + 1)]
@@ -67,12 +84,14 @@ def main() -> None:
   found = study.train([panel], workdir)
   cfg = by_seed[0]["BAN-1"][0].cfg
   examples = f"{cfg.data.train_examples:,}" if cfg.data.train_examples else "all"
+  unit = "bits per character" if letters else "perplexity"
   heading = (
     f"{DATASET.value}, {examples} training tokens, {results.network(cfg.model)}, {cfg.train.epochs} epochs, students "
-    f"by {cfg.loss.name}, {study.named_seeds()}; mean ± standard error, test split, last epoch; perplexity minus the "
+    f"by {cfg.loss.name}, {study.named_seeds()}; mean ± standard error, test split, last epoch; {unit} minus the "
     "teacher's paired by seed, with its 95% interval"
   )
-  study.report([panel], study.Report("text", heading, "perplexity", "test perplexity"), workdir, found)
+  metric = "bits_per_character" if letters else "perplexity"
+  study.report([panel], study.Report("text", heading, metric, f"test {unit}"), workdir, found)
 
 
 if __name__ == "__main__":
