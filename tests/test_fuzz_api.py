@@ -120,8 +120,18 @@ GOOD = {
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_card", "export_parameters", "from_arrays", "from_flax"),
-  *("from_function", "from_nnx", "from_optax", "get_config", "load", "load_config", "load_run", "log_probabilities"),
-  *("normalise", "predict", "reliability", "run", "sample", "setup", "train_generation", "with_network"),
+  *("from_function", "from_nnx", "from_optax", "from_text", "get_config", "load", "load_config", "load_run"),
+  *(
+    "log_probabilities",
+    "normalise",
+    "predict",
+    "reliability",
+    "run",
+    "sample",
+    "setup",
+    "train_generation",
+    "with_network",
+  ),
 )
 
 
@@ -139,6 +149,8 @@ def calls(draw):
       arguments[key] = ...  # a new one for each call
     elif name in ("log_probabilities", "sample") and key == "generations":
       arguments[key] = Made(lambda: network(0, "pydoc,lstm_32,smoke"))
+    elif name == "from_text" and key in ("train", "validation", "test"):
+      arguments[key] = draw(of(lambda: "to be or not to be\n" * 9, lambda: np.arange(99)))
     elif key in GOOD and (parameter.default is parameter.empty or draw(st.booleans())):
       arguments[key] = draw(GOOD[key])
   return name, arguments

@@ -154,7 +154,7 @@ FAIL = (lambda text: 1 / 0, ORDINALS[1])
     (" \n", PARTS, "text, train: expected text, but there is no token in it"),
     (b"a\n\xff", PARTS, "text, train, line 2: byte 0xff is not UTF-8"),
     ([1, 2], PARTS, "train is an array and validation a text: expected all of one sort"),
-    ([1.5] * 100, {}, r"text, train: the tokens are float64 \[90\]; expected whole numbers \[N\]"),
+    ([1.5] * 100, {}, r"text, train: the tokens are float64 \[100\]; expected whole numbers \[N\]"),
     ([1, 2], {"tokens": "bytes"}, "tokens='bytes': train is an array of tokens; expected .encode, decode., or nothing"),
   ],
 )

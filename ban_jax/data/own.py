@@ -22,7 +22,7 @@ class Options(NamedTuple):
 
 def load(options: Options) -> Dataset:
   """Raises the ConfigError that names where data of one's own are given."""
-  raise ConfigError("data.name='own': pass the data as dataset=, for images what ban_jax.from_arrays returns")
+  raise ConfigError("data.name='own': pass the data as dataset=: what ban_jax.from_arrays or from_text returns")
 
 
 @devices_lib.default_modes()

@@ -89,7 +89,8 @@ def _part(name: str, split: str, given: Any) -> Content | float:
     return share
   if given is None or isinstance(given, bool):
     raise ConfigError(f"{split}={given!r}: expected a string, a pathlib.Path, or an array of tokens")
-  return as_array(f"{name}, {split}: the tokens", given)
+  what = f"{name}, {split}"
+  return tokens_lib.checked(what, as_array(f"{what}: the tokens", given), None)
 
 
 def _reading(
