@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ban_jax
-from ban_jax import models, resolving, train, trees
+from ban_jax import generations, models, resolving, trees
 from ban_jax.errors import BanError
 from ban_jax.types import Generation
 
@@ -170,7 +170,7 @@ def no_training(tmp_path_factory):
   """Trains nothing, since what is wrong must be found before; some strings are paths to write, relative ones."""
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(tmp_path_factory.mktemp("here"))
-    patch.setattr(train, "finished_or_trained", lambda jobs, workdirs, progress: [network() for _ in jobs])
+    patch.setattr(generations, "finished_or_trained", lambda jobs, workdirs, progress: [network() for _ in jobs])
     yield
 
 
