@@ -5,14 +5,14 @@ calls; what needs the data is checked by `check_dataset`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 from ml_collections import ConfigDict
 
-from ban_jax import data, losses, models, optim
-from ban_jax.data import noise, reading
+from ban_jax import data, losses, models, optim, teacher
+from ban_jax.data import augment, noise, reading
 from ban_jax.errors import ConfigError, choices, look_up
 from ban_jax.keys import KEYS, neutral_values
 from ban_jax.registry import OWN
@@ -20,7 +20,7 @@ from ban_jax.trees import json_digest
 from ban_jax.types import Dataset, Devices
 
 # The registries whose entries take options; networks' options are checked in their files.
-REGISTRIES = (data.DATASETS, losses.LOSSES, optim.SCHEDULES, optim.OPTIMIZERS)
+REGISTRIES = (data.DATASETS, augment.AUGMENTATIONS, losses.LOSSES, optim.SCHEDULES, optim.OPTIMIZERS)
 # What the keys that name something choose from.
 CHOICES: Mapping[str, Mapping[str, Any]] = {
   **{registry.key: registry for registry in REGISTRIES},
@@ -29,7 +29,10 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
   "data.tokens": dict.fromkeys(reading.UNITS),
   "optim.decay": optim.DECAYS,
   "teacher.loss": losses.LOSSES,
+  "teacher.view": teacher.VIEWS,
 }
+# The keys of `teacher` that its students' bytes depend on; the others are generation 0's.
+TEACHING = ("teacher.view", "teacher.weights")
 # What messages call such a key, if not by its name.
 CALLED = {"data.name": "data set", "loss.name": "loss"}
 
@@ -43,7 +46,8 @@ def check(cfg: ConfigDict) -> None:
     if key in KEYS:
       _check_value(key, value)
   for key, entries in CHOICES.items():
-    look_up(entries, given[key], CALLED.get(key, key))
+    for name in _names(given[key]):
+      look_up(entries, name, CALLED.get(key, key))
   taken, options = _taken(given), _options()
   for key in given:
     if key not in KEYS and key not in options and not key.startswith(("model.", "teacher.")):
@@ -63,7 +67,12 @@ def check(cfg: ConfigDict) -> None:
 def _taken(values: Mapping[str, Any]) -> set[str]:
   """Returns the keys of the options that the chosen data set, loss, schedule and optimizer take."""
   # The optimizer that the caller gave has no schedule on record.
-  return set().union(*(registry.taken(values.get(registry.key, OWN)) for registry in REGISTRIES))
+  return set().union(*(registry.taken(*_names(values.get(registry.key, OWN))) for registry in REGISTRIES))
+
+
+def _names(value: Any) -> Sequence[str]:
+  """Returns the names that a key chooses: one, or several in their order."""
+  return (value,) if isinstance(value, str) else value
 
 
 def _options() -> set[str]:
@@ -121,6 +130,8 @@ def check_dataset(cfg: ConfigDict, dataset: Dataset, own_optimizer: bool = False
     )
   if "k" in losses.LOSSES[cfg.loss.name].options and cfg.loss.k > classes:
     raise ConfigError(f"loss.k={cfg.loss.k}: expected at most {classes}, the classes of {dataset.name}")
+  if cfg.teacher.view != "same" and dataset.spec.kind == "tokens":
+    raise ConfigError(f"teacher.view={cfg.teacher.view!r}: expected 'same', because {dataset.name} is text")
   if dataset.spec.kind != "tokens":
     return  # a batch of images larger than a split is cut to it; one of text would change what streams there are
   most = max(len(dataset.eval_order(split, 1)) for split in dataset.splits)
@@ -170,7 +181,7 @@ def identity(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
   for key, value in values.items():
     if key.startswith(network):
       own[f"model.{key.removeprefix(network)}"] = value
-    elif not key.startswith(("model.", "teacher.")) and _belongs(key, taken, options):
+    elif generation and key in TEACHING or not key.startswith(("model.", "teacher.")) and _belongs(key, taken, options):
       own[key] = value
   if values["optim.name"] != OWN and optim.SCHEDULES[values["optim.schedule"]].adapt:  # by evaluations in training
     own["evaluate.training_batch_size"] = values["evaluate.training_batch_size"] or values["evaluate.batch_size"]

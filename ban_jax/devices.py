@@ -144,6 +144,16 @@ def example_positions(rows: int) -> Int[jax.Array, " B"]:
   return jax.lax.axis_index(AXIS) * rows + jax.numpy.arange(rows)
 
 
+def next_rows(tree: PyTree) -> PyTree:
+  """Returns, for each example of every leaf [B, ...], the next one of the global mini-batch, inside a mapped function.
+
+  The first one follows the last.
+  """
+  count = jax.lax.axis_size(AXIS)
+  ring = [(place, (place - 1) % count) for place in range(count)]
+  return jax.tree.map(lambda x: jax.numpy.concatenate([x[1:], jax.lax.ppermute(x[:1], AXIS, ring)]), tree)
+
+
 def _sharding(devices: Devices, spec: PartitionSpec) -> NamedSharding:
   return NamedSharding(Mesh(np.asarray(local(devices)), (AXIS,)), spec)
 

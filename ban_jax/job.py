@@ -178,7 +178,7 @@ def prepare(
       f"generation 0 is trained by teacher.loss={cfg.teacher.loss!r}; loss.name={cfg.loss.name!r} is its students' loss"
     )
   loss = _loss(setup, taught=bool(parents))
-  teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher)
+  teacher = teacher_lib.make(parents, models, student, needed=loss.needs_teacher, **_shown(cfg))
   return _job(setup, generation, student, teacher, loss)._replace(
     initial=None if initial is None else _initial(initial, student), watch=watch
   )
@@ -196,7 +196,18 @@ def describe(setup: Setup, generation: int, *, teachers: int = 1) -> Job:
   if models:
     _check_inherits(student, [model.shapes for model in models])
   loss = _loss(setup, taught=bool(models))
-  return _job(setup, generation, student, teacher_lib.describe(models, student, needed=loss.needs_teacher), loss)
+  return _job(
+    setup,
+    generation,
+    student,
+    teacher_lib.describe(models, student, needed=loss.needs_teacher, **_shown(setup.cfg)),
+    loss,
+  )
+
+
+def _shown(cfg: ConfigDict) -> dict[str, Any]:
+  """Returns how a teacher of this configuration is shown the examples, and its networks' weights."""
+  return {"view": cfg.teacher.view, "weights": tuple(cfg.teacher.weights)}
 
 
 def _loss(setup: Setup, *, taught: bool) -> Loss:

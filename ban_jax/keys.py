@@ -71,12 +71,21 @@ def _are_class_weights(value: Any) -> bool:
   return isinstance(value, str) and value == "balanced"
 
 
+def _are_weights(value: Any) -> bool:
+  return isinstance(value, list | tuple) and all(map(NOT_NEGATIVE.holds, value)) and (not value or sum(value) > 0)
+
+
+def _are_names(value: Any) -> bool:
+  return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 FINITE = real(lambda v: True, "a finite number")
 POSITIVE = real(lambda v: v >= LEAST, "a finite number above 0")
 # Beyond these, logits divided by it, or their gradients times its square, are no numbers of float32 any more.
 TEMPERATURE = real(lambda v: 1e-3 <= v <= 1e3, "a finite number above 0, from 0.001 to 1000")
 NOT_NEGATIVE = real(lambda v: v >= 0, "a finite number of at least 0")
 SHARE = real(lambda v: 0 <= v < 1, "a share in [0, 1)")
+PART = real(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
 NAME = text("a name")  # the registry that it is looked up in lists the choices
 
@@ -140,6 +149,26 @@ KEYS = {
     "Augmentation: whether to flip images horizontally at random.",
     unused=(False, "is text, and no image is flipped"),
   ),
+  "data.augment": Key(
+    (),
+    Rule(_are_names, "a tuple of names, as ('mixup',)"),
+    "Further augmentations of normalised images, after crop and flip and in this order: keys of "
+    "ban_jax.data.augment.AUGMENTATIONS. Teacher and student see the same images, unless teacher.view says otherwise.",
+    neutral=[],
+    unused=((), "is text, and no image is augmented"),
+  ),
+  "data.mixup_alpha": Key(1.0, POSITIVE, "The weights of mixup are from Beta(alpha, alpha): 1 for any weight alike."),
+  "data.cutmix_alpha": Key(1.0, POSITIVE, "The areas of cutmix are from Beta(alpha, alpha)."),
+  "data.erasing": Key(0.5, PART, "Probability that an image has a rectangle erased."),
+  "data.crop_area": Key(
+    0.08,
+    real(lambda v: LEAST <= v <= 1, "a share in (0, 1]"),
+    "Smallest share of the area to cut out and resize.",
+  ),
+  "data.distortions": Key(2, whole(1), "Number of random distortions of an image, one after the other."),
+  "data.distortion_strength": Key(
+    0.5, PART, "Their strength: at 1 rotations by 30 degrees, shifts by 0.3 of the size, colours nearly lost."
+  ),
   "data.window": Key(
     0,
     whole(0),
@@ -200,6 +229,20 @@ KEYS = {
     "The loss of generation 0, one that needs no teacher, with the options of `loss`: label or label_smoothing.",
     neutral="label",
   ),
+  "teacher.view": Key(
+    "same",
+    NAME,
+    'Which images the teacher sees: "same", the student\'s, augmented alike; as controls "other", the same examples '
+    'with augmentations drawn anew, or "plain", without any.',
+    neutral="same",
+  ),
+  "teacher.weights": Key(
+    (),
+    Rule(_are_weights, "(), or a tuple of numbers of at least 0, not all of them 0"),
+    "Weights of the mean of several networks that teach together, one for each; () for equal ones. A network that "
+    "teaches alone has all the weight.",
+    neutral=[],
+  ),
   "loss.name": Key("ban", NAME, "The students' loss, a key of ban_jax.losses.LOSSES."),
   "loss.temperature": Key(
     1.0,
@@ -214,9 +257,7 @@ KEYS = {
   ),
   "loss.teacher_weight": Key(0.5, FINITE, "Weight of BAN+L's term of the teacher."),
   "loss.k": Key(2, whole(1), "How many of the teacher's most probable classes top_k learns."),
-  "loss.smoothing": Key(
-    0.1, real(lambda v: 0 <= v <= 1, "a share from 0 to 1"), "The probability that is spread evenly over all classes."
-  ),
+  "loss.smoothing": Key(0.1, PART, "The probability that is spread evenly over all classes."),
   "loss.class_weights": Key(
     (),
     Rule(_are_class_weights, '(), "balanced", or a tuple of a finite number above 0 for each class'),

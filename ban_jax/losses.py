@@ -21,7 +21,7 @@ from ban_jax.registry import Registry, options_of
 GIVEN = ("key", "positions")
 
 Logits = Float[Array, "B *T n"]
-Labels = Int[Array, "B *T"]
+Labels = Int[Array, "B *T"] | Float[Array, "B n"]  # a class each, or the share of each class (of mixed images)
 PerExample = Float[Array, "B *T"]
 ValuesAndWeights = tuple[PerExample, PerExample]
 
@@ -32,7 +32,8 @@ class Loss(NamedTuple):
   `apply(logits, labels, teacher_logits, *, key, positions, **options)` returns `(values, weights)`, float32 [B] or
   [B, T] as the labels, in nats. Both logits are float32 [B, n] or [B, T, n], the teacher's None where there is none;
   random losses take a key and the examples' places in the global mini-batch, int32 [B]. `options` are those of the
-  configuration's `loss` group.
+  configuration's `loss` group. `labels` are classes, or of mixed images float32 [B, n], the share of each class, which
+  `label_cross_entropy` takes as well.
   """
 
   apply: Callable[..., ValuesAndWeights]
@@ -52,6 +53,8 @@ def cross_entropy(logits: Logits, targets: Logits) -> PerExample:
 
 def label_cross_entropy(logits: Logits, labels: Labels) -> PerExample:
   """Returns the cross-entropy, in nats, of softmax(logits) with the labels (Eq. 1)."""
+  if labels.ndim == logits.ndim:
+    return cross_entropy(logits, labels)
   # optax.softmax_cross_entropy_with_integer_labels differs from this in the last bit, and so would every earlier run.
   return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
 
@@ -292,12 +295,13 @@ def class_weights(
 
 @functools.lru_cache
 def weighted(loss: Loss, weights: tuple[float, ...]) -> Loss:
-  """Returns a loss that weighs each example by its label's class, besides; equal arguments give the same object."""
+  """Returns a loss that weighs each example by its label's class(es), besides; equal arguments give the same object."""
 
   @functools.wraps(loss.apply)
   def apply(logits, labels, *arguments, **options) -> ValuesAndWeights:
     values, own = loss.apply(logits, labels, *arguments, **options)
-    return values, own * jnp.asarray(weights, own.dtype)[labels]
+    table = jnp.asarray(weights, own.dtype)
+    return values, own * (labels @ table if labels.ndim > own.ndim else table[labels])
 
   return loss._replace(apply=apply)
 

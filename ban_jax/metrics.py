@@ -18,9 +18,16 @@ CALIBRATION_BINS = 15
 TRAINING_SUMS = ("loss", "weight", "errors", "count", "finite")
 
 
-def mean_log_probabilities(logits: Sequence[Float[Array, "B *T n"]]) -> Float[Array, "B *T n"]:
-  """Returns the log of the members' mean softmax (Eq. 4), itself logits; one member's logits come back normalised."""
+def mean_log_probabilities(
+  logits: Sequence[Float[Array, "B *T n"]], weights: Sequence[float] = ()
+) -> Float[Array, "B *T n"]:
+  """Returns the log of the members' mean softmax (Eq. 4), itself logits; one member's logits come back normalised.
+
+  `weights` of the mean, one for each member, add up to one; without, all count alike.
+  """
   stacked = jnp.stack([jax.nn.log_softmax(member) for member in logits])  # [M, B, *T, n]
+  if weights:
+    return jax.nn.logsumexp(stacked, axis=0, b=jnp.array(weights).reshape(-1, *(1,) * (stacked.ndim - 1)))
   return jax.nn.logsumexp(stacked, axis=0) - jnp.log(len(logits))
 
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import devices as devices_lib
 from ban_jax import feeding, storage, trees
+from ban_jax.data.augment import AUGMENTATIONS
 from ban_jax.job import Job
 from ban_jax.step import batch_of
 from ban_jax.teacher import Teaching
@@ -61,11 +62,20 @@ def _root(cfg: ConfigDict) -> epath.Path:
 def _directory(job: Job) -> epath.Path:
   """Returns where the recordings of a job's teacher and stream lie: one directory for all students that share them."""
   values = job.lineage
-  data = {key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset."))}
+  names = values["config"].get("data.augment", ())
+  free = AUGMENTATIONS.taken(*AUGMENTATIONS) - AUGMENTATIONS.taken(*names) | (set() if names else {"data.augment"})
+  data = {
+    key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset.")) and key not in free
+  }
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
   stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
   if job.cfg.train.accumulate > 1:  # by which steps may be left out at the end of an epoch
     stream["accumulate"] = job.cfg.train.accumulate
+  assert job.teacher.recorded is not None, "of a replayed teacher"
+  if job.teacher.recorded.view != "same":
+    stream["view"] = job.teacher.recorded.view
+  if job.teacher.recorded.weights:
+    stream["weights"] = job.teacher.recorded.weights
   # Equal variables may be another function's. Left out where they say nothing, so that earlier recordings are found.
   if job.cfg.compute_dtype != "float32":
     stream["compute_dtype"] = job.cfg.compute_dtype
@@ -98,7 +108,8 @@ def make_record_step(teaching: Teaching, fetch: Callable[..., Batch], devices: D
   """
 
   def record_step(source, carry, arrays, feed, key_data, step):
-    logits, carry = teaching.logits(source, carry, batch_of(fetch, arrays, feed, key_data, step).batch)
+    drawn = batch_of(fetch, arrays, feed, key_data, step, teaching.view)
+    logits, carry = teaching.logits(source, carry, drawn.shown)
     return carry, logits
 
   return devices_lib.pmap(record_step, devices=devices, in_axes=(None, 0, None, 0, None, None))

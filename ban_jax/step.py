@@ -38,19 +38,29 @@ class Drawn(NamedTuple):
   """One device's share of a training step's mini-batch, and what else the step draws by."""
 
   batch: Batch
+  shown: Batch  # what the teacher sees
   positions: Int[Array, " B"]  # the examples' places in the global mini-batch
   dropout_key: PRNGKeyArray
   loss_key: PRNGKeyArray
 
 
-def batch_of(fetch: Callable[..., Batch], arrays: Feed, feed: Feed, key_data: Array, step: Array) -> Drawn:
-  """Returns a training step's mini-batch, inside a mapped function; arguments are those of the training step."""
+def batch_of(
+  fetch: Callable[..., Batch], arrays: Feed, feed: Feed, key_data: Array, step: Array, view: str = "same"
+) -> Drawn:
+  """Returns a training step's mini-batch, inside a mapped function; arguments are those of the training step.
+
+  `view`, one of teacher.VIEWS, says which images the teacher sees.
+  """
   index, rows = _taken(feed)
   positions = devices_lib.example_positions(len(index))
   key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="threefry2x32"), step)
   augment_key, dropout_key, loss_key = jax.random.split(key, 3)
-  batch = fetch({**arrays, **rows}, index, key=augment_key, positions=positions, train=True)
-  return Drawn(batch, positions, dropout_key, loss_key)
+  cut = functools.partial(fetch, {**arrays, **rows}, index, positions=positions)
+  batch = shown = cut(key=augment_key, train=True)
+  if view != "same":
+    other_key = jax.random.fold_in(augment_key, jnp.uint32(2**32 - 1))  # positions and augmentations are below
+    shown = cut(key=other_key, train=view == "other")
+  return Drawn(batch, shown, positions, dropout_key, loss_key)
 
 
 def _taken(feed: Feed) -> tuple[Int[Array, " B"], Feed]:
@@ -91,8 +101,9 @@ def make_train_step(
 
   def one_step(source, arrays, key_data, loop: tuple[TrainState, Any], feed):
     state, (student_carry, teacher_carry) = loop
-    batch, positions, dropout_key, loss_key = batch_of(fetch, arrays, feed, key_data, state.step)
-    teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, batch)
+    drawn = batch_of(fetch, arrays, feed, key_data, state.step, teaching.view)
+    batch, shown, positions, dropout_key, loss_key = drawn
+    teacher_logits, teacher_carry = teaching.logits(source, teacher_carry, shown)
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
     fixed, trainable = ({k: v for k, v in state.params.items() if (k in frozen) == kept} for kept in (True, False))
 
@@ -101,7 +112,7 @@ def make_train_step(
       logits, new_carry, batch_stats = student.apply(
         variables, student_carry, batch.inputs, train=True, key=dropout_key, positions=positions
       )
-      values, weights = loss.apply(logits, batch.labels, teacher_logits, key=loss_key, positions=positions)
+      values, weights = loss.apply(logits, batch.targets, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
       sums = metrics.training_sums(logits, batch, weights)
       if split and teacher_logits is not None:
@@ -205,7 +216,7 @@ def make_statistics_step(model: Model, fetch: Callable[..., Batch], devices: Dev
   """
 
   def statistics_step(params, batch_stats, arrays, feed, key_data, step):
-    batch, positions, dropout_key, _ = batch_of(fetch, arrays, feed, key_data, step)
+    batch, _, positions, dropout_key, _ = batch_of(fetch, arrays, feed, key_data, step)
     variables = {"params": params, "batch_stats": batch_stats}
     _, _, new = model.apply(
       variables, model.init_carry(len(positions)), batch.inputs, train=True, key=dropout_key, positions=positions

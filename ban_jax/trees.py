@@ -146,15 +146,15 @@ def is_finite(variables: Variables) -> bool:
   return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_plain(variables)))
 
 
-def mean_weights(weights: Sequence[float] | None, count: int) -> Float64[np.ndarray, " M"]:
+def mean_weights(weights: Sequence[float] | None, count: int, name: str = "weights") -> Float64[np.ndarray, " M"]:
   """Returns the shares of `count` networks in a weighted mean; None weights them equally.
 
-  Raises a ConfigError for anything but one number of at least 0 for each, not all of them 0.
+  Raises a ConfigError, in which they are called `name`, for anything but one number of at least 0 for each, not all 0.
   """
   try:
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
   except Exception:  # words, a dict, rows of several lengths, another library's tensor with a gradient
     given = np.zeros(0)
   if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
-    raise ConfigError(f"weights={weights!r}: expected {count} numbers of at least 0, not all of them 0")
+    raise ConfigError(f"{name}={weights!r}: expected {count} numbers of at least 0, not all of them 0")
   return given / given.sum()

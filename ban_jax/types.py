@@ -62,6 +62,13 @@ class Batch(NamedTuple):
   inputs: Shaped[Array, "B ..."]  # float32 [B, H, W, C] images, or int32 [B, T] tokens
   labels: Int[Array, "B ..."]  # int32 [B], or [B, T]
   mask: Bool[Array, "B ..."]  # the labels' shape; False where a row or position only fills up the shape
+  # Of images that are mixed of several: each class's share, float32 [B, n]; then `labels` are those of the largest.
+  shares: Array | None = None
+
+  @property
+  def targets(self) -> Array:
+    """What a loss of the labels learns: the labels, or the shares of mixed ones."""
+    return self.labels if self.shares is None else self.shares
 
 
 class InputSpec(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from ban_jax import config, data, losses, models, optim, presets
+from ban_jax.data.augment import AUGMENTATIONS
 from ban_jax.keys import KEYS
 
 # The choices of keys that name something.
@@ -59,6 +60,7 @@ def _words() -> str:
     ("Scales", scales),
     ("Losses", named),
     ("Optimizers", optimizers),
+    ("Augmentations, which `data.augment` names", {n: _first(a.apply) for n, a in AUGMENTATIONS.items()}),
   ):
     parts += [f"### {title}", "\n".join(f"- `{word}`: {text}" for word, text in words.items())]
   parts.append("### Networks")
@@ -83,7 +85,8 @@ def _keys() -> str:
     if head != group:
       parts.append(f"### {head or 'The run'}")
       group = head
-    must = f"one of {', '.join(f'`{c}`' for c in sorted(CHOICES[name]))}" if name in CHOICES else key.rule.expected
+    count = "some" if isinstance(key.default, tuple) else "one"
+    must = f"{count} of {', '.join(f'`{c}`' for c in sorted(CHOICES[name]))}" if name in CHOICES else key.rule.expected
     takers = [entry for registry in config.REGISTRIES for entry in registry if name in registry.taken(entry)]
     taken = f" Taken by {', '.join(f'`{entry}`' for entry in takers)}." if takers else ""
     free = "" if key.in_identity else " May change between a run and its resumption."

@@ -1,4 +1,4 @@
-"""Random crop and flip: against NumPy, in distribution, and independent of how a batch is split over devices."""
+"""Augmentations: against NumPy, in distribution, and independent of how a batch is split over devices."""
 
 import functools
 import itertools
@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ban_jax import devices as devices_lib
+from ban_jax import step
 from ban_jax.data import augment, images
+from ban_jax.keys import KEYS
 
 
 def random_images(batch, height=12, width=10, channels=3, seed=0):
@@ -129,3 +132,114 @@ def test_packed_images_give_the_same_mini_batch():
   index = np.array([3, 8, -1, 0], np.int32)
   plain, flat = (fetch(given, index, positions=np.arange(4)) for given in (arrays, images.pack(packed)))
   jax.tree.map(np.testing.assert_array_equal, plain, flat)
+
+
+# --- Of normalised images ---------------------------------------------------------------------------------------------
+
+
+def chosen(*names, **options):
+  """Returns augmentations with their default options, or with these."""
+  group = {name.removeprefix("data."): key.default for name, key in KEYS.items()}
+  return augment.choose(names, {**group, **options})
+
+
+def pixels(count=2000, height=8, width=8, channels=3, seed=0):
+  return np.random.default_rng(seed).normal(size=(count, height, width, channels)).astype(np.float32)
+
+
+def each(function, count, *images, **options):
+  """Returns what a function of one image makes of each, by keys of their own."""
+  keys = jax.random.split(jax.random.key(0), count)
+  return jax.jit(jax.vmap(functools.partial(function, **options)))(*images, keys)
+
+
+def test_mixup_is_a_weighted_mean():
+  one, other = pixels(seed=1), pixels(seed=2)
+  mixed, share = each(augment.mixup, 2000, one, other, mixup_alpha=0.4)
+  weight = np.asarray(share)[:, None, None, None]
+  np.testing.assert_allclose(mixed, weight * one + (1 - weight) * other, atol=1e-5)
+  # Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1)).
+  np.testing.assert_allclose((share.mean(), share.var()), (0.5, 1 / 7.2), atol=0.02)
+
+
+def test_cutmix_is_a_rectangle_and_its_share_is_the_area():
+  one, other = np.zeros((2000, 8, 10, 1), np.float32), np.ones((2000, 8, 10, 1), np.float32)
+  mixed, share = each(augment.cutmix, 2000, one, other, cutmix_alpha=1.0)
+  mixed = np.asarray(mixed)[..., 0]
+  np.testing.assert_allclose(share, 1 - mixed.mean((1, 2)), atol=1e-6)
+  assert (mixed == mixed.max(1, keepdims=True) * mixed.max(2, keepdims=True)).all()  # a rectangle, or nothing
+  assert 0.55 < share.mean() < 0.75  # 1/2 and what is cut off at the border
+
+
+def test_erasing_changes_a_rectangle_of_some_images():
+  images = pixels(height=32, width=32, channels=1)
+  changed = np.asarray(each(augment.erasing, 2000, images, erasing=0.25) != images)[..., 0]
+  assert 0.2 < changed.any((1, 2)).mean() < 0.3
+  assert (changed == changed.any(1, keepdims=True) & changed.any(2, keepdims=True)).mean() > 0.999
+  assert 0.05 < changed[changed.any((1, 2))].mean() < 0.2
+
+
+def test_a_resized_crop_of_all_is_the_image_and_of_a_part_a_stretched_part():
+  ramp = np.broadcast_to(np.linspace(-1, 1, 16, dtype=np.float32), (500, 16, 16))[..., None]
+  whole = np.asarray(each(augment.random_resized_crop, 500, ramp, crop_area=1.0))
+  slopes = np.diff(np.asarray(each(augment.random_resized_crop, 500, ramp, crop_area=0.1))[:, 8, 4:12, 0]).mean(1)
+  step = 2 / 15
+  np.testing.assert_allclose(whole[:, :, 1:-1].mean(), 0, atol=0.02)
+  assert (np.diff(whole[:, 8, 2:-2, 0]).mean(1) > 0.8 * step).all()  # of an aspect other than 1 a little is cut off
+  assert (slopes < 1.01 * step).all()
+  assert slopes.min() < 0.45 * step
+  assert np.abs(whole).max() <= 1.001
+
+
+def test_every_distortion_is_about_equally_frequent_and_none_at_strength_0():
+  images = np.repeat(pixels(1, 16, 16), 1000, 0)
+  same = each(augment.randaugment, 1000, images, distortions=2, distortion_strength=0.0)
+  np.testing.assert_allclose(same, images, atol=1e-5)
+  done = np.asarray(each(augment.randaugment, 1000, images, distortions=1, distortion_strength=0.7)).round(3)
+  kinds, counts = np.unique(done.reshape(1000, -1), axis=0, return_counts=True)
+  assert len(kinds) == 2 * len(augment.DISTORTIONS) - 1  # to either side, but "none"
+  assert counts.min() > 25
+  assert counts.max() > 75
+  assert np.isfinite(done).all()
+
+
+def mapped(fetch, arrays, view, count):
+  """Returns what a step's mini-batch of 16 examples is on so many devices, and what the teacher sees."""
+
+  def rows(index, key_data):
+    drawn = step.batch_of(fetch, arrays, index, key_data, jnp.int32(3), view)
+    return drawn.batch.inputs, drawn.batch.targets, drawn.batch.labels, drawn.shown.inputs
+
+  run = devices_lib.pmap(rows, devices=tuple(jax.devices()[:count]), in_axes=(0, None))
+  found = run(np.arange(16, dtype=np.int32).reshape(count, -1), jax.random.key_data(jax.random.key(5)))
+  return [np.asarray(leaf).reshape(16, *leaf.shape[2:]) for leaf in found]
+
+
+def placed():
+  arrays = arrays_of(random_images(16, 8, 8))
+  return jax.tree.map(jnp.asarray, arrays | {"labels": arrays["labels"] % 4})
+
+
+def test_augmentations_do_not_depend_on_the_number_of_devices():
+  fetch = images.make_fetch(1, True, (8, 8, 3), chosen("random_resized_crop", "cutmix", "mixup"), 4)
+  one, four = (mapped(fetch, placed(), "same", count) for count in (1, 4))
+  for a, b in zip(one, four, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  inputs, targets, labels, shown = one
+  np.testing.assert_array_equal(shown, inputs)
+  np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-5)
+  np.testing.assert_array_equal(labels, targets.argmax(1))
+  # An example's own class and the next ones'; after the last comes the first.
+  assert (targets[np.arange(16), np.arange(16) % 4] > 0).all()
+  assert (targets > 0).sum(1).max() == 3
+
+
+def test_the_teacher_may_be_shown_other_images_as_a_control():
+  fetch = images.make_fetch(1, False, (8, 8, 3), chosen("erasing", erasing=1.0), 4)
+  own, targets, _, plain = mapped(fetch, placed(), "plain", 2)
+  again, _, _, other = mapped(fetch, placed(), "other", 2)
+  as_they_are = fetch(placed(), np.arange(16), key=None, positions=None, train=False)
+  np.testing.assert_allclose(plain, as_they_are.inputs, atol=1e-5)
+  np.testing.assert_array_equal(own, again)
+  np.testing.assert_array_equal(targets, np.arange(16) % 4)
+  assert (np.abs(np.stack([own - plain, own - other, other - plain])).max((2, 3, 4)) > 0.3).all()

@@ -7,6 +7,7 @@ from conftest import ROOT
 
 import ban_jax
 from ban_jax import keys, losses, optim, presets
+from ban_jax.data.augment import AUGMENTATIONS
 from experiments import configuration
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -33,7 +34,7 @@ def test_a_public_name_has_a_docstring_of_its_own(name):
 def test_the_configuration_page_is_what_the_command_line_lists():
   shown = (ROOT / "docs" / "configuration.md").read_text("utf-8")
   assert shown == configuration.page() + "\n", "run: experiments/train.py --list > docs/configuration.md"
-  for name in (*keys.KEYS, *presets.MODELS, *presets.SCALES, *losses.LOSSES, *optim.OPTIMIZERS):
+  for name in (*keys.KEYS, *presets.MODELS, *presets.SCALES, *losses.LOSSES, *optim.OPTIMIZERS, *AUGMENTATIONS):
     assert f"`{name}`" in shown
 
 

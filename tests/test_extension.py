@@ -1,4 +1,4 @@
-"""Adding a loss, an optimizer, a network, a data set or a table is its own module and one registry entry.
+"""Adding a loss, an optimizer, an augmentation, a network, a data set or a table is one function, or module, and one registry entry.
 
 What only a caller's project needs, as a module, a text or a writer, is one function's argument.
 """
@@ -18,7 +18,7 @@ from flax import nnx
 import ban_jax
 from ban_jax import config as config_lib
 from ban_jax import data, losses, models, optim, presets
-from ban_jax.data import images
+from ban_jax.data import augment, images
 from ban_jax.models import common
 from experiments.tables import graph
 
@@ -64,6 +64,20 @@ def test_a_writer_is_a_function(tiny):
   cfg = config("digits,own,smoke", train__batch_size=8, **SHORT)
   generation = ban_jax.train_generation(None, cfg, **tiny, **QUIET, writers=[seen.__setitem__])
   assert seen == {6: {"generation": 0, **{name: v for name, v in generation.history[0].items() if name != "step"}}}
+
+
+def test_an_augmentation_is_a_function_and_an_entry(monkeypatch, tiny):
+  def brighter(image, key, *, erasing):
+    return image + erasing * jax.random.uniform(key)
+
+  monkeypatch.setitem(augment.AUGMENTATIONS, "brighter", augment.Augmentation(brighter))
+  cfg = config(data__augment=("mixup", "brighter"), data__erasing=0.9, **SHORT)
+  assert ban_jax.train_generation(None, cfg, **QUIET).index == 0
+  assert config_lib.identity(config_lib.record(cfg), 0)["data.erasing"] == 0.9
+  pairs = [(split["images"], split["labels"]) for split in map(tiny["dataset"].splits.get, ("train", "test"))]
+  given = ban_jax.from_arrays(*pairs, augment={"brighter": {"erasing": 0.5}, "cutmix": {}})
+  assert given.options["augment"] == (("brighter", (("erasing", 0.5),)), ("cutmix", (("cutmix_alpha", 1.0),)))
+  assert given.fetch is not tiny["dataset"].fetch
 
 
 def test_a_network_is_a_file_and_an_entry(monkeypatch):

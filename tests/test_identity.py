@@ -76,6 +76,7 @@ def test_an_unknown_key_is_refused():
     *({"scale": "mine"}, {"generations": 9}, {"data__dir": "/elsewhere"}, {"train__checkpoint_every": 7}),
     *({"train__gradient_split": True}, {"train__evaluate_every": 0}, {"evaluate__batch_size": 10}),
     *({"train__steps_per_dispatch": 4}, {"train__mapping": "shard_map"}, {"evaluate__training_batch_size": 10}),
+    {"data__mixup_alpha": 0.2},
   ],
   ids=str,
 )
@@ -90,6 +91,7 @@ def test_what_no_byte_depends_on_is_not_part_of_the_identity(changes):
     *({"seed": 1}, {"data__pad": 0}, {"model__dropout": 0.1}, {"optim__factor": 0.5}, {"optim__weight_decay": 0.0}),
     *({"train__epochs": 1}, {"train__batch_size": 10}, {"compute_dtype": "bfloat16"}, {"data__train_examples": 60}),
     *({"train__sync_batch_stats": False}, {"loss__class_weights": "balanced"}, {"loss__class_weights": (1.0,) * 10}),
+    *({"train__accumulate": 2}, {"train__ema": 0.9}, {"data__augment": ("mixup",)}),
   ],
   ids=str,
 )
@@ -115,6 +117,12 @@ def test_options_belong_to_what_takes_them():
   assert identity_of(smoothed) != identity_of(config(f"{IMAGES},label_smoothing", loss__smoothing=0.3))
   cosine = {"optim__schedule": "cosine"}
   assert identity_of(config(**cosine, optim__factor=0.5)) == identity_of(config(**cosine))
+  mixed = {"data__augment": ("mixup", "erasing")}
+  assert identity_of(config(**mixed, data__mixup_alpha=0.2)) != identity_of(config(**mixed))
+  assert identity_of(config(**mixed)) != identity_of(config(data__augment=("erasing", "mixup")))
+  for changes in ({"teacher__view": "plain"}, {"teacher__weights": (1.0, 2.0)}):  # generation 0 has no teacher
+    assert identity_of(config(**changes), 0) == identity_of(config(), 0)
+    assert identity_of(config(**changes)) != identity_of(config())
   # Generation 0 has the teacher's network, whatever the students' network is.
   teacher = config("digits,densenet_16_8,smoke,teacher=mlp_16")
   assert identity_of(teacher, 0) == identity_of(config(), 0)

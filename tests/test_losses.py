@@ -297,3 +297,16 @@ def test_equal_class_weights_give_the_same_object():
 def test_equal_options_give_the_same_object():
   assert loss("ban") is loss("ban", label_weight=0.25)  # ban does not use it
   assert loss("ban_label") is not loss("ban_label", label_weight=0.25)
+
+
+@pytest.mark.parametrize("name", ["label", "ban_label", "cwtm", "label_smoothing"])
+def test_mixed_labels_are_learned_by_their_shares(name):
+  z, t = np.asarray(jax.random.normal(KEY, (2, ROWS, CLASSES)))
+  one, other, share = np.array([3, 0, 3, 1]), np.array([1, 0, 4, 2]), np.float32([0.2, 0.7, 1.0, 0.5])
+  rows = np.eye(CLASSES, dtype=np.float32)
+  mixed = share[:, None] * rows[one] + (1 - share[:, None]) * rows[other]
+  weighted = losses.weighted(loss(name), (0.5, 2.0, 7.0, 3.0, 1.0))
+  apply = functools.partial(weighted.apply, key=KEY, positions=POSITIONS)
+  (values, weights), (of_one, its), (of_other, others) = (apply(z, y, t) for y in (mixed, one, other))
+  np.testing.assert_allclose(values, share * of_one + (1 - share) * of_other, rtol=1e-5)
+  np.testing.assert_allclose(weights, share * its + (1 - share) * others, rtol=1e-5)

@@ -365,6 +365,10 @@ class Tensor:
     ({"label_noise": "some"}, "label_noise='some': expected a share in [0, 1)"),
     ({"noise_kind": ["symmetric"]}, "unknown noise_kind (of type list); choose one of: pairwise, symmetric"),
     ({"flip": "no"}, "flip='no': expected True or False"),
+    ({"augment": "mixup"}, "augment='mixup': expected a sequence of names, or of each name the options"),
+    ({"augment": ("mix",)}, "unknown augmentation 'mix'; choose one of: cutmix, erasing, mixup, "),
+    ({"augment": {"mixup": {"alpha": 1}}}, "unknown option of mixup 'alpha'; choose one of: mixup_alpha"),
+    ({"augment": {"erasing": {"erasing": 2}}}, "erasing=2: expected a share from 0 to 1"),
     (
       {"train": ([PIXELS[0], PIXELS[0, 1:]], LABELS[:2])},
       "arrays, train: the images cannot be one array: ",

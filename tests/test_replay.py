@@ -17,8 +17,9 @@ from ban_jax import job as job_lib
 from ban_jax.errors import CheckpointError, ConfigError, StorageError
 from configs import pydoc
 
-# Crops, flips and dropout: all that is drawn in a step.
+# Crops, flips, mixed images and dropout: all that is drawn in a step.
 AUGMENTED = {"train__epochs": 2, "train__evaluate_every": 0, "data__flip": True, "model__dropout": 0.2}
+AUGMENTED |= {"data__augment": ("mixup",), "teacher__weights": (0.8, 0.2)}
 
 
 def train(teacher, cfg, **options):
@@ -67,7 +68,8 @@ def test_students_of_other_losses_share_a_recording_and_other_streams_do_not(tea
   assert record(seed=5) == 4
   assert record(data__flip=False) == 6
   assert record(train__batch_size=12) == 8
-  assert record(train__epochs=3) == 9  # the third epoch of the first stream
+  assert record(teacher__view="other") == 10
+  assert record(train__epochs=3) == 11  # the third epoch of the first stream
 
 
 def interrupted(*_):

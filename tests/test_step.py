@@ -53,11 +53,11 @@ def sgd():
   return Updates(optim.make(config().optim.to_dict() | plain, 1).transformation)
 
 
-def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), mapping="pmap"):
+def make_step(loss, members, devices, frozen=(), split=False, class_weights=(), mapping="pmap", teachers=()):
   group = {"name": loss, "temperature": 1.0, "label_weight": 0.3, "teacher_weight": 0.7, "smoothing": 0.1}
   return step.make_train_step(
     student=MODEL,
-    teaching=teacher.live((MODEL,) * members) if members else teacher.none(),
+    teaching=teacher.live((MODEL,) * members, weights=teachers) if members else teacher.none(),
     frozen=frozen,
     loss=losses.weighted(losses.make_loss(group), class_weights) if class_weights else losses.make_loss(group),
     updates=sgd(),
@@ -75,9 +75,9 @@ def initial(frozen=()):
   return variables, jax.device_get(sgd().init(MODEL.init(jax.random.key(1)), copied))
 
 
-def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weights=()):
+def one_step(loss, teachers, index, devices, frozen=(), split=False, class_weights=(), weights=()):
   """Returns (variables before, state after, sums, placed teachers) of one step of plain SGD with rate 1."""
-  train_step = make_step(loss, len(teachers), devices, frozen, split, class_weights)
+  train_step = make_step(loss, len(teachers), devices, frozen, split, class_weights, teachers=weights)
   variables, state = initial(frozen)
   placed = devices_lib.broadcast(tuple(teachers), devices)
   new_state, _, rows = train_step.run(
@@ -164,11 +164,13 @@ def test_padding_rows_count_for_nothing():
     np.testing.assert_allclose(padded_sums[name], value, rtol=1e-6)
 
 
-def test_several_teachers_teach_by_their_mean_probabilities():
+@pytest.mark.parametrize("weights", [(), (0.9, 0.1)], ids=str)
+def test_several_teachers_teach_by_their_mean_probabilities(weights):
   index = np.arange(16)
-  before, after, _, _ = one_step("ban", [TEACHER, OTHER], index, tuple(jax.devices()[:4]))
+  before, after, _, _ = one_step("ban", [TEACHER, OTHER], index, tuple(jax.devices()[:4]), weights=weights)
   x = arrays()["inputs"][index]
-  p = (softmax(x @ TEACHER["params"]["kernel"]) + softmax(x @ OTHER["params"]["kernel"])) / 2
+  every = [softmax(x @ member["params"]["kernel"]) for member in (TEACHER, OTHER)]
+  p = np.average(every, axis=0, weights=weights or None)
   q = softmax(x @ before["params"]["kernel"])
   np.testing.assert_allclose(
     after.params["kernel"], expected_update(before, index, q - p, np.ones(16)), rtol=2e-5, atol=1e-6

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ban_jax.data import cifar, digits, enwik8, own, ptb, pydoc, tfds, wikitext
+from ban_jax.data import augment, cifar, digits, enwik8, own, ptb, pydoc, tfds, wikitext
 from ban_jax.errors import ConfigError
 from ban_jax.registry import Registry
 from ban_jax.types import Dataset, Kind
@@ -49,7 +49,16 @@ def load(group: Mapping[str, Any]) -> Dataset:
   types and ranges: what is checked here is whether they fit the data. Raises ConfigError if they do not, or for an
   unknown name, and DataError where the data are missing or broken.
   """
-  return _load(group["name"], **DATASETS.arguments(group["name"], group))
+  return _load(group["name"], **_arguments(group))
+
+
+def _arguments(group: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the arguments of the data set that a `data` group names, the augmentations with their options."""
+  found = DATASETS.arguments(group["name"], group)
+  options = found["options"]
+  if hasattr(options, "augment"):
+    found["options"] = options._replace(augment=augment.choose(options.augment, group))
+  return found
 
 
 @functools.lru_cache(maxsize=4)  # one CIFAR is 185 MB: a sweep over many subsets should not keep them all
@@ -67,7 +76,7 @@ def describe(group: Mapping[str, Any]) -> Dataset:
   """
   source = DATASETS.find(group["name"])
   if source.describe:
-    return source.describe(DATASETS.arguments(group["name"], group)["options"])
+    return source.describe(_arguments(group)["options"])
   dataset = load(group)
   splits = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(dataset.splits))
   return dataset._replace(splits=splits, digest="")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, UInt8
 from ban_jax import errors
 from ban_jax.data import augment, noise
 from ban_jax.data.arrays import digest, make_read_only, padded_range
+from ban_jax.data.augment import Chosen
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Batch, Dataset, InputSpec, maker
 
@@ -32,6 +33,7 @@ class Options(NamedTuple):
   label_noise: float = 0.0  # share of the training labels that are replaced by another class, in [0, 1)
   noise_kind: str = "symmetric"  # a key of noise.KINDS
   noise_seed: int = 0  # which labels are replaced, and by what
+  augment: Chosen = ()  # further augmentations
 
 
 class Examples(NamedTuple):
@@ -184,7 +186,7 @@ def _dataset(name: str, spec: InputSpec, splits: Any, sizes: Mapping[str, int], 
     splits=splits,
     sizes=sizes,
     digest="",
-    fetch=make_fetch(options.pad, options.flip, spec.shape),
+    fetch=make_fetch(options.pad, options.flip, spec.shape, options.augment, spec.num_classes),
     pack=pack,
     train_order=functools.partial(_train_order, name, sizes["train"]),
     eval_order=functools.partial(_eval_order, name, sizes),
@@ -279,8 +281,12 @@ def pack(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @maker
-def make_fetch(pad: int, flip: bool, shape: tuple[int, int, int]) -> Callable[..., Batch]:
+def make_fetch(
+  pad: int, flip: bool, shape: tuple[int, int, int], chosen: Chosen = (), num_classes: int = 0
+) -> Callable[..., Batch]:
   """Returns the function that cuts a mini-batch of images of `shape` out of a split, the same for the same arguments.
+
+  `chosen` are augmentations beside crop and flip, which need the number of classes where they mix images.
 
   Compiled steps are memoised on that object, so what differs between image data sets comes in through `arrays` and is
   never a constant of the program.
@@ -294,7 +300,7 @@ def make_fetch(pad: int, flip: bool, shape: tuple[int, int, int]) -> Callable[..
     positions: Int[Array, " B"] | None,
     train: bool,
   ) -> Batch:
-    """Gathers the images at `index`, crops and flips them if `train` is true, and normalises them per channel.
+    """Gathers the images at `index`, normalises them per channel and, if `train` is true, augments them.
 
     Returns float32 [B, H, W, C] of mean 0 and standard deviation 1 over the training set. A negative index gives a
     padding row: some image, mask False. `key` and `positions` may be None if `train` is false.
@@ -309,7 +315,15 @@ def make_fetch(pad: int, flip: bool, shape: tuple[int, int, int]) -> Callable[..
         images = augment.crop(images, offsets, pad)
       if flip:
         images = augment.flip(images, flips)
-    return Batch(normalise(images, arrays["mean"], arrays["std"]), arrays["labels"][rows], index >= 0)
+    batch = Batch(normalise(images, arrays["mean"], arrays["std"]), arrays["labels"][rows], index >= 0)
+    if not (train and chosen):
+      return batch
+    assert key is not None
+    assert positions is not None
+    inputs, shares = augment.apply(chosen, batch.inputs, batch.labels, num_classes, key, positions)
+    if shares is None:
+      return batch._replace(inputs=inputs)
+    return batch._replace(inputs=inputs, labels=shares.argmax(-1).astype(jnp.int32), shares=shares)
 
   return fetch
 

@@ -1,16 +1,18 @@
 """A caller's own images as a data set."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from ban_jax import devices as devices_lib
+from ban_jax.data import augment as augment_lib
 from ban_jax.data import images, noise
 from ban_jax.data.arrays import as_array
 from ban_jax.errors import ConfigError, DataError, check_whole, look_up
+from ban_jax.keys import KEYS
 from ban_jax.types import Dataset
 
 Pair = tuple[Any, Any]  # images and labels, as arrays or what numpy.asarray takes
@@ -34,6 +36,7 @@ def from_arrays(
   num_classes: int | None = None,
   pad: int = 0,
   flip: bool = False,
+  augment: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
   name: str = "arrays",
   train_examples: int = 0,
   label_noise: float = 0.0,
@@ -52,6 +55,8 @@ def from_arrays(
     num_classes: by default the largest label plus one.
     pad: pixels of reflection that are added before a random crop.
     flip: whether to mirror at random.
+    augment: names of further augmentations in their order, as in `data.augment`, perhaps with their options:
+      {"erasing": {}, "mixup": {"mixup_alpha": 0.2}}.
     name: the data set's name, in messages and records.
     train_examples: a class-balanced or proportional choice of so many training examples, as `data.train_examples`.
     label_noise: the share of training labels that are made wrong, as `data.label_noise`.
@@ -81,6 +86,7 @@ def from_arrays(
     raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
   if not isinstance(flip, bool | np.bool_):
     raise ConfigError(f"flip={flip!r}: expected True or False")
+  chosen = _augmentations(augment)
   given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
   parts = {split: _examples(name, split, pair) for split, pair in given.items()}
   largest = max(int(part.labels.max(initial=0)) for part in parts.values())
@@ -94,6 +100,7 @@ def from_arrays(
     label_noise=float(label_noise),
     noise_kind=noise_kind,
     noise_seed=check_whole("noise_seed", noise_seed, 0),
+    augment=chosen,
   )
   dataset = images.build(
     name,
@@ -103,7 +110,25 @@ def from_arrays(
     options=options,
     validation=parts.get("validation"),
   )
-  return dataset._replace(options={"name": name, **options._asdict()})
+  recorded = {key: value for key, value in options._asdict().items() if key != "augment" or value}  # as before it was
+  return dataset._replace(options={"name": name, **recorded})
+
+
+def _augmentations(given: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> augment_lib.Chosen:
+  """Returns the augmentations that are named, with their options; raises a ConfigError that names what is wrong."""
+  if isinstance(given, str) or not isinstance(given, Sequence | Mapping):
+    raise ConfigError(f"augment={given!r}: expected a sequence of names, or of each name the options")
+  defaults = {name.removeprefix("data."): key for name, key in KEYS.items() if name.startswith("data.")}
+  found: augment_lib.Chosen = ()
+  for name in given:
+    own = given[name] if isinstance(given, Mapping) else {}
+    options = augment_lib.AUGMENTATIONS.options(name)
+    for option, value in own.items():
+      look_up(dict.fromkeys(options), option, f"option of {name}")
+      if not defaults[option].rule.holds(value):
+        raise ConfigError(f"{option}={value!r}: expected {defaults[option].rule.expected}")
+    found += augment_lib.choose([name], {**{option: defaults[option].default for option in options}, **own})
+  return found
 
 
 def _examples(name: str, split: str, pair: Pair) -> images.Examples:

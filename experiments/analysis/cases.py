@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ban_jax import config, data, presets, programs, replay, resolving, step, train
 from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
-from ban_jax.data import images, text
+from ban_jax.data import augment, images, text
 from ban_jax.errors import look_up
 from ban_jax.job import Job
 from ban_jax.programs import Program
@@ -113,6 +113,7 @@ def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
     labels = rng.permutation(np.arange(len(pixels), dtype=np.int32) % classes)  # some of each class
     pool = images.Examples(pixels, labels)
     options = images.Options(**{key: group[key] for key in images.Options._fields})
+    options = options._replace(augment=augment.choose(options.augment, group))
     return images.build(group["name"], pool, images.take(pool, np.arange(1)), num_classes=classes, options=options)
   words = known.spec.words
   # A line's end is a token, too.
