@@ -206,12 +206,12 @@ def test_every_distortion_is_about_equally_frequent_and_none_at_strength_0():
 def mapped(fetch, arrays, view, count):
   """Returns what a step's mini-batch of 16 examples is on so many devices, and what the teacher sees."""
 
-  def rows(index, key_data):
-    drawn = step.batch_of(fetch, arrays, index, key_data, jnp.int32(3), view)
+  def rows(feed, key_data):
+    drawn = step.batch_of(fetch, arrays, feed, key_data, jnp.int32(3), view)
     return drawn.batch.inputs, drawn.batch.targets, drawn.batch.labels, drawn.shown.inputs
 
   run = devices_lib.pmap(rows, devices=tuple(jax.devices()[:count]), in_axes=(0, None))
-  found = run(np.arange(16, dtype=np.int32).reshape(count, -1), jax.random.key_data(jax.random.key(5)))
+  found = run({"index": np.arange(16, dtype=np.int32).reshape(count, -1)}, jax.random.key_data(jax.random.key(5)))
   return [np.asarray(leaf).reshape(16, *leaf.shape[2:]) for leaf in found]
 
 
