@@ -1,4 +1,4 @@
-"""Adding a loss, an optimizer, an augmentation, a network, a data set or a table is one function, or module, and one registry entry.
+"""Adding a loss, an optimizer, an augmentation, a network, a data set or a table is one module and one entry.
 
 What only a caller's project needs, as a module, a text or a writer, is one function's argument.
 """
