@@ -1,4 +1,4 @@
-"""Compiled steps: collectives, transfers, lowering for TPU and GPU, and the arithmetic of docs/scaling.md."""
+"""Compiled steps: collectives, transfers, lowering for TPU and GPU, and counted operations."""
 
 import functools
 import re
@@ -15,7 +15,6 @@ from ban_jax.errors import ConfigError
 from ban_jax.resolving import make_models
 from ban_jax.updates import Updates
 from configs import cifar, pydoc
-from experiments import scaling
 
 WRN = "digits,wrn_10_1,smoke"
 # Network -> its batch norms, and the products and convolutions of a forward pass and of a training step: the teacher's
@@ -50,7 +49,12 @@ def texts(name, *, taught=True, count=4):
 
 
 def kinds(text):
-  return [entry.kind for entry in scaling.collectives(text)]
+  return [kind for kind, _ in compiled_lib.exchanges(text)]
+
+
+def exchanged(text):
+  """Returns the kind and the bytes of each exchange in a compiled program."""
+  return [(kind, each.bytes) for kind, each in compiled_lib.exchanges(text)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -65,7 +69,7 @@ def test_a_training_step_has_two_all_reduces_a_batch_norm_and_two_more(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_is_exchanged_for_the_teacher_or_the_data(name):
   student, teacher = texts(name)[1], texts(name, taught=False)[1]
-  assert scaling.collectives(student) == scaling.collectives(teacher)
+  assert exchanged(student) == exchanged(teacher)
   assert set(kinds(student)) == {"all-reduce"}
   # Labels and images are integers too, but only the errors and the count are summed over the devices.
   found = [each for _, each in compiled_lib.exchanges(student)]
@@ -110,7 +114,7 @@ def test_an_evaluation_step_has_two_all_reduces():
 
 
 def test_collectives_do_not_depend_on_the_number_of_devices():
-  two, four = (scaling.collectives(texts("wide_resnet", count=count)[1]) for count in (2, 4))
+  two, four = (exchanged(texts("wide_resnet", count=count)[1]) for count in (2, 4))
   assert two == four != []
 
 
@@ -230,35 +234,6 @@ def test_a_scan_counts_its_steps_and_an_unknown_loop_is_refused():
   loop = programs.Program(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), (x,))
   with pytest.raises(ValueError, match="loop of unknown length"):
     programs.count_flops(loop)
-
-
-def test_an_all_reduce_takes_what_the_ring_takes():
-  ring = scaling.Slice((8,), link=1e9, hop=1e-6)
-  # 2 (n - 1) / n of the bytes over both directions of a closed ring, and the hops halfway round and back.
-  assert scaling.all_reduce_seconds(10**6, ring) == pytest.approx(2 * 7 / 8 * 1e6 / 2e9 + 2 * 4e-6)
-  line = scaling.Slice((2,), link=1e9, hop=1e-6)
-  assert scaling.all_reduce_seconds(10**6, line) == pytest.approx(1e6 / 1e9 + 2e-6)
-  # On several axes the bytes are those of one ring; only the hops grow with the lengths of the axes.
-  cube = scaling.Slice((4, 4, 4), link=1e9, hop=0)
-  assert scaling.all_reduce_seconds(10**6, cube) == pytest.approx(2 * 63 / 64 * 1e6 / 2e9)
-  assert scaling.all_reduce_seconds(0, cube._replace(hop=1e-6)) == pytest.approx(2 * 3 * 2e-6)
-
-
-def test_the_table_of_efficiencies():
-  found = [scaling.Collective("all-reduce", 4_000_000), scaling.Collective("all-reduce", 0)]
-  slices = scaling.parse_slices(["4", "8x8x8"], link=1e9, hop=1e-6)
-  rows = scaling.scaling_table(found, flops=1e9, batch=128, rate=1e12, slices=slices)
-  # 32 examples of 1 ms; 3 ms and 4 hops of 1 us for the largest, 4 hops for the other.
-  assert rows[1] == ["4", "4", "128", "32", "32.000", "3.004", "0.004", "91%", "3,656"]
-  assert rows[2] == ["512", "8x8x8", "128", "cannot be shared", "", "", "", "", ""]
-  assert rows[3][:5] == ["4", "4", "512", "128", "128.000"]
-  assert len(rows) == 5
-
-
-@pytest.mark.parametrize("name", ["", "4x", "x4", "0x2", "4*4", "-4"])
-def test_slices_that_cannot_be_read_are_refused(name):
-  with pytest.raises(ConfigError, match=re.escape(f"--slices={name}")):
-    scaling.parse_slices([name], 1.0, 1.0)
 
 
 @pytest.mark.parametrize("make", [train_program, eval_program])
