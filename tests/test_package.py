@@ -51,7 +51,7 @@ def test_the_quickstart_ends_with_a_table_and_a_plot_and_is_shown_at_once_afterw
 def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   command = [sys.executable, "-m", "experiments.enough", f"--workdir={tmp_path}", "--seeds=1", "--devices=1",
              f"--words={IMAGES}", "--noise=0.4", "--epochs=1,2", "--generations=1"]  # fmt: skip
-  done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+  done = forks.run(command, cwd="/")
   assert done.returncode == 0, done.stderr
   for epochs in (1, 2):
     assert f"| 40%          | {epochs}      |" in done.stdout
@@ -61,7 +61,7 @@ def test_how_much_training_is_enough_is_tabled_and_plotted(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / "enough.jsonl").read_text().splitlines()]
   assert [line["changes"]["train.epochs"] for line in lines if "train.epochs" in line["changes"]] == [1]
   assert all(list(line["results"]) == ["teacher", "BAN-1"] for line in lines)
-  refused = subprocess.run([*command, "--epochs=ten"], capture_output=True, text=True, cwd="/", check=False)
+  refused = forks.run([*command, "--epochs=ten"], cwd="/")
   assert refused.returncode == 2
   assert "error: --noise and --epochs take numbers, separated by commas" in refused.stderr
 

@@ -137,7 +137,8 @@ def _number(number: float, form: str) -> str:
 
 def _entry(entry: Entry, seeds: int) -> list[str]:
   """Returns an entry's line in the Markdown table, from its column to its difference from the reference."""
-  cell, difference, form = entry.cell, entry.difference, f".{results.DECIMALS[entry.cell.metric]}f"
+  cell, difference = entry.cell, entry.difference
+  form = f".{results.DECIMALS[cell.metric] if cell.metric else 2}f"  # a cell that is only quoted has no metric
   paper = "" if cell.paper is None else f"{cell.paper:g}"
   ours = "…" if cell.members else "quoted only"
   if entry.values:
