@@ -21,7 +21,7 @@ PLAIN_INTERVAL = 30.0
 # What a terminal shows: at 80 columns the bar and the rate give way, not the values.
 LINE = "{desc}: {n_fmt}/{total_fmt}{postfix}, {remaining} left {bar} {rate_fmt}"
 # The metrics that TensorBoard groups by split; any other number of an epoch is the training's.
-GROUPED = ("loss", "error", "nll", "ece", "brier", "perplexity")
+GROUPED = ("loss", "error", "nll", "ece", "brier", "perplexity", "bits_per_byte", "bits_per_character")
 
 Writer = Callable[[int, Mapping[str, float]], Any]
 
@@ -157,8 +157,8 @@ def tensorboard(
 
 def _tag(name: str) -> str:
   """Returns the tag of an epoch's number."""
-  split, _, metric = name.rpartition("_")
-  return f"{split}/{metric}" if split and metric in GROUPED else f"train/{name}"
+  metric = next((metric for metric in GROUPED if name.endswith(f"_{metric}")), "")
+  return f"{name.removesuffix(f'_{metric}')}/{metric}" if metric else f"train/{name}"
 
 
 def _last_time(events: epath.Path) -> float:
