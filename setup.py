@@ -11,7 +11,6 @@ LIBTPU = 'jax[tpu]>=0.10.2; sys_platform == "linux" and platform_machine == "x86
 TFDS = [
   "array_record",  # the file format of a prepared data directory
   "importlib_resources",  # TFDS needs it and does not say so
-  "pillow",  # TFDS decodes images with it where TensorFlow is absent
   "requests",  # asks for the archive before a long download is begun
   "tensorflow-datasets>=4.9.10",
 ]
@@ -58,6 +57,7 @@ setuptools.setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "pillow",  # decodes the images of a stream, and those of TFDS where TensorFlow is absent
     "safetensors",
     "scikit-learn",  # the embedded data set: handwritten digits
     "tensorboardX",

@@ -4,6 +4,7 @@ from ban_jax.averaging import average
 from ban_jax.card import export_card
 from ban_jax.data.own import from_arrays
 from ban_jax.data.own_text import from_text
+from ban_jax.data.source import from_source
 from ban_jax.errors import (
   BanError,
   CheckpointError,
@@ -59,6 +60,7 @@ __all__ = [
   "from_nnx",
   "from_optax",
   "from_text",
+  "from_source",
   "get_config",
   "keep_freed_memory",
   "load",

@@ -217,7 +217,12 @@ def _loss(setup: Setup, *, taught: bool) -> Loss:
   weights = cfg.loss.class_weights
   if not weights:
     return loss
-  labels, classes = dataset.splits["train"]["labels"], dataset.spec.num_classes
+  if "train" in dataset.streams and weights == "balanced":
+    raise ConfigError(
+      "loss.class_weights='balanced': expected a weight for each class, because it takes the labels of all examples, "
+      f"and {dataset.name} is streamed"
+    )
+  labels, classes = dataset.splits["train"].get("labels", ()), dataset.spec.num_classes
   if isinstance(labels, jax.ShapeDtypeStruct):
     labels = np.arange(classes)  # no shape depends on them
   return losses.weighted(loss, losses.class_weights(weights, labels, classes))

@@ -223,6 +223,30 @@ KEYS = {
     'The set\'s own validation split; "" for none, or for one by `data.validation`.',
     unused=("", _NOT_BY_NAME),
   ),
+  "data.stream": Key(
+    False,
+    FLAG,
+    "Whether images are read as they are needed, in the order of the set's files, and not held by every device. It "
+    "happens unasked where a split takes more than half of a device's memory.",
+    neutral=False,
+    unused=(False, _NOT_BY_NAME),
+  ),
+  "data.view": Key(
+    "whole",
+    Rule(lambda v: v in ("whole", "crops"), "'whole' or 'crops'"),
+    'What of a stream\'s image becomes data.size x data.size pixels: "whole", all of it, or "crops", a random part in '
+    "training and the middle in evaluation (Szegedy et al. 2015).",
+    neutral="whole",
+    unused=("whole", _NOT_BY_NAME),
+  ),
+  "data.workers": Key(
+    0,
+    whole(0),
+    "Processes that read a stream; 0 reads by threads. No byte depends on it.",
+    in_identity=False,
+    neutral=0,
+    unused=(0, _NOT_BY_NAME),
+  ),
   "teacher.loss": Key(
     "label",
     NAME,

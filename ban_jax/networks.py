@@ -88,7 +88,10 @@ def continued(initial: Member | None, setup: Setup) -> Setup:
     return setup
   statistics = {name: np.array(network.scaling[name], np.float32) for name in ("mean", "std")}
   splits = {split: {**arrays, **statistics} for split, arrays in setup.dataset.splits.items()}
-  return setup._replace(dataset=setup.dataset._replace(splits=splits, digest=arrays_lib.digest(splits)))
+  digest = arrays_lib.digest(splits)
+  if setup.dataset.streams:  # whose arrays say nothing of the images
+    digest = trees.json_digest([setup.dataset.digest, digest])
+  return setup._replace(dataset=setup.dataset._replace(splits=splits, digest=digest))
 
 
 def _model_of(member: Generation, network: Network, setup: Setup, label: str) -> Model:

@@ -67,7 +67,8 @@ def save(
   **record: Any,
 ) -> None:
   """Saves a checkpoint after `step` steps, without waiting for the disk."""
-  lineage = {key: value for key, value in job.lineage.items() if key != "data"}  # which nobody resumes by
+  # Nobody resumes by what is known of data on the devices.
+  lineage = {key: value for key, value in job.lineage.items() if key != "data" or job.dataset.streams}
   storage.save_step(checkpoints, step, tree, {"lineage": lineage, **record})
 
 

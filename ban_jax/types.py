@@ -203,7 +203,7 @@ class Dataset(NamedTuple):
   @property
   def scaling(self) -> dict[str, Any]:
     """How its images are normalised, as Network records it; {} for text, images without a mean, and shapes."""
-    arrays = self.splits["train"]
+    arrays = {**self.splits["train"], **(self.streams["train"].row if "train" in self.streams else {})}
     known = {"images", "mean", "std"} <= arrays.keys() and not isinstance(arrays["mean"], jax.ShapeDtypeStruct)
     if self.spec.kind != "images" or not known:
       return {}

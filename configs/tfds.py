@@ -2,12 +2,14 @@
 
 python experiments/train.py --config=configs/tfds.py:fashion_mnist,wrn_16_4,paper --workdir=runs/fashion
 
-The settings are those of CIFAR. What may have to be changed:
+The settings are those of CIFAR, but for ImageNet, which has its own: imagenet2012,resnet_50,paper. What may have to be
+changed:
 
   --config.data.size=32                      for images of different sizes
   --config.data.flip=False                   where a mirrored image is another class, as with digits and letters
   --config.data.validation_split=validation  for the set's own validation split
   --config.data.test_split=validation        for a set without a test split
+  --config.data.stream=True                  for a set larger than memory
   --config.data.train_split="train[:80%]" --config.data.test_split="train[80%:]"  for one with a training split alone
 """
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 import test_own
 import test_own_text
+import test_streams
 from conftest import ROOT
 from test_own import arrays, cnn, dataset, run  # noqa: F401  fixtures
 
@@ -119,6 +120,13 @@ def sentences(run, dataset):  # noqa: F811
   found += [
     sentence(ban_jax.from_text, given, **{"window": 1, **changes})
     for given, changes, _ in cases(test_own_text.test_what_is_no_text_is_named)
+  ]
+  found += [
+    sentence(test_streams.streamed, **given) for given, _, _ in cases(test_streams.test_wrong_sources_are_refused)
+  ]
+  found += [
+    sentence(test_streams.streamed, train_source=test_streams.replaced(77, record))
+    for record, _ in cases(test_streams.test_what_cannot_be_read_is_named_by_its_record)
   ]
   found += [
     sentence(ban_jax.from_flax, module, dataset)

@@ -151,7 +151,7 @@ def build(
   }
   make_read_only(splits)
   sizes = {split: len(part.labels) for split, part in parts.items()}
-  dataset = _dataset(name, InputSpec("images", shape, num_classes), splits, sizes, options)
+  dataset = assemble(name, InputSpec("images", shape, num_classes), splits, sizes, options)
   return dataset._replace(digest=digest(splits), record=record)
 
 
@@ -176,10 +176,11 @@ def describe(
     }
     for split, size in sizes.items()
   }
-  return _dataset(name, InputSpec("images", shape, num_classes), splits, sizes, options)
+  return assemble(name, InputSpec("images", shape, num_classes), splits, sizes, options)
 
 
-def _dataset(name: str, spec: InputSpec, splits: Any, sizes: Mapping[str, int], options: Options) -> Dataset:
+def assemble(name: str, spec: InputSpec, splits: Any, sizes: Mapping[str, int], options: Options) -> Dataset:
+  """Returns the Dataset of splits' arrays, or their shapes, without a digest."""
   return Dataset(
     name=name,
     spec=spec,

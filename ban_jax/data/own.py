@@ -86,7 +86,7 @@ def from_arrays(
     raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
   if not isinstance(flip, bool | np.bool_):
     raise ConfigError(f"flip={flip!r}: expected True or False")
-  chosen = _augmentations(augment)
+  chosen = augmentations(augment)
   given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
   parts = {split: _examples(name, split, pair) for split, pair in given.items()}
   largest = max(int(part.labels.max(initial=0)) for part in parts.values())
@@ -114,7 +114,7 @@ def from_arrays(
   return dataset._replace(options={"name": name, **recorded})
 
 
-def _augmentations(given: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> augment_lib.Chosen:
+def augmentations(given: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> augment_lib.Chosen:
   """Returns the augmentations that are named, with their options; raises a ConfigError that names what is wrong."""
   if isinstance(given, str) or not isinstance(given, Sequence | Mapping):
     raise ConfigError(f"augment={given!r}: expected a sequence of names, or of each name the options")

@@ -8,9 +8,11 @@ import difflib
 import functools
 import hashlib
 import itertools
+import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -65,6 +67,59 @@ def _read(dataset: str, size: int, wanted: Splits, root: pathlib.Path) -> tuple[
       raise _sizes_differ(dataset, shapes[0], other)
   make_read_only(list(parts.values()))  # every subset of the data set shares them
   return parts, num_classes
+
+
+class Prepared:
+  """A split of a prepared set as a source of encoded images, whose records are read one by one, in the files' order.
+
+  Its `identity` is that of the files: their names, sizes, and the records that are taken of each.
+  """
+
+  def __init__(self, dataset: str, root: pathlib.Path, split: str):
+    self.made_of = dataset, root, split
+    builder = _find(dataset, root) or _prepare(dataset, root)
+    (image, _), _ = _features(dataset, builder.info)
+    try:
+      self.source = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+      raise _unreadable_format(dataset, builder) from error
+    except Exception as error:
+      raise _damaged(dataset, builder.data_dir, error) from error
+    parts = builder.info.splits[split].file_instructions
+    files = [(os.path.basename(part.filename), os.path.getsize(part.filename), part.skip, part.take) for part in parts]
+    listed = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    self.identity = {"set": builder.info.full_name, "split": split, "files": len(files), "sha256": listed}
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, number: int) -> Mapping[str, Any]:
+    return self.source[number]
+
+  def __reduce__(self):
+    return Prepared, self.made_of
+
+
+class Known(NamedTuple):
+  """What is known of a set before its images are read."""
+
+  root: pathlib.Path
+  keys: tuple[str, str]  # of an image and its class
+  num_classes: int
+  shape: tuple[int | None, ...]  # [H, W, C] of an image, None where images differ
+  sizes: Mapping[str, int]  # examples of each split that is wanted, by its key
+
+
+def look(dataset: str, wanted: Splits, directory: str) -> Known:
+  """Returns what is known of a set, which is prepared if it is not there; raises as `read` does."""
+  _parse(dataset)
+  root = tfds_files.find_root(dataset, directory)
+  with tfds_files.looking_into(dataset, root):
+    builder = _find(dataset, root) or _prepare(dataset, root)
+    keys, num_classes = _features(dataset, builder.info)
+    _check_splits(dataset, builder.info, dict(wanted))
+    sizes = {key: builder.info.splits[split].num_examples for key, split in wanted}
+    return Known(root, keys, num_classes, builder.info.features[keys[0]].shape, sizes)
 
 
 def _parse(dataset: str) -> tuple[str, dict[str, str]]:

@@ -176,6 +176,12 @@ def check_lineage(own: Mapping[str, Any], recorded: Mapping[str, Any], directory
     for key in ("generation", "teachers", "dataset", "initial")
     if own.get(key) != recorded.get(key)
   ]
+  streams = [each.get("data", {}).get("stream", {}) for each in (recorded, own)]
+  for split in streams[0].keys() & streams[1].keys():
+    there, here = (stream[split] for stream in streams)
+    differing += [
+      f"{split}'s {key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]
+    ]
   values: Any = recorded.get("config")
   if isinstance(values, str):  # an earlier version's digest of what config.json holds
     values = read_json(directory.parent / "config.json")

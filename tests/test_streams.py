@@ -1,0 +1,325 @@
+"""Streamed data: the bytes of resident ones for any devices, processes, workers and kills; errors with their record."""
+
+import contextlib
+import functools
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, Linear
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import ban_jax
+from ban_jax import devices as devices_lib
+from ban_jax import feeding, train, trees
+from ban_jax.data import decoding
+from ban_jax.errors import CheckpointError, ConfigError, DataError
+
+
+class Records:
+  """A source of one's own: digits as mappings, from a beginning to an end."""
+
+  def __init__(self, first, end):
+    pixels, self.labels = (array[first:end] for array in load_digits(return_X_y=True))
+    self.images, self.labels = (15 * pixels.reshape(-1, 8, 8)).astype(np.uint8), self.labels % 4
+
+  def __len__(self):
+    return len(self.labels)
+
+  def __getitem__(self, number):
+    return {"image": self.images[number], "label": self.labels[number]}
+
+
+class Killed(BaseException):
+  """Ends a training between two dispatches."""
+
+
+class Fatal(Records):
+  def __getitem__(self, number):
+    os._exit(1)
+
+
+TRAIN, TEST = Records(0, 160), Records(900, 1003)
+
+
+def resident():
+  return ban_jax.from_arrays((TRAIN.images, TRAIN.labels), (TEST.images, TEST.labels), pad=1)
+
+
+def streamed(workers=0, train_source=TRAIN, **options):
+  return ban_jax.from_source(train_source, TEST, **{"num_classes": 4, "pad": 1, "workers": workers, **options})
+
+
+@functools.cache
+def linear():
+  """Returns a network that compiles in no time."""
+  return ban_jax.from_flax(Linear(), resident())
+
+
+def small(**changes):
+  cfg = ban_jax.get_config("own,own,smoke")
+  cfg.train.update(epochs=2, batch_size=40, checkpoint_every=1, evaluate_every=0)
+  cfg.train.update(changes)
+  return cfg
+
+
+def train_one(dataset, taught_by=None, cfg=None, **given):
+  return ban_jax.train_generation(taught_by, cfg or small(), dataset=dataset, model=linear(), progress=False, **given)
+
+
+def train_two(dataset, devices=None, cfg=None):
+  teacher = train_one(dataset, cfg=cfg, devices=devices)
+  return teacher, train_one(dataset, teacher, cfg, devices=devices)
+
+
+def known(generations):
+  """Returns all that two runs must agree on."""
+  return [(trees.digest(one.params), one.metrics) for one in generations]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_stream_trains_the_bytes_of_resident_data_on_any_number_of_devices(count):
+  devices = jax.devices()[:count]
+  generations = train_two(streamed(), devices)
+  assert known(generations) == known(train_two(resident(), devices))
+  assert generations[1].metrics["test_count"] == 103  # an uneven last batch
+  assert generations[0].history[0]["waited"] >= 0
+
+
+def test_killed_twice_and_resumed_by_other_workers_on_other_devices(tmp_path):
+  @contextlib.contextmanager
+  def killed_at(step):
+    real = train._advance
+
+    def advance(lane, live):
+      live = real(lane, live)
+      if live.done >= step:
+        raise Killed
+      return live
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "_advance", advance)
+      with pytest.raises(Killed):
+        yield
+
+  found = []
+  for name, made in (("resident", lambda workers: resident()), ("streamed", streamed)):
+    for step, workers, count in ((3, 0, 2), (6, 1, 4)):
+      with killed_at(step):
+        train_one(made(workers), devices=jax.devices()[:count], workdir=tmp_path / name)
+    found.append(train_one(made(0), devices=jax.devices()[:1], workdir=tmp_path / name))
+  assert known(found[:1]) == known(found[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_neither_workers_nor_where_reading_begins_change_what_is_read(workers):
+  order = np.random.default_rng(0).permutation(160).astype(np.int32).reshape(4, 40)
+  devices = tuple(jax.devices()[:2])
+  dataset = streamed(workers)
+  first, *rest = feeding.feeds(dataset, "train", order[1:], [2, 1], devices, 2, first=1, draw=(0, 0, 0))
+  assert first["images"].shape == (2, 2, 20, 64)
+  expected = TRAIN.images[order].reshape(4, 2, 20, 64).swapaxes(0, 1)
+  np.testing.assert_array_equal(first["images"], expected[:, 1:3])
+  np.testing.assert_array_equal(rest[0]["images"][:, 0], expected[:, 3])
+  assert np.asarray(rest[0]["index"][:, 1] == devices_lib.NO_BATCH).all()
+
+
+PROCESSES = """
+import sys, jax
+sys.path.insert(0, "tests")
+import test_streams as t
+number, count, port = map(int, sys.argv[1:])
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"localhost:{port}", count, number)
+class Own(t.Records):
+  read = set()
+  def __getitem__(self, number):
+    self.read.add(number)
+    return super().__getitem__(number)
+source = Own(0, 160)
+found = []
+for dataset in (t.resident(), t.streamed(train_source=source)):
+  source.read.clear()
+  found.append(t.known(t.train_two(dataset, cfg=t.small(epochs=1))))
+assert found[0] == found[1], found
+print(found[0][1][1]["test_count"], len(source.read))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_read_their_own_rows_and_train_the_bytes_of_resident_data(count):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = str(probe.getsockname()[1])
+  given = [[sys.executable, "-c", PROCESSES, str(number), str(count), port] for number in range(count)]
+  started = [subprocess.Popen(one, cwd=ROOT, stdout=subprocess.PIPE, text=True) for one in given]
+  answers = [process.communicate(timeout=300)[0].split()[-2:] for process in started]
+  assert [process.returncode for process in started] == [0] * count
+  assert {answer[0] for answer in answers} == {"103"}
+  assert all(int(answer[1]) < 160 for answer in answers)
+
+
+def encoded(pixels, kind="PNG"):
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, kind)
+  return file.getvalue()
+
+
+def replaced(number, record):
+  """Returns the training records with another one in a place."""
+  records = [TRAIN[each] for each in range(len(TRAIN))]
+  records[number] = record
+  return records
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    (
+      {"image": encoded(TRAIN.images[0])[:60], "label": 0},
+      r"record 77 of 160 has an image that cannot be decoded \(.*tru",
+    ),
+    ({"image": b"no image", "label": 0}, r"record 77 of 160 has an image that cannot be decoded"),
+    ({"image": np.zeros((8, 9), np.uint8), "label": 0}, r"record 77 is 8x9x1; expected 8x8x1"),
+    ({"image": np.zeros((8, 8)), "label": 0}, r"record 77 of 160 .*float64 \[8, 8\]; expected uint8"),
+    ({"image": TRAIN.images[0], "label": 4}, r"record 77 of 160 has the label 4; expected classes from 0 to 3"),
+    ({"image": TRAIN.images[0], "label": 0.5}, r"record 77 of 160 has the label 0.5; expected a whole number"),
+    ({"pixels": TRAIN.images[0]}, r"record 77 of 160 is a mapping with pixels; expected \(image, label\)"),
+  ],
+)
+def test_what_cannot_be_read_is_named_by_its_record(record, message):
+  with pytest.raises(DataError, match=message):
+    streamed(train_source=replaced(77, record))
+
+
+def test_a_source_that_shrinks_or_fails_or_whose_reader_dies_ends_the_training_with_a_sentence(monkeypatch):
+  records = replaced(0, TRAIN[0])
+  dataset = streamed(train_source=records)
+  del records[100:]
+  with pytest.raises(
+    DataError, match=r"source, train: record 1\d\d of 160, of which there are 100 by now, cannot be read"
+  ):
+    train_one(dataset)
+  stream = streamed(1).streams["train"]
+  dead = stream._replace(read=stream.read.__self__._replace(source=Fatal(0, 160)).read)
+  with pytest.raises(DataError, match="one of the 1 processes that read the data has died"):
+    list(feeding.feeds(dataset._replace(streams={"train": dead}), "train", np.zeros((1, 40), np.int32), [1], _one()))
+
+
+def _one():
+  return tuple(jax.devices()[:1])
+
+
+def test_a_slow_disk_is_said(monkeypatch, caplog):
+  monkeypatch.setattr(feeding, "SLOW", 0.01)
+  stream = streamed().streams["train"]
+
+  def read(*arguments):
+    time.sleep(0.1)
+    return stream.read(*arguments)
+
+  slow = streamed()._replace(streams={"train": stream._replace(read=read)})
+  list(feeding.feeds(slow, "train", np.zeros((1, 40), np.int32), [1], _one()))
+  assert "source, train: no mini-batch for 0 s; the disk is slow" in caplog.text
+
+
+def test_another_source_is_refused_at_resumption_by_what_differs(tmp_path):
+  train_one(streamed(), workdir=tmp_path)
+  with pytest.raises(CheckpointError, match=r"train's examples: 160 there, 161 here"):
+    train_one(streamed(train_source=Records(0, 161)), workdir=tmp_path)
+  changed = replaced(0, {"image": 255 - TRAIN.images[0], "label": 0})
+  with pytest.raises(CheckpointError, match=r"train's sample: "):
+    train_one(streamed(train_source=changed), workdir=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """Two folders of JPEGs of several sizes, in three classes."""
+  root, rng = tmp_path_factory.mktemp("folders"), np.random.default_rng(0)
+  for split, count in (("train", 8), ("test", 2)):
+    for label in range(3):
+      (root / split / f"class {label}").mkdir(parents=True)
+      for number in range(count):
+        shape = (20 + 3 * number, 50 - 2 * number, 3)
+        slope = np.linspace(80 * label, 80 * label + 60, shape[1])[None, :, None] + rng.uniform(0, 20, shape)
+        path = root / split / f"class {label}" / f"{number}.jpg"
+        path.write_bytes(encoded(slope.astype(np.uint8), "JPEG"))
+  return root
+
+
+def test_a_folder_is_cut_into_random_parts_that_follow_from_seed_generation_epoch_and_place(folders):
+  data = ban_jax.from_source(folders / "train", folders / "test", size=16, view="crops", flip=True)
+  assert data.spec.shape == (16, 16, 3)
+  assert (data.spec.num_classes, dict(data.sizes)) == (3, {"train": 24, "test": 6})
+  read = data.streams["train"].read
+  numbers, places = np.arange(24, dtype=np.int32), np.arange(24, dtype=np.int32)
+  whole = read(numbers, places, (0, 0, 0))
+  np.testing.assert_array_equal(whole["labels"], np.repeat(range(3), 8))
+  part = read(numbers[9:12], places[9:12], (0, 0, 0))
+  np.testing.assert_array_equal(part["images"], whole["images"][9:12])
+  others = [read(numbers, places, draw)["images"] for draw in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+  others.append(read(numbers, places + 1, (0, 0, 0))["images"])
+  assert all((other != whole["images"]).any(axis=1).mean() > 0.9 for other in others)
+  middle = read(numbers, places, ())["images"]
+  np.testing.assert_array_equal(middle, pickle.loads(pickle.dumps(read))(numbers, places + 5, ())["images"])
+  cfg = ban_jax.get_config("own,mlp_16,smoke")
+  cfg.train.update(epochs=1, batch_size=8, evaluate_every=0)
+  generation = ban_jax.train_generation(None, cfg, dataset=data, progress=False)
+  assert generation.metrics["test_count"] == 6
+
+
+def test_a_part_is_where_its_box_says_and_a_draft_changes_little():
+  ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
+  form = decoding.Form(16, "crops", 3)
+  middle = decoding.pixels(ramp, form)
+  assert middle[0, 0, 0] == pytest.approx(16 + 7, abs=1)  # the middle seven eighths
+  drawn = decoding.pixels(ramp, form, (3, 1, 4, 1))
+  left, _, right, _ = decoding._box((256, 256), (3, 1, 4, 1))
+  assert drawn[0, -1, 0] - drawn[0, 0, 0] == pytest.approx((right - left) * 15 / 16, abs=3)
+  jpeg = decoding.pixels(encoded(np.ascontiguousarray(ramp), "JPEG"), form, (3, 1, 4, 1))
+  assert np.abs(jpeg.astype(int) - drawn).max() <= 6
+
+
+@pytest.mark.parametrize(
+  ("given", "error", "message"),
+  [
+    ({"view": "all"}, ConfigError, "view='all': expected one of: crops, whole"),
+    ({"view": "crops"}, ConfigError, "view='crops': expected a size"),
+    ({"num_classes": None}, ConfigError, "num_classes: expected the number of classes"),
+    ({"workers": -1}, ConfigError, "workers=-1: expected a whole number of at least 0"),
+    ({"train_source": 7}, DataError, "source, train is of type int; expected anything with len"),
+    ({"train_source": []}, DataError, "source, train: it is empty"),
+    ({"train_source": "/nowhere"}, DataError, "/nowhere cannot be read as a folder of images"),
+    (
+      {"train_source": (TRAIN.images, TRAIN.labels[1:])},
+      DataError,
+      r"\[160, 8, 8\] and int64 \[159\]; expected images",
+    ),
+    ({"train_source": (TRAIN.images, TRAIN.labels), "workers": 2}, ConfigError, "arrays are read by threads"),
+  ],
+)
+def test_wrong_sources_are_refused(given, error, message):
+  with pytest.raises(error, match=message):
+    streamed(**given)
+
+
+def test_arrays_larger_than_memory_are_read_from_their_file(tmp_path):
+  mapped = np.memmap(tmp_path / "images", np.uint8, "w+", shape=TRAIN.images.shape)
+  mapped[:] = TRAIN.images
+  data = ban_jax.from_source((mapped, TRAIN.labels), (TEST.images, TEST.labels), pad=1)
+  found = data.streams["train"].read(np.array([5, 3]), np.array([0, 1]), ())
+  np.testing.assert_array_equal(found["images"], TRAIN.images[[5, 3]].reshape(2, 64))
+  assert data.scaling == resident().scaling
+  cfg = small()
+  cfg.loss.class_weights = "balanced"
+  with pytest.raises(ConfigError, match="source is streamed"):
+    train_one(data, cfg=cfg)
