@@ -21,7 +21,7 @@ from ban_jax.exporting import export, export_parameters
 from ban_jax.generations import run, train_generation
 from ban_jax.language import log_probabilities, sample
 from ban_jax.loading import load, load_config, load_run, with_network
-from ban_jax.memory import keep_freed_memory
+from ban_jax.memory import keep_freed_memory, keep_programs
 from ban_jax.models.nnx import from_nnx
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
@@ -63,6 +63,7 @@ __all__ = [
   "from_source",
   "get_config",
   "keep_freed_memory",
+  "keep_programs",
   "load",
   "load_config",
   "load_run",

@@ -1,7 +1,11 @@
-"""Memory on CPU: how to keep the buffers of a training step from being mapped and unmapped at every step."""
+"""What a process keeps, to be faster: freed memory, on CPU, and compiled programs, for later processes."""
 
 import ctypes
+import os
+import pathlib
 import platform
+
+import jax
 
 # glibc's mallopt: no allocation by mmap, no trimming below 2 GB at the top of the heap, and one arena for all threads.
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2_000_000_000), "M_ARENA_MAX": (-8, 1)}
@@ -21,3 +25,22 @@ def keep_freed_memory() -> bool:
     return False
   libc = ctypes.CDLL(None)
   return min(libc.mallopt(option, value) for option, value in MALLOPT.values()) == 1
+
+
+def keep_programs(directory: str | os.PathLike | None = None) -> str:
+  """Makes JAX keep compiled programs on disk, so that a later process need not compile them again.
+
+  The command lines do. Call it before the first computation.
+
+  Args:
+    directory: where; by default the one that JAX is set to already ($JAX_COMPILATION_CACHE_DIR), or else
+      ~/.cache/ban_jax/xla.
+
+  Returns:
+    The directory.
+  """
+  default = jax.config.read("jax_compilation_cache_dir") or pathlib.Path.home() / ".cache" / "ban_jax" / "xla"
+  kept = os.fspath(default if directory is None else directory)
+  jax.config.update("jax_compilation_cache_dir", kept)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
+  return kept

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -66,13 +65,6 @@ def cpu_devices(cores: int) -> int:
   return 1 << (min(cores, 8).bit_length() - 1)
 
 
-def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/ban_jax/xla."""
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ban_jax" / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
-
-
 def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   """Configures JAX by the flags, before its first computation, and returns the devices to run on.
 
@@ -80,7 +72,7 @@ def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   """
   _check_processes()
   chips.describe_host()
-  use_compilation_cache()
+  memory.keep_programs()
   _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
   if ONEDNN.value:
     _add_xla_flags("onednn", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true")

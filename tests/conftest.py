@@ -23,11 +23,10 @@ jaxtyping.Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays too, and te
 with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
   import ban_jax
   from configs import digits
-  from experiments import cli
 
 one_cache.install()
 jax.config.update("jax_num_cpu_devices", 4)
-cli.use_compilation_cache()
+ban_jax.keep_programs()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What is trained if the network does not matter: it compiles in a quarter of the time that a Wide-ResNet takes.

@@ -83,6 +83,8 @@ COMMANDS = [
   for command in text.replace("\\\n", " ").splitlines()
 ]
 
+PARSED = set()  # scripts that were seen to notice a wrong key
+
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
 def test_its_commands_have_flags_and_keys_that_exist(name, command):
@@ -91,8 +93,10 @@ def test_its_commands_have_flags_and_keys_that_exist(name, command):
   checked = [sys.executable, *arguments, "--only_check_args"]
   done = forks.run(checked, cwd=ROOT)
   assert done.returncode == 0, done.stderr
-  wrong = forks.run([*checked, "--config.train.epoch=1"], cwd=ROOT)
-  assert wrong.returncode == 2, "the flags were not parsed"
+  if (script := [argument for argument in arguments if not argument.startswith("-")][-1]) not in PARSED:
+    wrong = forks.run([*checked, "--config.train.epoch=1"], cwd=ROOT)
+    assert wrong.returncode == 2, "the flags were not parsed"
+    PARSED.add(script)
 
 
 def cases(test):

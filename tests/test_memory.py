@@ -1,12 +1,15 @@
-"""Memory on CPU: freed buffers stay in the process, and results do not change."""
+"""What a process keeps: freed buffers, which change no result, and compiled programs."""
 
 import platform
 import subprocess
 import sys
 
 import forks
+import jax
 import pytest
 from conftest import IMAGES, ROOT
+
+import ban_jax
 
 # Allocates and frees 64 MB twenty times, and prints the page faults that it takes.
 FAULTS = """
@@ -46,3 +49,12 @@ def test_neither_the_allocator_nor_a_profile_changes_a_byte(tmp_path):
     digests.append([line for line in manifest.splitlines() if '"digest"' in line])
   assert digests[0] == digests[1]
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_programs_are_kept_where_jax_keeps_them_or_where_one_says(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  assert ban_jax.keep_programs() == before
+  try:
+    assert ban_jax.keep_programs(tmp_path) == jax.config.jax_compilation_cache_dir == str(tmp_path)
+  finally:
+    ban_jax.keep_programs(before)
