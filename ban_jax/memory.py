@@ -39,7 +39,8 @@ def keep_programs(directory: str | os.PathLike | None = None) -> str:
   Returns:
     The directory.
   """
-  default = jax.config.read("jax_compilation_cache_dir") or pathlib.Path.home() / ".cache" / "ban_jax" / "xla"
+  found = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # made at run time
+  default = found or pathlib.Path.home() / ".cache" / "ban_jax" / "xla"
   kept = os.fspath(default if directory is None else directory)
   jax.config.update("jax_compilation_cache_dir", kept)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too
