@@ -22,7 +22,7 @@ from ban_jax.resolving import NOTHING, Own, Setup, resolve
 from ban_jax.teacher import Teacher
 from ban_jax.trees import Member
 from ban_jax.types import Dataset, Devices, Generation, InputSpec, Model, Network, Program, Variables
-from ban_jax.updates import Updates
+from ban_jax.updates import Updates, schedule_free_states
 
 logger = logging.getLogger(__name__)
 
@@ -236,14 +236,14 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     _check_replay(cfg, dataset.spec, steps)
     teacher = teacher._replace(teaching=teacher_lib.replayed(), recorded=teacher.teaching)
   _warn_of_statistics(student, steps * cfg.train.epochs)
-  return Job(
+  job = Job(
     cfg=cfg,
     dataset=dataset,
     devices=setup.devices,
     generation=generation,
     student=student,
     teacher=teacher,
-    loss=loss,
+    loss=loss._replace(steps=steps * cfg.train.epochs) if loss.changes else loss,
     optimizer=setup.own.optimizer or optim.make(cfg.optim, steps // cfg.train.accumulate * cfg.train.epochs),
     steps_per_epoch=steps,
     steps_per_dispatch=min(cfg.train.steps_per_dispatch, steps)
@@ -251,6 +251,21 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     values=setup.values,
     network=setup.network(generation),
   )
+  _check_average(job)
+  return job
+
+
+def _check_average(job: Job) -> None:
+  """Raises a ConfigError where an optimizer's own average would be no network, or would be averaged again."""
+  if not schedule_free_states(jax.eval_shape(job.updates.init, job.student.shapes, job.teacher.copied).opt_state):
+    return
+  if job.updates.ema:
+    raise ConfigError(f"train.ema={job.updates.ema}: expected 0.0, because {job.optimizer.name!r} averages by itself")
+  if job.student.shapes.get("batch_stats"):
+    raise ConfigError(
+      f"optimizer {job.optimizer.name!r} evaluates an average of the parameters, of which {job.student.name} has no "
+      "batch statistics; choose another optimizer, or a network without batch normalisation"
+    )
 
 
 def _warn_of_statistics(student: Model, steps: int) -> None:

@@ -280,6 +280,12 @@ KEYS = {
     "same effect as with the other losses.",
   ),
   "loss.teacher_weight": Key(0.5, FINITE, "Weight of BAN+L's term of the teacher."),
+  "loss.label_weight_end": Key(
+    1.0,
+    FINITE,
+    "Weight of the labels' term at the last step; from the first, with loss.label_weight, it goes linearly.",
+  ),
+  "loss.teacher_weight_end": Key(0.0, FINITE, "Weight of the teacher's term at the last step, likewise."),
   "loss.k": Key(2, whole(1), "How many of the teacher's most probable classes top_k learns."),
   "loss.smoothing": Key(0.1, PART, "The probability that is spread evenly over all classes."),
   "loss.class_weights": Key(

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ban_jax.registry import Registry, options_of
 
 # The keyword-only arguments of a loss that the training step gives.
-GIVEN = ("key", "positions")
+GIVEN = ("key", "positions", "progress")
 
 Logits = Float[Array, "B *T n"]
 Labels = Int[Array, "B *T"] | Float[Array, "B n"]  # a class each, or the share of each class (of mixed images)
@@ -33,12 +33,19 @@ class Loss(NamedTuple):
   [B, T] as the labels, in nats. Both logits are float32 [B, n] or [B, T, n], the teacher's None where there is none;
   random losses take a key and the examples' places in the global mini-batch, int32 [B]. `options` are those of the
   configuration's `loss` group. `labels` are classes, or of mixed images float32 [B, n], the share of each class, which
-  `label_cross_entropy` takes as well.
+  `label_cross_entropy` takes as well. One that `changes` over the run takes `progress` too: 0 at the first step, 1 at
+  the last.
   """
 
   apply: Callable[..., ValuesAndWeights]
   needs_teacher: bool = True
   name: str = ""  # its key in LOSSES, filled in by `make_loss`
+  changes: bool = False
+  steps: int = 0  # of the run, filled in for one that changes
+
+  def at(self, step: Int[Array, ""]) -> Callable[..., ValuesAndWeights]:
+    """Returns `apply` as it is at a step."""
+    return functools.partial(self.apply, progress=step / max(self.steps - 1, 1)) if self.changes else self.apply
 
   @property
   def options(self) -> tuple[str, ...]:
@@ -104,6 +111,37 @@ def ban_label(
   """
   values = label_weight * label_cross_entropy(logits, labels)
   values += teacher_weight * distillation(logits, teacher_logits, temperature)
+  return values, jnp.ones_like(values)
+
+
+def annealed(
+  logits,
+  labels,
+  teacher_logits,
+  *,
+  key,
+  positions,
+  progress=0.0,
+  temperature: float,
+  label_weight: float,
+  teacher_weight: float,
+  label_weight_end: float,
+  teacher_weight_end: float,
+) -> ValuesAndWeights:
+  """BAN+L with weights that change linearly, from the first step to the last (as in Annealing-KD and PS-KD).
+
+  Examples:
+    >>> options = dict(temperature=1.0, label_weight=0.0, teacher_weight=1.0, label_weight_end=1.0)
+    >>> values, _ = losses.annealed(
+    ...   logits, labels, teacher, key=key, positions=positions, progress=1.0, teacher_weight_end=0.0, **options
+    ... )
+    >>> bool((values == losses.label_cross_entropy(logits, labels)).all())
+    True
+  """
+  of_label = label_weight + (label_weight_end - label_weight) * progress
+  of_teacher = teacher_weight + (teacher_weight_end - teacher_weight) * progress
+  values = of_label * label_cross_entropy(logits, labels)
+  values += of_teacher * distillation(logits, teacher_logits, temperature)
   return values, jnp.ones_like(values)
 
 
@@ -267,6 +305,7 @@ _ENTRIES = {
   "label": Loss(label, needs_teacher=False),
   "ban": Loss(ban),
   "ban_label": Loss(ban_label),
+  "annealed": Loss(annealed, changes=True),
   "cwtm": Loss(cwtm),
   "dkpp": Loss(dkpp),
   "reverse_kl": Loss(reverse_kl),

@@ -207,9 +207,25 @@ def muon(
   return (transformation,)
 
 
-OPTIMIZERS: Registry[Callable[..., Transformations]] = Registry(
-  "optim.name", "optim.name", {"adamw": adamw, "lamb": lamb, "lion": lion, "muon": muon, "sgd": sgd}
-)
+def schedule_free(
+  rate: optax.ScalarOrSchedule, mask: Mask, *, b1: float, b2: float, weight_decay: float
+) -> Transformations:
+  """AdamW with an average of the weights in place of a falling rate and of momentum (Defazio et al. 2024)."""
+  if not b1:
+    raise ConfigError("optim.b1=0.0: expected a share above 0, because schedule_free interpolates by it")
+  base = optax.adamw(rate, 0.0, b2, weight_decay=weight_decay, mask=mask)
+  return (optax.contrib.schedule_free(base, rate, b1),)
+
+
+_ENTRIES: dict[str, Callable[..., Transformations]] = {
+  "adamw": adamw,
+  "lamb": lamb,
+  "lion": lion,
+  "muon": muon,
+  "schedule_free": schedule_free,
+  "sgd": sgd,
+}
+OPTIMIZERS: Registry[Callable[..., Transformations]] = Registry("optim.name", "optim.name", _ENTRIES)
 
 
 def kernels(params: PyTree) -> PyTree:

@@ -112,7 +112,7 @@ def make_train_step(
       logits, new_carry, batch_stats = student.apply(
         variables, student_carry, batch.inputs, train=True, key=dropout_key, positions=positions
       )
-      values, weights = loss.apply(logits, batch.targets, teacher_logits, key=loss_key, positions=positions)
+      values, weights = loss.at(state.step)(logits, batch.targets, teacher_logits, key=loss_key, positions=positions)
       weights = weights * batch.mask
       sums = metrics.training_sums(logits, batch, weights)
       if split and teacher_logits is not None:

@@ -289,7 +289,7 @@ def _evaluate(lane: Lane, state: TrainState, epoch: int, last: bool) -> dict[str
   batch_size = cfg.evaluate.batch_size if last else cfg.evaluate.training_batch_size or cfg.evaluate.batch_size
   if not splits:
     return {}
-  variables = job.updates.variables(state)
+  variables = job.updates.average(state) or {"params": state.params, "batch_stats": state.batch_stats}
   dataset = job.dataset._replace(splits={**job.dataset.splits, **lane.splits})
   subject = Subject((job.student,), (variables,), dataset, job.devices)
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
@@ -297,8 +297,8 @@ def _evaluate(lane: Lane, state: TrainState, epoch: int, last: bool) -> dict[str
 
 def variables_of(job: Job, state: TrainState) -> dict[str, Any]:
   """Returns the variables that are kept, of a state on the devices, on the host."""
-  found = job.updates.variables(state)
-  return found if job.updates.ema else devices_lib.unreplicate(found)
+  own = {"params": state.params, "batch_stats": state.batch_stats}
+  return job.updates.average(state) or devices_lib.unreplicate(own)
 
 
 def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:

@@ -57,15 +57,32 @@ class Updates(NamedTuple):
       opt_state = Averaging(opt_state, average)
     return TrainState(state.step + 1, {**state.params, **trainable}, batch_stats, opt_state)
 
-  def variables(self, state: TrainState) -> dict[str, Any]:
-    """Returns the variables that are evaluated and kept: the state's, or with `ema` their average, on the host."""
-    if not self.ema:
-      return {"params": state.params, "batch_stats": state.batch_stats}
-    params, average = devices_lib.unreplicate((state.params, state.opt_state.average))
-    # The average began at 0, of which a share of ema^n is left after n updates.
-    share = np.float32(1 - self.ema ** int(average.count))
-    trainable, batch_stats = jax.tree.map(lambda leaf: leaf / share, average.ema)
-    return {"params": {**params, **trainable}, "batch_stats": batch_stats}
+  def average(self, state: TrainState) -> dict[str, Any] | None:
+    """Returns the variables that are evaluated and kept in place of the state's, on the host; None where these are.
+
+    They are `ema`'s average, or that of optax.contrib.schedule_free.
+    """
+    if self.ema:
+      params, average = devices_lib.unreplicate((state.params, state.opt_state.average))
+      # The average began at 0, of which a share of ema^n is left after n updates.
+      share = np.float32(1 - self.ema ** int(average.count))
+      trainable, batch_stats = jax.tree.map(lambda leaf: leaf / share, average.ema)
+      return {"params": {**params, **trainable}, "batch_stats": batch_stats}
+    if found := schedule_free_states(state.opt_state):
+      params, batch_stats, b1, z = devices_lib.unreplicate((state.params, state.batch_stats, found[0].b1, found[0].z))
+      trainable = {name: params[name] for name in z}
+      trainable = optax.contrib.schedule_free_eval_params(found[0]._replace(b1=b1, z=z), trainable)
+      return {"params": {**params, **trainable}, "batch_stats": batch_stats}
+    return None
+
+
+def schedule_free_states(opt_state: PyTree) -> list[Any]:
+  """Returns the states of optax.contrib.schedule_free in an optimizer's state."""
+
+  def is_one(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ScheduleFreeState)
+
+  return list(filter(is_one, jax.tree.leaves(opt_state, is_leaf=is_one)))
 
 
 @functools.lru_cache

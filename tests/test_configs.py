@@ -86,7 +86,7 @@ def test_presets_leave_the_base_as_it_is():
     ("cifar10", "unknown network ''.*is named \"dataset,network,scale\""),
     (
       "cifar10,wrn_28_1,cpu,kd",
-      "unknown word 'kd'; the scale may be followed by a loss .ban, ban_label, cwtm, dkpp",
+      "unknown word 'kd'; the scale may be followed by a loss .annealed, ban, ban_label, cwtm, dkpp",
     ),
     ("cifar10,wrn_28_1,cpu,teacher=vgg", "unknown word 'teacher=vgg'.*teacher=NETWORK"),
   ],

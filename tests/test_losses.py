@@ -25,6 +25,7 @@ fast = settings(max_examples=60, deadline=None)
 
 def loss(name, **options):
   defaults = {"temperature": 1.0, "label_weight": 0.5, "teacher_weight": 0.5, "smoothing": 0.1, "k": 2}
+  defaults |= {"label_weight_end": 1.0, "teacher_weight_end": 0.0}
   return losses.make_loss({"name": name, **defaults, **options})
 
 
@@ -260,9 +261,7 @@ def test_gradient_split_adds_up(z, y, t):
 
 
 def test_an_unknown_loss_lists_the_choices():
-  names = (
-    "ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, hard, jensen_shannon, label, label_smoothing, reverse_kl"
-  )
+  names = "annealed, ban, ban_label, cwtm, dkpp, entropy_matched_smoothing, hard, jensen_shannon, label"
   with pytest.raises(errors.ConfigError, match=f"unknown loss 'kd'; choose one of: {names}"):
     losses.make_loss({"name": "kd"})
 
@@ -310,3 +309,14 @@ def test_mixed_labels_are_learned_by_their_shares(name):
   (values, weights), (of_one, its), (of_other, others) = (apply(z, y, t) for y in (mixed, one, other))
   np.testing.assert_allclose(values, share * of_one + (1 - share) * of_other, rtol=1e-5)
   np.testing.assert_allclose(weights, share * its + (1 - share) * others, rtol=1e-5)
+
+
+def test_weights_change_linearly_from_the_first_step_to_the_last():
+  z, t = np.asarray(jax.random.normal(KEY, (2, ROWS, CLASSES)))
+  y, ends = np.array([3, 0, 3, 1]), {"label_weight_end": -1.0, "teacher_weight_end": 3.0}
+  changing = loss("annealed", label_weight=1.0, teacher_weight=0.0, **ends)._replace(steps=5)
+  for step, weights in ((0, (1.0, 0.0)), (1, (0.5, 0.75)), (4, (-1.0, 3.0))):
+    fixed = loss("ban_label", label_weight=weights[0], teacher_weight=weights[1])
+    found, _ = losses.weighted(changing, (2.0,) * CLASSES).at(jnp.int32(step))(z, y, t, key=KEY, positions=POSITIONS)
+    np.testing.assert_allclose(found, eager(fixed, z, y, t), rtol=1e-5)
+  assert "progress" not in changing.options

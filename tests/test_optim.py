@@ -168,7 +168,7 @@ def test_equal_groups_are_one_optimizer_so_that_generations_compile_once(name):
 def test_an_optimizer_is_a_word_with_its_usual_settings():
   group = presets.compose("digits,wrn_10_1,smoke,adamw,cwtm").optim
   assert (group.name, group.learning_rate, group.weight_decay, group.decay) == ("adamw", 1e-3, 0.01, "kernels")
-  with pytest.raises(ConfigError, match="unknown optim.name 'adam'; choose one of: adamw, lamb, lion, muon, sgd"):
+  with pytest.raises(ConfigError, match="unknown optim.name 'adam'; choose one of: adamw, lamb, lion, muon, sch"):
     config_lib.check(config(optim__name="adam"))
   with pytest.raises(ConfigError, match="unknown optim.decay 'none'; choose one of: all, kernels"):
     config_lib.check(config(optim__decay="none"))

@@ -116,13 +116,14 @@ def test_more_generations_may_be_asked_for_later(finished, tmp_path):
     ),
     (
       ["--config.train.epoch=1"],
-      "unknown configuration key 'train.epoch'; under train are: batch_size, checkpoint_every",
+      "unknown configuration key 'train.epoch'; under train are: accumulate, batch_size, checkpoint_every",
     ),
     (["--config.sead=1"], "unknown configuration key 'sead'; there are: compute_dtype, data, evaluate, generations"),
     (["--config.seed.x=1"], "unknown configuration key 'seed.x'; under seed are: none, it is a value"),
     (
       ["--config.loss=ban"],
-      "--config.loss is a group with the keys: class_weights, k, label_weight, name, smoothing, teacher_weight",
+      "--config.loss is a group with the keys: class_weights, k, label_weight, label_weight_end, name, "
+      "smoothing, teacher_weight, teacher_weight_end",
     ),
     (["--config.teacher.model=wrn_16_1"], "--config.teacher.model is a group; networks are chosen by the words"),
     (["--workdir="], "the workdir is empty"),

@@ -170,7 +170,10 @@ def test_another_network_can_teach(tmp_path):
   [
     ({"data__name": "mnist"}, "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits"),
     ({"model__name": "vgg"}, "unknown model 'vgg'; choose one of: .*wide_resnet"),
-    ({"loss__name": "kd"}, "unknown loss 'kd'; choose one of: ban, ban_label, cwtm, dkpp, entropy_matched_smoothing"),
+    (
+      {"loss__name": "kd"},
+      "unknown loss 'kd'; choose one of: annealed, ban, ban_label, cwtm, dkpp, entropy",
+    ),
     ({"model__layers": 0}, "model.layers=0: a whole number of at least 1 is expected"),
     ({"model__dropout": 1.0}, r"model.dropout=1.0: a dropout rate lies in \[0, 1\)"),
     ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose one of: bfloat16, float32"),

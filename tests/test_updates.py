@@ -9,7 +9,7 @@ from conftest import config
 
 import ban_jax
 from ban_jax import devices as devices_lib
-from ban_jax import storage, trees
+from ban_jax import optim, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.updates import Updates
 
@@ -79,7 +79,7 @@ def test_averaged_weights_are_the_mean_by_age_and_leave_copied_layers_alone(accu
       w -= 0.1 * 2 * w
       weights, stats = [*weights, w], [*stats, step]
   age = 0.8 ** np.arange(len(weights))[::-1]
-  kept = updates.variables(devices_lib.broadcast(state, (jax.devices()[0],)))
+  kept = updates.average(devices_lib.broadcast(state, (jax.devices()[0],)))
   np.testing.assert_allclose(kept["params"]["w"], np.average(weights, weights=age), rtol=1e-6)
   np.testing.assert_allclose(kept["batch_stats"]["m"], np.average(stats, weights=age), rtol=1e-6)
   assert kept["params"]["stem"].tobytes() == copied["stem"].tobytes()
@@ -99,3 +99,47 @@ def test_averaged_weights_are_evaluated_saved_and_teach(one, tmp_path):
   assert trees.digest(students[0].params) == trees.digest(students[1].params)
   with pytest.raises(CheckpointError, match="train.ema: 0.5 there, 0.0 here"):
     ban_jax.train_generation(None, short(), workdir=tmp_path, **one, **QUIET)
+
+
+def test_a_loss_may_change_from_step_to_step(one):
+  one, teacher = one
+  # Two steps: the first learns from the labels alone, the second from the teacher alone.
+  ends = {"loss__label_weight": 1.0, "loss__teacher_weight": 0.0, "loss__label_weight_end": 0.0}
+  annealed, fixed = (
+    ban_jax.train_generation(
+      teacher, short(train__batch_size=48, loss__name=name, loss__teacher_weight_end=1.0, **ends), **one, **QUIET
+    )
+    for name in ("annealed", "ban_label")
+  )
+  first, second = ([row["train_loss"] for row in each.history] for each in (annealed, fixed))
+  assert first[0] == pytest.approx(second[0], rel=1e-6)
+  assert first[1] != pytest.approx(second[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedule_free_is_the_mean_of_its_steps(accumulate):
+  group = short().optim.to_dict() | {"warmup": 0.0, "schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.0}
+  updates = Updates(optim.make(group | {"name": "schedule_free", "learning_rate": 0.1}, 9).transformation, accumulate)
+  state = updates.init({"params": {"w": jnp.float32(3)}}, {})
+  for _ in range(4 * accumulate):
+    state = updates.apply({"w": jnp.float32(8)}, jnp.float32(4), {}, state, state.params)
+  # Adam's steps by a constant gradient are 0.1 each: z goes to 2.9, 2.8, 2.7, 2.6, and x is the mean of these.
+  kept = updates.average(devices_lib.broadcast(state, (jax.devices()[0],)))
+  np.testing.assert_allclose(kept["params"]["w"], 2.75, rtol=1e-5)
+  np.testing.assert_allclose(state.params["w"], 0.9 * 2.75 + 0.1 * 2.6, rtol=1e-5)
+
+
+def test_schedule_free_evaluates_its_average_and_takes_no_other(one):
+  one, _ = one
+  words = {"optim__name": "schedule_free", "optim__schedule": "constant"}
+  generation = ban_jax.train_generation(None, short(**words), **one, **QUIET)
+  found = ban_jax.evaluate(generation, short(**words), **one)
+  assert {f"test_{name}": value for name, value in found.items()}.items() <= generation.metrics.items()
+  for cfg, message in (
+    (short(**words, train__ema=0.5), "train.ema=0.5: expected 0.0, because 'schedule_free' averages by itself"),
+    (short(**words, optim__b1=0.0), "optim.b1=0.0: expected a share above 0"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      ban_jax.train_generation(None, cfg, **one, **QUIET)
+  with pytest.raises(ConfigError, match="average of the parameters, of which .* has no batch statistics"):
+    ban_jax.train_generation(None, config("digits,wrn_10_1,smoke,schedule_free"), **QUIET)

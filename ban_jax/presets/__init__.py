@@ -289,6 +289,13 @@ OPTIMIZER_SETTINGS = {
   "lamb": {"learning_rate": 3e-3, "weight_decay": 0.01, "decay": "kernels"},
   "lion": {"learning_rate": 1e-4, "weight_decay": 0.1, "decay": "kernels", "b2": 0.99},
   "muon": {"learning_rate": 1e-3, "weight_decay": 0.01, "decay": "kernels", "momentum": 0.95},
+  "schedule_free": {
+    "learning_rate": 2.5e-3,
+    "weight_decay": 0.01,
+    "decay": "kernels",
+    "schedule": "constant",
+    "warmup": 0.05,
+  },
 }
 
 
