@@ -72,7 +72,6 @@ _EXCHANGES = re.compile(
   r"(all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|collective-permute|collective-broadcast|send|recv"
   r"|infeed|outfeed)(-start)?"
 )
-_WRAPPED = re.compile(r"^(?:(?:transpose|jvp|vmap|checkpoint|rematted_computation)\()+([^()]*)\)*$")
 _FULL = re.compile(r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM)")
 
 
