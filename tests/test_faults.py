@@ -39,9 +39,18 @@ COMMAND = [
 PLAIN = {"train__evaluate_every": 0}
 
 
+def with_one_cache(command):
+  """Returns a command whose process, started anew, finds what the tests compiled."""
+  return [command[0], str(ROOT / "tests" / "one_cache.py"), *command[1:]]
+
+
 def start(workdir, *flags, command=COMMAND):
   return subprocess.Popen(
-    [*command, f"--workdir={workdir}", *flags], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [*with_one_cache(command), f"--workdir={workdir}", *flags],
+    cwd="/",
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -333,7 +342,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   disk = tmp_path / "disk"
   disk.mkdir()
   wide = "--config.model.units=1024"  # a checkpoint of 0.6 MB
-  command = [*COMMAND, f"--workdir={disk}/run", "--config.train.checkpoint_every=1", wide]
+  command = [*with_one_cache(COMMAND), f"--workdir={disk}/run", "--config.train.checkpoint_every=1", wide]
   done = subprocess.run(
     ["unshare", "-rm", "bash", "-c", FULL_DISK, "full", str(disk), *command],
     capture_output=True, text=True, timeout=300, check=False,

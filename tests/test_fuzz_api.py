@@ -120,18 +120,9 @@ GOOD = {
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_card", "export_parameters", "from_arrays", "from_flax"),
-  *("from_function", "from_nnx", "from_optax", "from_text", "get_config", "load", "load_config", "load_run"),
-  *(
-    "log_probabilities",
-    "normalise",
-    "predict",
-    "reliability",
-    "run",
-    "sample",
-    "setup",
-    "train_generation",
-    "with_network",
-  ),
+  *("from_function", "from_nnx", "from_optax", "from_source", "from_text", "get_config", "load", "load_config"),
+  *("load_run", "log_probabilities", "normalise", "predict", "reliability", "run", "sample", "setup"),
+  *("train_generation", "with_network"),
 )
 
 
