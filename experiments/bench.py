@@ -16,6 +16,11 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
           first. The bytes of a loop, as over an LSTM's window, are those of one turn
   epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
           it, and the same step on one mini-batch again and again
+  feed    128 images of 224 pixels as a stream brings them to the devices: JPEGs of many sizes in an array_record file,
+          by threads and by processes, beside Grain's plain loop and PyTorch's DataLoader on the same file, and a memory
+          map of --feed_gb times 10^9 bytes, with the most memory that is this process's own; what a step of 50 ms waits
+          for its data; and the index that resident data need. A pass is 4 mini-batches for each of --turns, the start
+          of threads and processes included. `pip install grain` adds Grain
 
 On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
 """
@@ -23,6 +28,7 @@ On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows th
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -32,6 +38,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +57,7 @@ from ban_jax.programs import count_flops
 from ban_jax.resolving import make_models
 from ban_jax.types import Devices
 from experiments import cli, results
-from experiments.analysis import cases
+from experiments.analysis import cases, readers
 from experiments.analysis.cases import KINDS, ROWS, Run
 
 # Load average above which another program takes part of a core.
@@ -66,6 +73,8 @@ class Options(NamedTuple):
   kinds: tuple[str, ...] = ("supervised", "distilled", "replayed", "evaluation")
   sections: tuple[str, ...] = ("steps", "replay", "floor", "epoch")
   dtypes: tuple[str, ...] = ()
+  feed_gb: float = 10.0
+  feed_images: int = 2000
   turns: int = 7
   steps: int = 0
   epoch_steps: int = 16
@@ -301,7 +310,37 @@ def _epochs(job: Job, clock: Callable[[], float]) -> list[tuple[float, float]]:
   return times
 
 
-SECTIONS = {"steps": steps, "replay": replay, "floor": floor, "epoch": epoch}
+def feed(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the time in which a mini-batch of images is read, from sets that are made here and removed."""
+  batch, devices = options.batch or cases.IMAGES, place.devices[:1]
+  with tempfile.TemporaryDirectory() as name:
+    folder, form = pathlib.Path(name), readers.FORM
+    files = readers.jpegs(folder, options.feed_images)
+    order, decoded = readers.order_of(len(files), batch, 4 * options.turns), readers.Decoded(files, form)
+    for workers in readers.WORKERS:
+      sides = {"ours": functools.partial(readers.ours, readers.streamed(files, form, workers), order, devices)}
+      others = {"grain": readers.grains, "torch": readers.torches} if options.torch else {}
+      there = {side: make for side, make in others.items() if importlib.util.find_spec(side)}
+      sides |= {side: functools.partial(make, decoded, order, workers) for side, make in there.items()}
+      found = {side: 1e3 * readers.go_through(make, options.clock).seconds for side, make in sides.items()}
+      mine, case = [found.pop("ours")], Case("JPEG, array_record", f"{workers} processes", "uint8")
+      for side, theirs in found.items() or [("", None)]:
+        yield Measurement("feed", case, f"ms for {batch} images", mine, side, [theirs] if theirs else ())
+    images, labels = readers.raw(folder, options.feed_gb)
+    mapped = readers.streamed((images, labels), readers.Form(0, "whole", 3))
+    case = Case(f"memory map, {images.nbytes / 1e9:.3g} GB", "0 processes", "uint8")
+    order = readers.order_of(len(images), batch, len(images) // batch)  # a whole pass
+    passed = readers.go_through(functools.partial(readers.ours, mapped, order, devices), options.clock)
+    slow = functools.partial(readers.ours, mapped, order[: 10 * options.turns], devices)
+    waited = readers.go_through(slow, options.clock, step=0.05).waited
+    own = f"; {passed.own_gib:.2f} GiB of own memory at most; a step of 50 ms waits {waited:.1%}"
+    yield Measurement("feed", case, f"ms for {batch} images{own}", [1e3 * passed.seconds])
+  resident = mapped._replace(streams={})  # whose feeds are index vectors alone
+  passed = readers.go_through(functools.partial(readers.ours, resident, order, devices), options.clock)
+  yield Measurement("feed", Case("resident", "", "uint8"), f"ms for {batch} images", [1e3 * passed.seconds])
+
+
+SECTIONS = {"steps": steps, "replay": replay, "floor": floor, "epoch": epoch, "feed": feed}
 
 
 def start_jax() -> Devices:
@@ -404,9 +443,11 @@ def define_flags() -> None:
   flags.DEFINE_integer("turns", default.turns, "Turns of each side.", lower_bound=1)
   flags.DEFINE_integer("steps", default.steps, "Steps of a turn; 0: 2 on CPU, 50 elsewhere.", lower_bound=0)
   flags.DEFINE_integer("epoch_steps", default.epoch_steps, "Steps of an epoch.", lower_bound=1)
+  flags.DEFINE_float("feed_gb", default.feed_gb, "10^9 bytes of the memory map that is read.", lower_bound=0.0)
+  flags.DEFINE_integer("feed_images", default.feed_images, "JPEGs of the file that is read.", lower_bound=1)
   flags.DEFINE_integer("batch", default.batch, f"Mini-batch; 0: {cases.IMAGES} images, or the preset's.", lower_bound=0)
   flags.DEFINE_bool("processor_time", default.processor_time, "Measure processor time, on one core and thread.")
-  flags.DEFINE_bool("torch", default.torch, "Compare with PyTorch, where it is installed.")
+  flags.DEFINE_bool("torch", default.torch, "Compare with PyTorch, and readers with Grain, where they are installed.")
   flags.DEFINE_bool("torch_compile", default.torch_compile, "Also compare with torch.compile.")
   flags.DEFINE_float("peak_tflops", default.peak_tflops, "A device's peak, 10^12 operations/s.", lower_bound=0.0)
   flags.DEFINE_string("out", None, "File for the numbers as JSON.")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import forks
@@ -15,7 +16,7 @@ from ban_jax.errors import ConfigError
 from ban_jax.programs import count_flops
 from ban_jax.resolving import make_models
 from experiments import bench
-from experiments.analysis import cases
+from experiments.analysis import cases, readers
 from experiments.analysis.cases import KINDS, Row
 
 WINDOW = {"data.window": 4, "model.dropout": 0.0}
@@ -55,6 +56,15 @@ def test_steps_of_every_kind_are_timed_and_their_operations_counted(place):
   # A backward pass costs up to two forward passes, and a teacher one more.
   assert 2.5 * evaluation < supervised <= 3 * evaluation
   assert distilled == supervised + evaluation
+
+
+def test_readers_of_jpegs_and_of_a_memory_map_are_timed(place, monkeypatch):
+  monkeypatch.setattr(readers, "WORKERS", (0, 1))
+  options = OPTIONS._replace(batch=8, feed_images=16, feed_gb=0.0)
+  *files, mapped, resident = bench.feed(options, place)
+  assert {each.case.kind for each in files} == {"0 processes", "1 processes"}
+  assert all(min(each.ours) > 0 for each in (*files, mapped, resident))
+  assert re.search(r"; 0\.\d\d GiB of own memory at most; a step of 50 ms waits \d", mapped.what)
 
 
 def test_an_epoch_of_the_training_loop_takes_turns_with_steps_on_one_mini_batch(place):
