@@ -5,6 +5,7 @@ from ban_jax.card import export_card
 from ban_jax.data.own import from_arrays
 from ban_jax.data.own_text import from_text
 from ban_jax.data.source import from_source
+from ban_jax.data.token_files import from_tokens
 from ban_jax.errors import (
   BanError,
   CheckpointError,
@@ -60,6 +61,7 @@ __all__ = [
   "from_nnx",
   "from_optax",
   "from_text",
+  "from_tokens",
   "from_source",
   "get_config",
   "keep_freed_memory",

@@ -323,3 +323,20 @@ def test_arrays_larger_than_memory_are_read_from_their_file(tmp_path):
   cfg.loss.class_weights = "balanced"
   with pytest.raises(ConfigError, match="source is streamed"):
     train_one(data, cfg=cfg)
+
+
+def test_tokens_of_a_file_train_the_bytes_of_tokens_on_the_devices(tmp_path):
+  ids = np.random.default_rng(0).integers(0, 9, 500).astype(np.uint16)
+  ids.tofile(tmp_path / "ids.bin")
+  mapped = np.memmap(tmp_path / "ids.bin", np.uint16, "r")
+  data = ban_jax.from_tokens(mapped[:400], mapped[400:], vocabulary=9, window=8)
+  whole = ban_jax.from_text(ids[:400], validation=0, test=ids[400:], vocabulary=9, window=8)
+  cfg = ban_jax.get_config("own,lstm_32,smoke")
+  cfg.train.update(epochs=1, batch_size=4, evaluate_every=0)
+  cfg.optim.schedule = "constant"
+  cfg.evaluate.batch_size = cfg.evaluate.training_batch_size = 3
+  one, other = (ban_jax.train_generation(None, cfg, dataset=each, progress=False) for each in (data, whole))
+  assert trees.digest(one.params) == trees.digest(other.params)
+  assert one.metrics["test_nll"] == other.metrics["test_nll"]
+  with pytest.raises(DataError, match=r"tokens, train: token 3 is 8; expected 0 to 7"):
+    ban_jax.from_tokens(np.array([1, 2, 3, 8]), ids, vocabulary=8, window=2)

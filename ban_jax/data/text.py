@@ -77,7 +77,7 @@ def of_streams(
   make_read_only(splits)
   sizes = {split: len(tokens) - 1 for split, tokens in streams.items()}
   listed = np.frombuffer("\n".join(spec.words).encode(), np.uint8)
-  return _dataset(name, splits, sizes, spec)._replace(
+  return assemble(name, splits, sizes, spec)._replace(
     digest=digest({**splits, "vocabulary": {"words": listed}}), written=written
   )
 
@@ -89,10 +89,11 @@ def describe(name: str, *, tokens: Mapping[str, int], words: tuple[str, ...], op
   """
   sizes = {**tokens, "train": _train_tokens(name, tokens["train"], options)}
   splits = {split: {"tokens": jax.ShapeDtypeStruct((size + 1,), np.int32)} for split, size in sizes.items()}
-  return _dataset(name, splits, sizes, spec_of(words, options))
+  return assemble(name, splits, sizes, spec_of(words, options))
 
 
-def _dataset(name: str, splits: Any, sizes: Mapping[str, int], spec: InputSpec) -> Dataset:
+def assemble(name: str, splits: Any, sizes: Mapping[str, int], spec: InputSpec) -> Dataset:
+  """Returns the Dataset of splits' arrays, or their shapes, without a digest."""
   window = spec.shape[0]
   return Dataset(
     name=name,
@@ -142,6 +143,10 @@ def make_fetch(window: int) -> Callable[..., Batch]:
     `positions` may be None, and `train` changes nothing.
     """
     del key, positions, train
+    if "windows" in arrays:  # of a stream: int32 [.., T+1], padded by -1
+      rows = arrays["windows"][jnp.maximum(index, 0)]
+      tokens = jnp.maximum(rows, 0)
+      return Batch(tokens[:, :-1], tokens[:, 1:], (index[:, None] >= 0) & (rows[:, 1:] >= 0))
     tokens = arrays["tokens"]
     last = len(tokens) - 2  # the last token that is followed by another
     places = index[:, None] * window + jnp.arange(window)  # [B, T]
