@@ -63,7 +63,7 @@ def group(**changes):
   """Returns a configuration's `data` group."""
   values = {
     "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0,
-    "label_noise": 0.0, "noise_kind": "symmetric", "noise_seed": 0,
+    "label_noise": 0.0, "noise_kind": "symmetric", "noise_seed": 0, "augment": (),
     "dataset": "", "size": 0, "train_split": "train", "test_split": "test", "validation_split": "",
   } | changes  # fmt: skip
   return ml_collections.ConfigDict(values).lock()

@@ -145,6 +145,22 @@ def test_several_generations_teach_together(teacher, student):
   assert bytes_of(taught.params) != bytes_of(ban_jax.train_generation(student, config(train__epochs=1), **QUIET).params)
 
 
+def test_how_teachers_teach_is_checked_before_any_work(teacher, student):
+  with pytest.raises(ConfigError, match=r"teacher.weights=\(1.0, 2.0, 3.0\): expected 2 numbers of at least 0"):
+    ban_jax.train_generation([teacher, student], config(teacher__weights=(1.0, 2.0, 3.0)), **QUIET)
+  for changes, message in (
+    ({"teacher__weights": (0.0, 0.0)}, "teacher.weights=.*expected .., or a tuple of numbers of at least 0, not all"),
+    ({"teacher__view": "mine"}, "unknown teacher.view 'mine'; choose one of: other, plain, same"),
+    ({"data__augment": ("mix",)}, "unknown data.augment 'mix'; choose one of: cutmix, erasing, mixup"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      ban_jax.train_generation(teacher, config(**changes), **QUIET)
+  text = ban_jax.get_config("pydoc,lstm_32,smoke")
+  text.teacher.view = "plain"
+  with pytest.raises(ConfigError, match="teacher.view='plain': expected 'same', because pydoc is text"):
+    ban_jax.train_generation(None, text, **QUIET)
+
+
 def test_gradient_split_is_in_the_history_of_students_alone(teacher):
   cfg = config(train__gradient_split=True, train__epochs=1)
   row = ban_jax.train_generation(teacher, cfg, **QUIET).history[0]
