@@ -33,6 +33,7 @@ from ban_jax import config, data, storage
 from ban_jax.data import images, tfds_cifar
 from ban_jax.data.arrays import digest
 from ban_jax.errors import ConfigError, DataError
+from ban_jax.keys import KEYS
 from ban_jax.presets import base
 from ban_jax.types import InputSpec
 
@@ -60,12 +61,9 @@ def check_data(values):
 
 
 def group(**changes):
-  """Returns a configuration's `data` group."""
-  values = {
-    "name": "digits", "dir": "", "validation": 0.0, "train_examples": 0, "pad": 0, "flip": False, "window": 0,
-    "label_noise": 0.0, "noise_kind": "symmetric", "noise_seed": 0, "augment": (),
-    "dataset": "", "size": 0, "train_split": "train", "test_split": "test", "validation_split": "",
-  } | changes  # fmt: skip
+  """Returns a configuration's `data` group, of digits that nothing changes."""
+  defaults = {name.removeprefix("data."): key.default for name, key in KEYS.items() if name.startswith("data.")}
+  values = {**defaults, "name": "digits", "pad": 0, "flip": False, **changes}
   return ml_collections.ConfigDict(values).lock()
 
 
@@ -776,12 +774,13 @@ def test_train_order_is_a_permutation_drawn_from_the_key(batch_size):
 
 def test_keys_are_those_that_the_loader_takes():
   images_keys = ("validation", "train_examples", "pad", "flip", "label_noise", "noise_kind", "noise_seed")
+  images_keys = (*images_keys, "augment")
   assert data.DATASETS.options("cifar10") == data.DATASETS.options("cifar100") == ("dir", *images_keys)
   assert data.DATASETS.options("digits") == images_keys
-  tfds_keys = ("dataset", "size", "train_split", "test_split", "validation_split")
+  tfds_keys = ("dataset", "size", "train_split", "test_split", "validation_split", "stream", "view", "workers")
   assert data.DATASETS.options("tfds") == ("dir", *tfds_keys, *images_keys)
   assert data.DATASETS.options("ptb") == ("dir", "train_examples", "window")
-  assert data.DATASETS.options("pydoc") == ("train_examples", "window")
+  assert data.DATASETS.options("pydoc") == ("train_examples", "window", "tokens")
 
 
 @pytest.mark.parametrize(
@@ -790,7 +789,7 @@ def test_keys_are_those_that_the_loader_takes():
 def test_unknown_data_set_is_reported(ask):
   with pytest.raises(ConfigError) as error:
     ask("mnist")
-  assert str(error.value) == "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc, tfds"
+  assert str(error.value) == f"unknown data set 'mnist'; choose one of: {', '.join(sorted(data.DATASETS))}"
 
 
 def test_keys_that_a_loader_does_not_take_are_ignored():
@@ -810,7 +809,7 @@ def test_embedded_data_sets_are_one_of_each_kind():
       continue
     assert ("window" in data.DATASETS.options(name)) == (source.kind == "tokens")
     assert source.embedded == ("dir" not in data.DATASETS.options(name))
-    assert (source.describe is None) == (source.embedded or name == "tfds")
+    assert (source.describe is None) == (source.embedded or name in ("enwik8", "tfds", "wikitext"))
 
 
 def assert_describes(known, dataset):
@@ -915,7 +914,7 @@ def text_group(**changes):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    (group(name="mnist"), "unknown data set 'mnist'; choose one of: cifar10, cifar100, digits, own, ptb, pydoc, tfds"),
+    (group(name="mnist"), f"unknown data set 'mnist'; choose one of: {', '.join(sorted(data.DATASETS))}"),
     (group(name=3), "data.name=3: expected a name"),
     (group(dir=None), 'data.dir is None: expected a local directory, or "" for the default'),
     (group(dir="gs://bucket/x"), "data.dir='gs://bucket/x': expected a local directory, or \"\" for the default"),
