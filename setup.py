@@ -64,7 +64,7 @@ setuptools.setup(
     "tqdm",
   ],
   extras_require={
-    "benchmark": ["torch"],  # what experiments/bench.py compares with
+    "benchmark": ["grain", "torch"],  # what experiments/bench.py compares with
     "compile": [LIBTPU],  # what experiments/compile.py needs for TPUs
     "cuda": ["jax[cuda12]>=0.10.2"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],

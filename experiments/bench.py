@@ -4,8 +4,9 @@
   python experiments/bench.py --rows=wrn_16_1,lstm_200 --sections=steps
   python experiments/bench.py --processor_time                       on a machine that is busy otherwise: one thread
 
-`pip install -e '.[benchmark]'` adds PyTorch, to compare with; without it our times stand alone. The sides take turns,
-so that a machine that becomes slower or faster does so for all, and a ratio is of two neighboring turns. Sections:
+`pip install -e '.[benchmark]'` adds PyTorch and Grain, to compare with; without them our times stand alone. The sides
+take turns, so that a machine that becomes slower or faster does so for all, and a ratio is of two neighboring turns.
+Sections:
 
   steps   ours and PyTorch's: channels last, as it is and under torch.compile, whichever is faster. Ours cuts and
           augments its mini-batches in the step, PyTorch's lie ready (experiments/analysis/torch_networks.py); both have
@@ -16,11 +17,11 @@ so that a machine that becomes slower or faster does so for all, and a ratio is 
           first. The bytes of a loop, as over an LSTM's window, are those of one turn
   epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
           it, and the same step on one mini-batch again and again
-  feed    128 images of 224 pixels as a stream brings them to the devices: JPEGs of many sizes in an array_record file,
-          by threads and by processes, beside Grain's plain loop and PyTorch's DataLoader on the same file, and a memory
-          map of --feed_gb times 10^9 bytes, with the most memory that is this process's own; what a step of 50 ms waits
-          for its data; and the index that resident data need. A pass is 4 mini-batches for each of --turns, the start
-          of threads and processes included. `pip install grain` adds Grain
+  feed    a mini-batch of images of 224 pixels as a stream brings them to the devices: JPEGs of many sizes in an
+          array_record file, by threads and by processes, beside Grain's plain loop and PyTorch's DataLoader, and a
+          memory map of --feed_gb times 10^9 bytes, with the most memory that is this process's own; what a step of
+          50 ms waits for its data; and the index that resident data need. A pass is 4 mini-batches for each of --turns,
+          and begins with the start of threads and processes.
 
 On accelerators there are more rows, in bfloat16 too, and --peak_tflops shows the share of the peak.
 """

@@ -119,6 +119,13 @@ def test_killed_twice_and_resumed_by_other_workers_on_other_devices(tmp_path):
   assert known(found[:1]) == known(found[1:])
 
 
+def test_recorded_teachers_of_a_stream_are_those_of_resident_data(tmp_path):
+  found = []
+  for name, dataset in (("resident", resident()), ("streamed", streamed())):
+    found.append(train_two(dataset, cfg=small(replay=str(tmp_path / name), epochs=1)))
+  assert known(found[0]) == known(found[1])
+
+
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_neither_workers_nor_where_reading_begins_change_what_is_read(workers):
   order = np.random.default_rng(0).permutation(160).astype(np.int32).reshape(4, 40)

@@ -1,6 +1,7 @@
 """Image classification sets of TFDS by name: two sets that are made here, prepared and read without TensorFlow."""
 
 import functools
+import pickle
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import ban_jax
 from ban_jax import config, data, presets
+from ban_jax.data import tfds as tfds_data
 from ban_jax.data import tfds_images
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import InputSpec
@@ -119,6 +121,36 @@ def test_images_of_different_sizes_are_resized(both):
   for split, (pixels, labels) in colours().items():
     small = [np.asarray(Image.fromarray(array).resize((6, 6), Image.Resampling.BILINEAR)) for array in pixels]
     assert_holds(dataset, split, small, labels)
+
+
+def test_a_stream_has_the_same_images_and_is_chosen_where_they_are_too_many(both, monkeypatch, caplog):
+  whole = data.load(group("tiny_colours", both, size=6)).splits["train"]
+  asked = group("tiny_colours", both, size=6, stream=True, workers=1)
+  numbers = np.arange(32, dtype=np.int32)
+  found = pickle.loads(pickle.dumps(data.load(asked).streams["train"].read))(numbers, numbers, ())
+  pairs = [
+    sorted((image.tobytes(), int(label)) for image, label in zip(part["images"], part["labels"], strict=True))
+    for part in (whole, found)
+  ]
+  assert pairs[0] == pairs[1]
+  monkeypatch.setattr(tfds_data, "SHARE", 0.0)
+  assert data.load(group("tiny_colours", both, size=5)).streams
+  assert "so that it is streamed; set data.stream=True" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"stream": True, "validation": 0.25}, "data.validation=0.25: expected 0.0, because it takes the labels of all"),
+    ({"stream": True, "view": "crops"}, "data.view='crops': expected a data.size"),
+    ({"view": "crops", "size": 6}, "data.view='crops': expected data.stream=True"),
+    ({"workers": 2, "size": 6}, "data.workers=2: expected data.stream=True"),
+    ({"view": "all"}, "data.view='all': expected 'whole' or 'crops'"),
+  ],
+)
+def test_options_of_a_stream_that_do_not_fit_are_refused(both, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    data.load(group("tiny_colours", both, **changes))
 
 
 def test_resizing_smooths_and_keeps_what_has_the_size():
