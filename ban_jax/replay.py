@@ -10,7 +10,7 @@ replayed student differs from a live-taught one by rounding only.
 import functools
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import feeding, storage, trees
 from ban_jax.data.augment import AUGMENTATIONS
 from ban_jax.job import Job
+from ban_jax.keys import KEYS
 from ban_jax.step import batch_of
 from ban_jax.teacher import Teaching
 from ban_jax.types import Batch, Devices
@@ -62,13 +63,13 @@ def _root(cfg: ConfigDict) -> epath.Path:
 def _directory(job: Job) -> epath.Path:
   """Returns where the recordings of a job's teacher and stream lie: one directory for all students that share them."""
   values = job.lineage
-  names = values["config"].get("data.augment", ())
-  free = AUGMENTATIONS.taken(*AUGMENTATIONS) - AUGMENTATIONS.taken(*names) | (set() if names else {"data.augment"})
-  data = {
-    key: value for key, value in values["config"].items() if key.startswith(("data.", "dataset.")) and key not in free
-  }
   stream = {key: values[key] for key in ("generation", "seed", "teachers", "dataset")}
-  stream |= {**data, "data.dir": "", "batch": job.cfg.train.batch_size, "layout": devices_lib.layout(job.devices)}
+  stream |= {
+    **_data(values["config"]),
+    "data.dir": "",
+    "batch": job.cfg.train.batch_size,
+    "layout": devices_lib.layout(job.devices),
+  }
   if job.cfg.train.accumulate > 1:  # by which steps may be left out at the end of an epoch
     stream["accumulate"] = job.cfg.train.accumulate
   assert job.teacher.recorded is not None, "of a replayed teacher"
@@ -82,6 +83,20 @@ def _directory(job: Job) -> epath.Path:
   if any(programs := job.programs[1:]):
     stream["programs"] = programs
   return _root(job.cfg) / trees.json_digest(stream)[:16] / f"process_{jax.process_index()}"
+
+
+def _data(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of the data that mini-batches depend on, those of later versions where they say something."""
+  unused = AUGMENTATIONS.taken(*AUGMENTATIONS) - AUGMENTATIONS.taken(*config.get("data.augment", ()))
+
+  def counts(key: str, value: Any) -> bool:
+    if key not in KEYS:
+      return key.startswith("dataset.")
+    first = key.startswith(("data.label_noise", "data.noise_"))  # they were there before there were recordings
+    known = KEYS[key]
+    return key.startswith("data.") and known.in_identity and key not in unused and (first or value != known.neutral)
+
+  return {key: value for key, value in config.items() if counts(key, value)}
 
 
 def _record(job: Job, epoch: int, order: Int[np.ndarray, "steps B"], arrays: Any, key_data: jax.Array) -> Logits:
