@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import ban_jax
-from ban_jax import config, data, presets
+from ban_jax import config, data, feeding, job, presets, resolving
 from ban_jax.data import tfds as tfds_data
 from ban_jax.data import tfds_images
 from ban_jax.errors import ConfigError, DataError
@@ -356,3 +356,13 @@ def test_two_steps_of_training(both):
   generation = ban_jax.train_generation(None, cfg, devices=jax.devices()[:1], progress=False)
   assert generation.metrics["test_count"] == 9
   assert np.isfinite(generation.metrics["test_nll"])
+
+
+def test_imagenet_is_described_without_being_there():
+  setup = resolving.resolve(presets.compose("tfds=imagenet2012,mlp_16,paper"), None, load=data.describe)
+  dataset = setup.dataset
+  assert (dataset.sizes, dataset.spec[1:3]) == ({"train": 1_281_167, "test": 50_000}, ((224, 224, 3), 1000))
+  assert feeding.shapes(dataset, "train", (1, 1, 4))["images"].shape == (1, 1, 4, 224 * 224 * 3)
+  assert job.describe(setup, 1).steps_per_epoch == 1_281_167 // 1024
+  with pytest.raises(ConfigError, match=r"data.validation=0.1: expected 0.0, because it takes the labels"):
+    data.describe({**setup.cfg.data, "validation": 0.1})

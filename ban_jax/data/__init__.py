@@ -24,7 +24,8 @@ class Source(NamedTuple):
 
   load: Callable[..., Dataset]
   kind: Kind
-  describe: Callable[..., Dataset] | None = None  # from the options, without reading anything; None: only by loading
+  # From the options, without reading anything; None, or one that returns None: only by loading.
+  describe: Callable[..., Dataset | None] | None = None
   embedded: bool = False  # comes with an installed package: always there, and small
 
 
@@ -36,7 +37,7 @@ _ENTRIES = {
   "own": Source(own.load, "images"),
   "ptb": Source(ptb.load, "tokens", ptb.describe),
   "pydoc": Source(pydoc.load, "tokens", embedded=True),
-  "tfds": Source(tfds.load, "images"),
+  "tfds": Source(tfds.load, "images", tfds.describe),
   "wikitext": Source(wikitext.load, "tokens"),
 }
 DATASETS = Registry("data.name", "data set", _ENTRIES)
@@ -75,8 +76,8 @@ def describe(group: Mapping[str, Any]) -> Dataset:
   Of data sets with a `describe` nothing is read, so they need not be there; others are loaded. Raises as `load` does.
   """
   source = DATASETS.find(group["name"])
-  if source.describe:
-    return source.describe(_arguments(group)["options"])
+  if source.describe and (described := source.describe(_arguments(group)["options"])):
+    return described
   dataset = load(group)
   splits = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), dict(dataset.splits))
   return dataset._replace(splits=splits, digest="")

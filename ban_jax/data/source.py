@@ -197,13 +197,11 @@ def build(
     reader = Reader(source, f"{name}, {split}", sizes[split], keys, form, shape, num_classes)
     shape = shape or reader.example(0)[0].shape
     readers[split] = reader._replace(shape=shape)
-  per_example = int(np.prod(shape))
-  sample = _sample(readers["train"], max(KNOWN, SAMPLE // per_example))
+  sample = _sample(readers["train"], max(KNOWN, SAMPLE // int(np.prod(shape))))
   mean, std = images.channel_statistics(sample["images"].reshape(-1, *shape))
   shared = {"mean": mean, "std": std}
   make_read_only(shared)
   splits = dict.fromkeys(sources, shared)
-  row = {"images": jax.ShapeDtypeStruct((per_example,), np.uint8), "labels": jax.ShapeDtypeStruct((), np.int32)}
   record = {
     split: {
       "examples": sizes[split],
@@ -214,12 +212,32 @@ def build(
   }
   known = json.dumps([record, num_classes, form], sort_keys=True).encode()
   described = {"source": np.frombuffer(known, np.uint8)}
-  return images.assemble(name, InputSpec("images", shape, num_classes), splits, sizes, options)._replace(
+  spec = InputSpec("images", shape, num_classes)
+  return images.assemble(name, spec, splits, sizes, options)._replace(
     digest=digest({**splits, "source": described}),
     record={"stream": record},
     pack=dict,
-    streams={split: Stream(reader.read, row, workers) for split, reader in readers.items()},
+    streams={split: Stream(reader.read, _row(spec), workers) for split, reader in readers.items()},
   )
+
+
+def describe(name: str, sizes: Mapping[str, int], num_classes: int, form: Form, options: images.Options) -> Dataset:
+  """Returns `build`'s Dataset for splits of so many examples of form.size pixels, as shapes; nothing can be read."""
+  spec = InputSpec("images", (form.size, form.size, form.channels), num_classes)
+  shared = {key: jax.ShapeDtypeStruct((form.channels,), np.float32) for key in ("mean", "std")}
+  streams = {split: Stream(_unreadable, _row(spec), 0) for split in sizes}
+  dataset = images.assemble(name, spec, dict.fromkeys(sizes, shared), sizes, options)
+  return dataset._replace(pack=dict, streams=streams)
+
+
+def _row(spec: InputSpec) -> Mapping[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of an example as it is read."""
+  pixels = jax.ShapeDtypeStruct((int(np.prod(spec.shape)),), np.uint8)
+  return {"images": pixels, "labels": jax.ShapeDtypeStruct((), np.int32)}
+
+
+def _unreadable(*arguments: Any) -> Any:
+  raise DataError("the data were described, and are not read")
 
 
 def _sample(reader: Reader, count: int) -> Mapping[str, np.ndarray]:

@@ -33,6 +33,8 @@ class Asked(NamedTuple):
   workers: int = 0  # processes that read a stream; 0: threads
 
 
+# Sets of colour images that are described without being there: the examples of their splits, and their classes.
+KNOWN = {"imagenet2012": ({"train": 1_281_167, "validation": 50_000}, 1000)}
 # An Asked and an images.Options in one, whose fields are all keys that the data set takes.
 _FIELDS: Any = [*Asked.__annotations__.items(), *images.Options.__annotations__.items()]
 Options: Any = NamedTuple("Options", _FIELDS)  # type: ignore[misc]  # whose fields are not written out
@@ -46,9 +48,7 @@ def load(*, dir: str, options: Options) -> Dataset:
   """
   from ban_jax.data import tfds_images  # TensorFlow Datasets takes half a second to import
 
-  asked = Asked(*(getattr(options, key) for key in Asked._fields))
-  own = images.Options(*(getattr(options, key) for key in images.Options._fields))
-  wanted = tuple((key, split) for key, split in asked._asdict().items() if key.endswith("_split") and split)
+  asked, own, wanted = _asked(options)
   known = tfds_images.look(asked.dataset, wanted, dir)
   if asked.stream or _is_large(asked, known):
     sources = {NAMES[key]: tfds_images.Prepared(asked.dataset, known.root, split) for key, split in wanted}
@@ -65,6 +65,24 @@ def load(*, dir: str, options: Options) -> Dataset:
     num_classes=num_classes,
     options=own,
   )
+
+
+def describe(options: Options) -> Dataset | None:
+  """Returns a set of KNOWN as shapes, without its data, if it is streamed; else None."""
+  asked, own, wanted = _asked(options)
+  sizes, num_classes = KNOWN.get(asked.dataset, ({}, 0))
+  if not (asked.stream and asked.size) or not {split for _, split in wanted} <= sizes.keys():
+    return None
+  _check_streamed(asked, own)
+  found = {NAMES[key]: sizes[split] for key, split in wanted}
+  return source.describe(asked.dataset, found, num_classes, Form(asked.size, asked.view, 3), own)
+
+
+def _asked(options: Options) -> tuple[Asked, images.Options, tuple[tuple[str, str], ...]]:
+  """Returns what is read, what becomes of it, and the splits that are named, by key."""
+  asked = Asked(*(getattr(options, key) for key in Asked._fields))
+  own = images.Options(*(getattr(options, key) for key in images.Options._fields))
+  return asked, own, tuple((key, split) for key, split in asked._asdict().items() if key.endswith("_split") and split)
 
 
 def _is_large(asked: Asked, known: Any) -> bool:
@@ -86,6 +104,13 @@ def _is_large(asked: Asked, known: Any) -> bool:
 
 def _streamed(asked: Asked, own: images.Options, known: Any, sources: Mapping[str, Any]) -> Dataset:
   """Returns the Dataset that reads its images as they are needed."""
+  _check_streamed(asked, own)
+  form = Form(asked.size, asked.view, known.shape[-1] or 3)
+  return source.build(asked.dataset, sources, known.num_classes, form, own, keys=known.keys, workers=asked.workers)
+
+
+def _check_streamed(asked: Asked, own: images.Options) -> None:
+  """Raises a ConfigError for an option that a stream cannot have."""
   for key, neutral in (("validation", 0.0), ("train_examples", 0), ("label_noise", 0.0)):
     if getattr(own, key) != neutral:
       raise ConfigError(
@@ -94,5 +119,3 @@ def _streamed(asked: Asked, own: images.Options, known: Any, sources: Mapping[st
       )
   if asked.view == "crops" and not asked.size:
     raise ConfigError("data.view='crops': expected a data.size, to which the parts are resized, such as 224")
-  form = Form(asked.size, asked.view, known.shape[-1] or 3)
-  return source.build(asked.dataset, sources, known.num_classes, form, own, keys=known.keys, workers=asked.workers)
