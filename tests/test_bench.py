@@ -160,7 +160,7 @@ def test_an_unknown_row_is_refused_with_the_choices():
   [
     ("--rows=wrn", "unknown row 'wrn'; choose one of: cnn_lstm, densenet_40_12, "),
     ("--kinds=training", "unknown kind 'training'; choose one of: distilled, distilled_3, evaluation, replayed, "),
-    ("--sections=step", "unknown section 'step'; choose one of: epoch, floor, replay, steps"),
+    ("--sections=step", "unknown section 'step'; choose one of: epoch, feed, floor, replay, steps"),
   ],
 )
 def test_an_unknown_choice_ends_with_a_line_and_no_table(flag, message):

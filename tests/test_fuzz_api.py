@@ -110,6 +110,7 @@ GOOD = {
   "apply": of(lambda: lambda variables, images: images.reshape(len(images), -1) @ variables["kernel"]),
   "variables": of(lambda: {"kernel": np.zeros((64, 10), np.float32)}),
   "name": of(lambda: "mine"),
+  "vocabulary": of(lambda: 99),
   "words": st.just("digits,wrn_10_1,smoke"),
   "platforms": of(lambda: ("cpu",)),
   "optimizer": of(lambda: None, optimizer),
@@ -120,8 +121,8 @@ GOOD = {
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_card", "export_parameters", "from_arrays", "from_flax"),
-  *("from_function", "from_nnx", "from_optax", "from_source", "from_text", "get_config", "load", "load_config"),
-  *("load_run", "log_probabilities", "normalise", "predict", "reliability", "run", "sample", "setup"),
+  *("from_function", "from_nnx", "from_optax", "from_source", "from_text", "from_tokens", "get_config", "load"),
+  *("load_config", "load_run", "log_probabilities", "normalise", "predict", "reliability", "run", "sample", "setup"),
   *("train_generation", "with_network"),
 )
 
@@ -142,6 +143,8 @@ def calls(draw):
       arguments[key] = Made(lambda: network(0, "pydoc,lstm_32,smoke"))
     elif name == "from_text" and key in ("train", "validation", "test"):
       arguments[key] = draw(of(lambda: "to be or not to be\n" * 9, lambda: np.arange(99)))
+    elif name == "from_tokens" and key in ("train", "validation", "test"):
+      arguments[key] = draw(of(lambda: np.arange(99)))
     elif key in GOOD and (parameter.default is parameter.empty or draw(st.booleans())):
       arguments[key] = draw(GOOD[key])
   return name, arguments
