@@ -47,8 +47,8 @@ LIBTPU = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
-# Nothing can be timed where there is no GPU.
-XLA_GPU = "--xla_gpu_autotune_level=0"
+# Nothing can be timed where there is no GPU; untuned tiles of Triton do not fit a transformer's products, cuBLAS does.
+XLA_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 # In the words of XLA's own description of this GPU.
 H100 = """
 gpu_device_info {

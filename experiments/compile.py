@@ -4,8 +4,8 @@
 
 Compiles the steps of a run for the named chips by their own compiler, on this machine's processor, and prints what the
 compiler says. Cycles are estimates of its cost model, not measured times; collectives are not in them. TPUs need
-pip install 'ban_jax[compile]', GPUs 'ban_jax[cuda]'; neither needs an accelerator, and CIFAR and PTB no data. A
-Wide-ResNet-28-10 takes minutes. docs/guides/before_you_rent_a_pod.md explains the numbers.
+pip install 'ban_jax[compile]', GPUs 'ban_jax[cuda]'; neither needs an accelerator, and CIFAR, PTB and ImageNet no
+data. A Wide-ResNet-28-10 takes minutes. docs/guides/before_you_rent_a_pod.md explains the numbers.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback

@@ -809,7 +809,7 @@ def test_embedded_data_sets_are_one_of_each_kind():
       continue
     assert ("window" in data.DATASETS.options(name)) == (source.kind == "tokens")
     assert source.embedded == ("dir" not in data.DATASETS.options(name))
-    assert (source.describe is None) == (source.embedded or name in ("enwik8", "tfds", "wikitext"))
+    assert (source.describe is None) == (source.embedded or name in ("enwik8", "wikitext"))
 
 
 def assert_describes(known, dataset):
