@@ -66,6 +66,12 @@ def look_up(registry: Mapping[str, T], name: str, what: str) -> T:
   return registry[name]
 
 
+def check_name(name: Any, use: str) -> None:
+  """Raises a ConfigError for what cannot name something of the caller's; `use` says what the name does."""
+  if not (isinstance(name, str) and name and name.isprintable()):
+    raise ConfigError(f"name={name!r}: expected a printable word, because it {use}")
+
+
 def check_flag(name: str, value: Any) -> bool:
   """Returns whether a value is true; raises a ConfigError for one that is neither true nor false, as an array."""
   try:

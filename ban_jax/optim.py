@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ban_jax.errors import ConfigError
+from ban_jax.errors import ConfigError, check_name
 from ban_jax.registry import Registry
 
 # Which parameters decay, as optax takes it: a function of the parameters' tree; None for all.
@@ -61,8 +61,7 @@ def from_optax(
   if not isinstance(transformation, optax.GradientTransformation):
     kind = type(transformation).__name__
     raise ConfigError(f"from_optax takes an optax.GradientTransformation, as optax.adamw(1e-3), not {kind}")
-  if not (isinstance(name, str) and name and name.isprintable()):
-    raise ConfigError(f"name={name!r}: expected a printable word, because it names the optimizer in run directories")
+  check_name(name, "names the optimizer in run directories")
   if schedule is not None and not callable(schedule):
     raise ConfigError(f"schedule must be a function of the step, or None, not {type(schedule).__name__}")
   rate = None if schedule is None else _without_metrics(schedule)

@@ -11,7 +11,7 @@ from ban_jax import devices as devices_lib
 from ban_jax.data import augment as augment_lib
 from ban_jax.data import images, noise
 from ban_jax.data.arrays import as_array
-from ban_jax.errors import ConfigError, DataError, check_whole, look_up
+from ban_jax.errors import ConfigError, DataError, check_name, check_whole, look_up
 from ban_jax.keys import KEYS
 from ban_jax.types import Dataset
 
@@ -77,31 +77,14 @@ def from_arrays(
   share = 0.0
   if isinstance(validation, numbers.Real):
     share, validation = float(validation), None
-  if not (isinstance(name, str) and name.isprintable() and name):
-    raise ConfigError(f"name={name!r}: expected a printable word, because it names the data set in messages")
-  if not 0 <= share < 1:
-    raise ConfigError(f"validation={share}: expected a share in [0, 1), or a pair of images and labels")
-  look_up(noise.KINDS, noise_kind, "noise_kind")
-  if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise < 1:
-    raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
-  if not isinstance(flip, bool | np.bool_):
-    raise ConfigError(f"flip={flip!r}: expected True or False")
-  chosen = augmentations(augment)
-  given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+  check_name(name, "names the data set in messages")
+  options = _options(share, train_examples, pad, flip, label_noise, noise_kind, noise_seed)
+  options = options._replace(augment=augmentations(augment))
+  given: dict[str, Any] = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
   parts = {split: _examples(name, split, pair) for split, pair in given.items()}
   largest = max(int(part.labels.max(initial=0)) for part in parts.values())
   if num_classes is None and largest < 1:
     raise DataError(f"{name}: all labels are {largest}; expected at least two classes, or give num_classes")
-  options = images.Options(
-    validation=share,
-    train_examples=check_whole("train_examples", train_examples, 0),
-    pad=check_whole("pad", pad, 0),
-    flip=bool(flip),
-    label_noise=float(label_noise),
-    noise_kind=noise_kind,
-    noise_seed=check_whole("noise_seed", noise_seed, 0),
-    augment=chosen,
-  )
   dataset = images.build(
     name,
     parts["train"],
@@ -112,6 +95,28 @@ def from_arrays(
   )
   recorded = {key: value for key, value in options._asdict().items() if key != "augment" or value}  # as before it was
   return dataset._replace(options={"name": name, **recorded})
+
+
+def _options(
+  share: float, train_examples: int, pad: int, flip: bool, label_noise: float, noise_kind: str, noise_seed: int
+) -> images.Options:
+  """Returns the options of a caller's images; raises a ConfigError that names the first that is wrong."""
+  if not 0 <= share < 1:
+    raise ConfigError(f"validation={share}: expected a share in [0, 1), or a pair of images and labels")
+  look_up(noise.KINDS, noise_kind, "noise_kind")
+  if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise < 1:
+    raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
+  if not isinstance(flip, bool | np.bool_):
+    raise ConfigError(f"flip={flip!r}: expected True or False")
+  return images.Options(
+    validation=share,
+    train_examples=check_whole("train_examples", train_examples, 0),
+    pad=check_whole("pad", pad, 0),
+    flip=bool(flip),
+    label_noise=float(label_noise),
+    noise_kind=noise_kind,
+    noise_seed=check_whole("noise_seed", noise_seed, 0),
+  )
 
 
 def augmentations(given: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> augment_lib.Chosen:

@@ -13,7 +13,7 @@ from ban_jax.data import reading, text, text_files
 from ban_jax.data import tokens as tokens_lib
 from ban_jax.data.arrays import as_array
 from ban_jax.data.reading import UNITS, Content, Reading
-from ban_jax.errors import ConfigError, DataError, check_whole, look_up
+from ban_jax.errors import ConfigError, DataError, check_name, check_whole, look_up
 from ban_jax.types import Dataset
 
 
@@ -60,8 +60,7 @@ def from_text(
     >>> ban_jax.from_text("to be or not to be " * 100, tokens="characters").sizes
     {'train': 1710, 'validation': 95, 'test': 95}
   """
-  if not (isinstance(name, str) and name.isprintable() and name):
-    raise ConfigError(f"name={name!r}: expected a printable word, because it names the data set in messages")
+  check_name(name, "names the data set in messages")
   given = {"train": train, "validation": validation, "test": test}
   parts = {split: _part(name, split, part) for split, part in given.items()}
   how = _reading(tokens, vocabulary, eos, unknown, parts)

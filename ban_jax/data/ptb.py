@@ -64,11 +64,7 @@ def made_up_words() -> tuple[str, ...]:
 def _read_lines(path: pathlib.Path) -> text.Lines:
   """Returns the words of each line of a file; raises DataError with the file's name and, if known, the line."""
   content = text_files.read("ptb", path)
-  decoded = text_files.decoded(f"ptb: {path}", content)
-  lines = [line.split() for line in decoded.removesuffix("\n").split("\n")]
-  for number, line in enumerate(lines, 1):
-    if EOS in line:
-      raise DataError(f"ptb: {path}, line {number}: {EOS!r} is added at each line's end; expected text without it")
+  lines = text.lines_of(f"ptb: {path}", text_files.decoded(f"ptb: {path}", content))
   if not any(lines):
     raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
   return lines

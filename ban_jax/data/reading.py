@@ -87,10 +87,7 @@ def _units(what: str, part: Content, how: Reading) -> Sequence[str]:
     return part
   if not how.eos:
     return part.split()
-  lines = [line.split() for line in part.removesuffix("\n").split("\n")]
-  for number, line in enumerate(lines, 1):
-    if EOS in line:
-      raise DataError(f"{what}, line {number}: {EOS!r} is added at each line's end; expected text without it")
+  lines = text.lines_of(what, part)
   return [word for line in lines for word in (*line, EOS)] if any(lines) else []
 
 

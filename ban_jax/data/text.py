@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Int32, PRNGKeyArray
 from ban_jax import errors
 from ban_jax.data.arrays import digest, make_read_only, padded_range
 from ban_jax.data.tokens import EOS
-from ban_jax.errors import ConfigError
+from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Batch, Dataset, InputSpec, maker
 
 Lines = list[list[str]]  # the words of each line, without the <eos> that follows the last
@@ -48,6 +48,15 @@ def build(name: str, lines: Mapping[str, Lines], words: tuple[str, ...], *, opti
   ids = {word: number for number, word in enumerate(words)}
   streams = {split: _stream(part, ids) for split, part in lines.items()}
   return of_streams(name, streams, spec_of(words, options), options=options)
+
+
+def lines_of(what: str, content: str) -> Lines:
+  """Returns the words of each line of a text; raises a DataError where a line has the `<eos>` that will end it."""
+  lines = [line.split() for line in content.removesuffix("\n").split("\n")]
+  for number, line in enumerate(lines, 1):
+    if EOS in line:
+      raise DataError(f"{what}, line {number}: {EOS!r} is added at each line's end; expected text without it")
+  return lines
 
 
 def spec_of(words: tuple[str, ...], options: Options) -> InputSpec:

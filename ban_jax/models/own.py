@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ban_jax import devices, trees
+from ban_jax import devices, errors, trees
 from ban_jax.errors import ConfigError
 from ban_jax.models import common, program
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program, Recipe
@@ -80,7 +80,9 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
   name = type(module).__name__ if name is None else name
   check_name(name)
   model, called = _of_module(module, spec, name)
-  model = model._replace(program=examine(model, called), recipe=Recipe(_again, module, spec, name))
+  with _momenta() as momenta:
+    found = examine(model, called)
+  model = model._replace(program=found, momentum=max(momenta), recipe=Recipe(_again, module, spec, name))
   try:
     same = _same(module, spec, name, model.program)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
@@ -150,14 +152,14 @@ def _of_module(module: nn.Module, spec: InputSpec, name: str) -> tuple[Model, st
     return logits_of(logits), carry, _state({**collections, **updated})
 
   model = Model(name, spec, init, lambda rows: (), apply, local_batch_stats=True, options=_plain_fields(module))
-  model = model._replace(momentum=_momentum(module, spec, trains))
   if trains:
     return model, "called as module(x, train=True), and has to hand train on to its layers"
   return model, "called as module(x): it has to take an argument train, and hand that on to its layers"
 
 
-def _momentum(module: nn.Module, spec: InputSpec, trains: bool) -> float:
-  """Returns the largest momentum of a module's batch normalisation, 0 where there is none or the module fails."""
+@contextlib.contextmanager
+def _momenta() -> Iterator[list[float]]:
+  """Yields a list of 0 and, by and by, the momentum of each batch normalisation that is called."""
   found = [0.0]
 
   def watch(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -165,10 +167,8 @@ def _momentum(module: nn.Module, spec: InputSpec, trains: bool) -> float:
       found.append(float(context.module.momentum))
     return next_call(*args, **kwargs)
 
-  options: dict[str, Any] = {"train": False} if trains else {}
-  with nn.intercept_methods(watch), contextlib.suppress(Exception):  # `examine` raises it where it matters
-    jax.eval_shape(lambda: module.init(jax.random.key(0), common.blank(spec), **options))
-  return max(found)
+  with nn.intercept_methods(watch):
+    yield found
 
 
 def _takes_train(module: nn.Module, spec: InputSpec) -> bool:
@@ -207,8 +207,7 @@ def logits_of(outputs: Any) -> jax.Array:
 
 def check_name(name: Any) -> None:
   """Raises a ConfigError for what cannot name a network."""
-  if not (isinstance(name, str) and name.isprintable() and name):
-    raise ConfigError(f"name={name!r}: expected a printable word, because it identifies the network in run directories")
+  errors.check_name(name, "identifies the network in run directories")
 
 
 def examine(model: Model, called: str = "") -> Program:
