@@ -226,7 +226,7 @@ def _explain(error: BaseException) -> int:
   if not isinstance(error, OSError | BanError):
     traceback.print_exception(error)
     return 1
-  print(f"error: {error}", file=sys.stderr)
+  print(f"error: {error}\n", end="", file=sys.stderr)  # in one write, so that lines of several processes do not mix
   return error.exit_status if isinstance(error, BanError) else StorageError.exit_status  # a plot on a full disk
 
 

@@ -22,9 +22,9 @@ from typing import IO
 
 # Seconds beyond --peer_timeout that the other processes get to end by themselves.
 MARGIN = 15.0
-# Flags that the launcher sets, so that the command must not.
 # Exit status of a process that has lost another one (errors.PeerError): never the first cause.
 LOST_PEER = os.EX_UNAVAILABLE
+# Flags that the launcher sets, so that the command must not.
 OWN_FLAGS = ("coordinator_address", "num_processes", "process_id", "devices", "peer_timeout", "distributed")
 
 
@@ -157,7 +157,8 @@ def _how_it_ended(code: int) -> str:
 
 
 def _log(message: str) -> None:
-  print(f"launch: {message}", file=sys.stderr, flush=True)
+  # One write per line, as above; print makes two.
+  os.write(sys.stderr.fileno(), f"launch: {message}\n".encode())
 
 
 if __name__ == "__main__":
