@@ -48,7 +48,8 @@ TRAIN = pathlib.Path(__file__).with_name("train.py")
 def command(workdir: pathlib.Path) -> list[str]:
   """Returns the command line of the run, with this one's configuration, changes of it, and devices."""
   config = flags.FLAGS["config"]
-  changes = [f"--config.{key}={value}" for key, value in config.override_values.items()]
+  values = {"train.checkpoint_every": 3, **config.override_values}  # so that a run of seconds has checkpoints
+  changes = [f"--config.{key}={value}" for key, value in values.items()]
   run = [str(TRAIN), f"--config={config.config_filename}", *changes, f"--workdir={workdir}", "--noprogress"]
   if PROCESSES.value == 1:
     return [sys.executable, *run, f"--devices={cli.DEVICES.value}"]

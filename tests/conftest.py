@@ -25,6 +25,7 @@ with jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
   from configs import digits
 
 one_cache.install()
+gc.set_threshold(100_000, 50, 50)  # JAX makes many objects when it traces; collecting them is a tenth of a test's time
 jax.config.update("jax_num_cpu_devices", 4)
 ban_jax.keep_programs()
 

@@ -88,6 +88,7 @@ def serve() -> None:
   for name in IMPORTED:
     __import__(name)
   gc.freeze()  # the memory of what is imported stays shared
+  gc.set_threshold(100_000, 50, 50)  # as in conftest.py
   for line in sys.stdin:
     multiprocessing.get_context("fork").Process(target=_keep, args=json.loads(line)).start()
     multiprocessing.active_children()  # forgets those that have ended

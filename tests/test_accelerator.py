@@ -11,6 +11,7 @@ from conftest import ROOT
 from ban_jax.trees import json_digest
 
 COMMAND = [sys.executable, str(ROOT / "experiments" / "accelerator.py"), "--scale=smoke", "--seeds=1", "--devices=1"]
+COMMAND += ["--side_by_side=1"]  # tests/test_tables.py has several processes at one table
 
 
 def run(workdir, *given):
@@ -25,7 +26,7 @@ def replace(path, change):
 def finished(tmp_path_factory):
   """A workdir in which all parts are finished, and what the command printed."""
   workdir = tmp_path_factory.mktemp("accelerator") / "run"
-  done = run(workdir, "--side_by_side=2")
+  done = run(workdir)
   assert done.returncode == 0, done.stderr
   return workdir, done.stdout
 

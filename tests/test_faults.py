@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+import ends
 import forks
 import jax
 import numpy as np
@@ -33,10 +34,9 @@ from experiments import results
 QUIET = {"progress": False}
 COMMAND = [
   *TRAIN,
-  "--config.generations=0",
-  "--config.train.evaluate_every=0",
+  *("--config.generations=0", "--config.train.evaluate_every=0", "--config.train.checkpoint_every=3"),
 ]
-PLAIN = {"train__evaluate_every": 0}
+PLAIN = {"train__evaluate_every": 0, "train__checkpoint_every": 3}
 
 
 def with_one_cache(command):
@@ -459,45 +459,14 @@ def test_a_signal_at_the_last_step_lets_the_generation_finish_and_then_ends_the_
   assert not (tmp_path / "gen_1").exists()
 
 
-# Dies by SIGKILL at the rename of a file that is written under another name; or right after a second save, which is
-# still running in the background, or after a generation's first; or after a generation is finished and before its
-# checkpoints are removed.
-DIE_AT = """
-import os, signal, sys
-from ban_jax import storage
-from ban_jax.storage import finished, workdir as workdirs
-write, save, name, saves = storage.write_json, storage.save_step, sys.argv[1], []
-def die(*_):
-  os.kill(os.getpid(), signal.SIGKILL)
-def write_or_die(path, value):
-  if path.name == name:
-    (path.parent / ".0123456789abcdef.partial").write_text('{"half":')
-    die()
-  write(path, value)
-def save_and_die(manager, *given):
-  save(manager, *given)
-  saves.append(1)
-  if name == "save" and len(saves) == 2:
-    die()
-  if f"/{name}/" in str(manager.directory):
-    manager.wait_until_finished()
-    die()
-workdirs.write_json = finished.write_json = write_or_die
-storage.save_step = save_and_die
-if name == "between":
-  finished.remove_leftovers = die
-sys.argv = [SCRIPT, *sys.argv[2:]]
-exec(open(SCRIPT).read())
-"""
-
-
 def history_of(workdir, generation):
   rows = (workdir / f"gen_{generation}" / "history.jsonl").read_text().splitlines()
   return [{**json.loads(row), "seconds": 0} for row in rows]
 
 
-# Where a run is killed, how many generations are finished by then, and the steps that may be saved of the next.
-KILLS = {
+# Where a run ends (tests/ends.py), how many generations are finished by then, and the steps that may be saved of the
+# next.
+PLACES = {
   "config.json": (0, ([],)),
   "gen_0": (0, ([3],)),
   "save": (0, ([3], [3, 6])),
@@ -508,12 +477,31 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("place", KILLS)
+def no_room():
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# How it ends, beside SIGKILL: what happens there, and the error that the caller gets.
+WAYS = {
+  "SIGTERM": (lambda: signal.raise_signal(signal.SIGTERM), (Preempted, SystemExit)),
+  "SIGINT": (lambda: signal.raise_signal(signal.SIGINT), (Preempted, KeyboardInterrupt)),
+  "ENOSPC": (no_room, (StorageError, CheckpointError)),
+}
+
+
+def assert_left_as_alone(workdir, done, undisturbed):
+  for generation in range(done + 1):
+    assert digest_of(workdir, generation) == digest_of(undisturbed, generation)
+    assert history_of(workdir, generation) == history_of(undisturbed, generation)
+    assert not (workdir / f"gen_{generation}" / "steps").exists()
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_run_that_is_killed_ends_with_the_bytes_and_the_history_of_one_left_alone(place, undisturbed, tmp_path):
-  workdir, (done, saved) = tmp_path / "run", KILLS[place]
+  workdir, (done, saved) = tmp_path / "run", PLACES[place]
   flags = ["--config.generations=1"] if done else []
-  code = DIE_AT.replace("SCRIPT", repr(COMMAND[1]))
-  killed = forks.run([sys.executable, "-c", code, place, *COMMAND[2:], f"--workdir={workdir}", *flags], cwd="/")
+  killing = [sys.executable, str(ROOT / "tests" / "ends.py"), place]
+  killed = forks.run([*killing, *COMMAND[1:], f"--workdir={workdir}", *flags], cwd="/")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   manifests = [(workdir / f"gen_{generation}" / "manifest.json").exists() for generation in range(done + 1)]
   assert manifests == [True] * done + [False]
@@ -521,10 +509,33 @@ def test_a_run_that_is_killed_ends_with_the_bytes_and_the_history_of_one_left_al
   assert place != "between" or steps_of(workdir)  # the next start removes them
   status, _, err = run(workdir, *flags)
   assert status == 0, err
-  for generation in range(done + 1):
-    assert digest_of(workdir, generation) == digest_of(undisturbed, generation)
-    assert history_of(workdir, generation) == history_of(undisturbed, generation)
-    assert not (workdir / f"gen_{generation}" / "steps").exists()
+  assert_left_as_alone(workdir, done, undisturbed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_is_asked_to_end_or_finds_no_room_does_so_too(place, way, undisturbed, tmp_path):
+  done, (end, errors) = PLACES[place][0], WAYS[way]
+  cfg, given = config(generations=done, **PLAIN), {"devices": jax.devices()[:2], **QUIET}
+
+  def terminated(*_):  # as experiments/cli.py
+    raise SystemExit(Preempted.exit_status)
+
+  before = signal.signal(signal.SIGTERM, terminated), signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.MonkeyPatch.context() as patch:
+      ends.install(place, end, patch.setattr)
+      with pytest.raises(errors) as raised:
+        ban_jax.run(cfg, tmp_path, **given)
+  finally:
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+      signal.signal(number, handler)
+  if place in ("gen_0", "save", "gen_1") and way != "ENOSPC":  # in the middle of a generation
+    assert "is saved at step" in str(raised.value)
+  elif way == "ENOSPC":
+    assert "No space left on device" in str(raised.value)
+  ban_jax.run(cfg, tmp_path, **given)
+  assert_left_as_alone(tmp_path, done, undisturbed)
 
 
 def test_a_thread_beside_is_refused_and_the_same_thread_is_not(tmp_path):
@@ -695,7 +706,7 @@ def replaced_step(patch, before):
 
 
 def test_a_nan_in_the_data_stops_the_run_within_a_few_steps_and_names_the_step(tmp_path):
-  cfg = config(train__epochs=6, train__checkpoint_every=2, **PLAIN)
+  cfg = config(train__epochs=6, **(PLAIN | {"train__checkpoint_every": 2}))
   dataset = data.load(cfg.data)
   # One of 100 images is NaN; the generation's order determines the first step that uses it.
   job = job_lib.prepare(resolving.resolve(cfg, None), None, None)

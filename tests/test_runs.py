@@ -202,7 +202,7 @@ def test_digests_tell_trees_apart():
 
 
 def test_a_resumption_on_other_devices_says_that_bytes_may_differ(tmp_path, caplog):
-  cfg = config(train__evaluate_every=0)
+  cfg = config(train__evaluate_every=0, train__checkpoint_every=3)
   whole = ban_jax.train_generation(None, cfg, devices=jax.devices()[:4], **QUIET)
   directory = leave_unfinished(tmp_path, cfg)
   assert [int(path.name) for path in (directory / "steps").glob("[0-9]*")]

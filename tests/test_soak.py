@@ -98,7 +98,7 @@ def test_changes_of_the_configuration_are_handed_on_however_they_are_written():
   changes = ["-config.train.epochs", "3", "--noconfig.data.flip", "--config.seed=2", "--config.model.dropout", ".5"]
   done = soaked("print(soak.command('there')[2:])", *changes, "--devices=2")
   handed_on = [
-    "--config=configs/digits.py:digits,wrn_10_1,smoke",
+    *("--config=configs/digits.py:digits,wrn_10_1,smoke", "--config.train.checkpoint_every=3"),
     *("--config.train.epochs=3", "--config.data.flip=False", "--config.seed=2", "--config.model.dropout=0.5"),
     *("--workdir=there", "--noprogress", "--devices=2"),
   ]

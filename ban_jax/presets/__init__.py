@@ -319,7 +319,6 @@ def _cpu(config: ConfigDict) -> None:
   """
   digits = config.data.name == "digits"
   config.train.epochs = 60 if digits else 10
-  config.train.checkpoint_every = 100
   config.train.evaluate_every = 20 if digits else 1
   config.generations = 3 if digits else 1
   if not _is_text(config):
@@ -329,7 +328,7 @@ def _cpu(config: ConfigDict) -> None:
 
 def _smoke(config: ConfigDict) -> None:
   """Seconds, for tests: only shows that everything runs."""
-  config.train.update(epochs=2, batch_size=20, checkpoint_every=3)
+  config.train.update(epochs=2, batch_size=20)
   config.generations = 1
   if _is_text(config):
     config.evaluate.update(batch_size=100, training_batch_size=100)
