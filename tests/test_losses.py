@@ -66,6 +66,30 @@ def test_ban_gradient_is_the_difference_of_the_softmaxes(z, y, t):
   np.testing.assert_allclose(gradient_of(loss("ban"), z, y, t), softmax(z) - softmax(t), atol=1e-5)  # Eq. 5
 
 
+@functools.cache
+def with_gradient(cross_entropy):
+  """Returns the jitted cross-entropies of rows, and their gradient in the logits."""
+
+  def apply(z, targets):
+    values, vjp = jax.vjp(lambda z: cross_entropy(z, targets), z)
+    return values, vjp(jnp.ones_like(values))[0]
+
+  return jax.jit(apply)
+
+
+@fast
+@given(logits_arrays, labels_arrays, logits_arrays, st.sampled_from([0.0, 500.0, -1e4]))
+def test_cross_entropies_on_accelerators_are_what_they_should_be(z, y, t, shift):
+  z += np.float32(shift)
+  labels, of_label = with_gradient(losses._label_cross_entropy_in_sums)(z, y)
+  targets, of_targets = with_gradient(losses._cross_entropy_in_sums)(z, softmax(t).astype(np.float32))
+  log_student, one_hot = np.log(softmax(z)), np.arange(CLASSES) == y[:, None]
+  np.testing.assert_allclose(labels, -(one_hot * log_student).sum(-1), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(targets, -(softmax(t) * log_student).sum(-1), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(of_label, softmax(z) - one_hot, atol=1e-5)
+  np.testing.assert_allclose(of_targets, softmax(z) - softmax(t), atol=1e-5)
+
+
 @fast
 @given(logits_arrays, labels_arrays)
 def test_ban_gradient_is_the_label_gradient_for_a_one_hot_teacher(z, y):
