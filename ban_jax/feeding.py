@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import itertools
 import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ban_jax import devices as devices_lib
-from ban_jax.errors import DataError
+from ban_jax import workers
 from ban_jax.types import Dataset, Devices, Feed, Stream
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ PIECE = 32
 READY = 2**28
 # Seconds without a mini-batch after which the log says so.
 SLOW = 60.0
-
-_worker_reads: Any = None
 
 
 def feeds(
@@ -53,7 +50,8 @@ def feeds(
   stream = dataset.streams.get(split)
   if stream is None:
     return _resident(batches, counts, devices, block)
-  return _ahead(_streamed(stream, batches, counts, devices, block, first, draw), f"{dataset.name}, {split}")
+  what = f"{dataset.name}, {split}"
+  return _ahead(_streamed(stream, batches, counts, devices, block, first, draw, what), what)
 
 
 def singly(
@@ -91,65 +89,57 @@ def _streamed(
   block: int,
   first: int,
   draw: tuple[int, ...],
+  what: str,
 ) -> Iterator[Feed]:
   """Yields the feeds of a streamed split, placed on the devices."""
-  local = len(devices_lib.local(devices))
   places = first * batches.shape[1] + np.arange(batches.size, dtype=np.int64).reshape(batches.shape)
   own, own_places = (devices_lib.split_batches(each, devices).swapaxes(0, 1) for each in (batches, places))
-  steps = _read(stream, own.reshape(len(own), -1), own_places.reshape(len(own), -1), draw)
-  done, rows = 0, batches.shape[1] // len(devices)
+  _, local, rows = own.shape  # [steps, local devices, B / devices]
+  width = local * rows
+  parts = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(width), -(-width // PIECE))]
+  steps = zip(np.maximum(own, 0).reshape(-1, width), own_places.reshape(-1, width), strict=True)  # padding: any example
+  pieces = ((numbers[part], places[part]) for numbers, places in steps for part in parts)
+  found = _by_workers(stream, pieces, draw, what) if stream.workers else _by_threads(stream, pieces, draw)
+  done = 0
   for count in counts:
     index = devices_lib.split_batches(batches[done : done + count], devices, block)  # [local, n, rows]
-    feed: dict[str, Any] = {"index": np.where(index >= 0, np.arange(rows, dtype=np.int32), index)}
-    feed |= {name: np.zeros((local, index.shape[1], rows, *one.shape), one.dtype) for name, one in stream.row.items()}
+    read = {name: np.zeros((index.shape[1], width, *one.shape), one.dtype) for name, one in stream.row.items()}
     for number in range(count):
-      for name, values in next(steps).items():
-        feed[name][:, number] = values.reshape(local, rows, *values.shape[1:])
+      for part in parts:
+        for name, values in next(found).items():
+          read[name][number, part] = values
+    feed: dict[str, Any] = {"index": np.where(index >= 0, np.arange(rows, dtype=np.int32), index)}
+    for name, values in read.items():
+      feed[name] = values.reshape(-1, local, rows, *values.shape[2:]).swapaxes(0, 1)
     yield devices_lib.place(feed, devices)
     done += count
 
 
-def _read(stream: Stream, numbers: np.ndarray, places: np.ndarray, draw: tuple[int, ...]) -> Iterator[Feed]:
-  """Yields the examples of each row of `numbers` [steps, rows]; padding is read as the first example."""
-  parts = -(-numbers.shape[1] // PIECE)  # of a step
-  readers = stream.workers or devices_lib.cores()
-  ready = max(READY // (PIECE * row_bytes(stream)), readers + 1)
-  pieces = (
-    piece
-    for step in zip(np.maximum(numbers, 0), places, strict=True)
-    for piece in zip(*(np.array_split(each, parts) for each in step), strict=True)
-  )
-  pool: concurrent.futures.Executor
-  if stream.workers:
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would have its threads' locks
-    context.set_forkserver_preload([__name__])
-    pool, read = concurrent.futures.ProcessPoolExecutor(readers, context, _begin, (stream.read,)), _read_here
-  else:
-    pool, read = concurrent.futures.ThreadPoolExecutor(readers, "reading"), stream.read
-  pending, found = collections.deque(pool.submit(read, *piece, draw) for piece in itertools.islice(pieces, ready)), []
+def _by_threads(stream: Stream, pieces: Iterator[workers.Piece], draw: tuple[int, ...]) -> Iterator[workers.Rows]:
+  """Yields the examples of each piece."""
+  threads = devices_lib.cores()
+  pool = concurrent.futures.ThreadPoolExecutor(threads, "reading")
   try:
+    started = (pool.submit(stream.read, *piece, draw) for piece in pieces)
+    pending = collections.deque(itertools.islice(started, max(_ready(stream), threads + 1)))
     while pending:
-      found.append(pending.popleft().result())
-      pending.extend(pool.submit(read, *piece, draw) for piece in itertools.islice(pieces, 1))
-      if len(found) == parts:
-        yield {name: np.concatenate([part[name] for part in found]) for name in stream.row}
-        found = []
-  except concurrent.futures.BrokenExecutor as error:
-    raise DataError(
-      f"one of the {stream.workers} processes that read the data has died, perhaps for want of memory; rerun to resume"
-    ) from error
+      yield pending.popleft().result()
+      pending.extend(itertools.islice(started, 1))
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(read: Any) -> None:
-  """Keeps what a worker reads by, which every task would else bring along."""
-  global _worker_reads
-  _worker_reads = read
+def _by_workers(
+  stream: Stream, pieces: Iterator[workers.Piece], draw: tuple[int, ...], what: str
+) -> Iterator[workers.Rows]:
+  """Yields the examples of each piece."""
+  ready = min(max(_ready(stream), stream.workers + 1), workers.MOST)
+  return workers.read(stream.read, workers.Layout(stream.row, PIECE, ready, stream.workers), pieces, draw, what)
 
 
-def _read_here(*arguments: Any) -> Feed:
-  return _worker_reads(*arguments)
+def _ready(stream: Stream) -> int:
+  """Returns how many pieces are kept ready."""
+  return READY // (PIECE * row_bytes(stream))
 
 
 def _ahead(feeds: Iterator[Feed], what: str) -> Iterator[Feed]:

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import io
-import os
+import itertools
+import pathlib
 import pickle
 import socket
 import subprocess
@@ -16,40 +17,29 @@ import pytest
 from conftest import ROOT, Linear
 from PIL import Image
 from sklearn.datasets import load_digits
+from sources import Absent, Fatal, Records
 
 import ban_jax
 from ban_jax import devices as devices_lib
-from ban_jax import feeding, train, trees
+from ban_jax import feeding, preemption, train, trees
 from ban_jax.data import decoding
 from ban_jax.errors import CheckpointError, ConfigError, DataError
-
-
-class Records:
-  """A source of one's own: digits as mappings, from a beginning to an end."""
-
-  def __init__(self, first, end):
-    pixels, self.labels = (array[first:end] for array in load_digits(return_X_y=True))
-    self.images, self.labels = (15 * pixels.reshape(-1, 8, 8)).astype(np.uint8), self.labels % 4
-
-  def __len__(self):
-    return len(self.labels)
-
-  def __getitem__(self, number):
-    return {"image": self.images[number], "label": self.labels[number]}
 
 
 class Killed(BaseException):
   """Ends a training between two dispatches."""
 
 
-class Fatal(Records):
-  def __getitem__(self, number):
-    os._exit(1)
+def digits(first, end):
+  """Returns digits in four classes, from a beginning to an end."""
+  pixels, labels = (array[first:end] for array in load_digits(return_X_y=True))
+  return (15 * pixels.reshape(-1, 8, 8)).astype(np.uint8), labels % 4
 
 
-TRAIN, TEST = Records(0, 160), Records(900, 1003)
+TRAIN, TEST = Records(*digits(0, 160)), Records(*digits(900, 1003))
 
 
+@functools.cache
 def resident():
   return ban_jax.from_arrays((TRAIN.images, TRAIN.labels), (TEST.images, TEST.labels), pad=1)
 
@@ -85,37 +75,61 @@ def known(generations):
   return [(trees.digest(one.params), one.metrics) for one in generations]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_a_stream_trains_the_bytes_of_resident_data_on_any_number_of_devices(count):
+@pytest.mark.parametrize(("count", "workers"), [(1, 4), (2, 0), (4, 1)])
+def test_a_stream_trains_the_bytes_of_resident_data_on_any_number_of_devices(count, workers):
   devices = jax.devices()[:count]
-  generations = train_two(streamed(), devices)
+  generations = train_two(streamed(workers), devices)
   assert known(generations) == known(train_two(resident(), devices))
   assert generations[1].metrics["test_count"] == 103  # an uneven last batch
   assert generations[0].history[0]["waited"] >= 0
 
 
-def test_killed_twice_and_resumed_by_other_workers_on_other_devices(tmp_path):
-  @contextlib.contextmanager
-  def killed_at(step):
-    real = train._advance
+@contextlib.contextmanager
+def killed_at(step):
+  """Ends the training in the block once so many steps are done."""
+  real = train._advance
 
-    def advance(lane, live):
-      live = real(lane, live)
-      if live.done >= step:
-        raise Killed
-      return live
+  def advance(lane, live):
+    live = real(lane, live)
+    if live.done >= step:
+      raise Killed
+    return live
 
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "_advance", advance)
-      with pytest.raises(Killed):
-        yield
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "_advance", advance)
+    with pytest.raises(Killed):
+      yield
 
+
+@contextlib.contextmanager
+def preempted_at(step):
+  """Saves and ends the training in the block after so many steps, as a signal does that all processes learn of."""
+  asked = itertools.count(1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(preemption, "watch", lambda saves: contextlib.nullcontext(lambda: next(asked) == step))
+    with pytest.raises(ban_jax.Preempted):
+      yield
+
+
+def drawn(count):
+  """Returns some steps of the eight of a training, and a generator, whose seed is printed."""
+  seed = time.time_ns()
+  print(f"seed {seed}")
+  rng = np.random.default_rng(seed)
+  return np.sort(rng.choice(np.arange(1, 8), count, replace=False)).tolist(), rng
+
+
+def test_killed_twice_at_random_and_resumed_by_other_workers_on_other_devices(tmp_path):
+  steps, rng = drawn(2)
+  layouts = list(zip(rng.permutation([0, 1, 4]).tolist(), rng.permutation([1, 2, 4]).tolist(), strict=True))
+  print(f"killed at {steps}; workers and devices: {layouts}")
   found = []
   for name, made in (("resident", lambda workers: resident()), ("streamed", streamed)):
-    for step, workers, count in ((3, 0, 2), (6, 1, 4)):
+    *killed, (workers, count) = layouts
+    for step, (some, few) in zip(steps, killed, strict=True):
       with killed_at(step):
-        train_one(made(workers), devices=jax.devices()[:count], workdir=tmp_path / name)
-    found.append(train_one(made(0), devices=jax.devices()[:1], workdir=tmp_path / name))
+        train_one(made(some), devices=jax.devices()[:few], workdir=tmp_path / name)
+    found.append(train_one(made(workers), devices=jax.devices()[:count], workdir=tmp_path / name))
   assert known(found[:1]) == known(found[1:])
 
 
@@ -140,10 +154,10 @@ def test_neither_workers_nor_where_reading_begins_change_what_is_read(workers):
 
 
 PROCESSES = """
-import sys, jax
+import pathlib, sys, jax
 sys.path.insert(0, "tests")
 import test_streams as t
-number, count, port = map(int, sys.argv[1:])
+number, count, port, workers, step = map(int, sys.argv[1:6])
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(f"localhost:{port}", count, number)
 class Own(t.Records):
@@ -151,28 +165,43 @@ class Own(t.Records):
   def __getitem__(self, number):
     self.read.add(number)
     return super().__getitem__(number)
-source = Own(0, 160)
+source = t.TRAIN if workers else Own(t.TRAIN.images, t.TRAIN.labels)
 found = []
-for dataset in (t.resident(), t.streamed(train_source=source)):
-  source.read.clear()
-  found.append(t.known(t.train_two(dataset, cfg=t.small(epochs=1))))
-assert found[0] == found[1], found
-print(found[0][1][1]["test_count"], len(source.read))
+for name, dataset in (("resident", t.resident()), ("streamed", t.streamed(workers, source))):
+  Own.read.clear()
+  workdir = pathlib.Path(sys.argv[6], name)
+  if step:
+    with t.preempted_at(step):
+      t.train_one(dataset, workdir=workdir)
+  else:
+    teacher = t.train_one(dataset, workdir=workdir)
+    found.append(t.known([teacher, t.train_one(dataset, teacher)]))
+assert found[:1] == found[1:], found
+print(len(Own.read), *(one[1]["test_count"] for each in found for one in each))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_read_their_own_rows_and_train_the_bytes_of_resident_data(count):
+def in_processes(folder, count, *arguments):
+  """Runs so many processes, and returns the last line that each has printed."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
-    port = str(probe.getsockname()[1])
-  given = [[sys.executable, "-c", PROCESSES, str(number), str(count), port] for number in range(count)]
-  started = [subprocess.Popen(one, cwd=ROOT, stdout=subprocess.PIPE, text=True) for one in given]
-  answers = [process.communicate(timeout=300)[0].split()[-2:] for process in started]
+    port = probe.getsockname()[1]
+  given = [map(str, (number, count, port, *arguments, folder)) for number in range(count)]
+  started = [
+    subprocess.Popen([sys.executable, "-c", PROCESSES, *one], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for one in given
+  ]
+  answers = [process.communicate(timeout=300)[0].splitlines()[-1].split() for process in started]
   assert [process.returncode for process in started] == [0] * count
-  assert {answer[0] for answer in answers} == {"103"}
-  assert all(int(answer[1]) < 160 for answer in answers)
+  return answers
+
+
+@pytest.mark.slow
+def test_processes_read_their_own_rows_and_other_ones_resume_to_the_bytes_of_resident_data(tmp_path):
+  (step,), _ = drawn(1)
+  for answer in in_processes(tmp_path, 2, 0, step):
+    assert 0 < int(answer[0]) < 160
+  assert in_processes(tmp_path, 4, 1, 0) == [["0", *["103"] * 4]] * 4
 
 
 def encoded(pixels, kind="PNG"):
@@ -208,7 +237,7 @@ def test_what_cannot_be_read_is_named_by_its_record(record, message):
     streamed(train_source=replaced(77, record))
 
 
-def test_a_source_that_shrinks_or_fails_or_whose_reader_dies_ends_the_training_with_a_sentence(monkeypatch):
+def test_a_source_that_shrinks_ends_the_training_with_a_sentence():
   records = replaced(0, TRAIN[0])
   dataset = streamed(train_source=records)
   del records[100:]
@@ -216,10 +245,68 @@ def test_a_source_that_shrinks_or_fails_or_whose_reader_dies_ends_the_training_w
     DataError, match=r"source, train: record 1\d\d of 160, of which there are 100 by now, cannot be read"
   ):
     train_one(dataset)
-  stream = streamed(1).streams["train"]
-  dead = stream._replace(read=stream.read.__self__._replace(source=Fatal(0, 160)).read)
-  with pytest.raises(DataError, match="one of the 1 processes that read the data has died"):
-    list(feeding.feeds(dataset._replace(streams={"train": dead}), "train", np.zeros((1, 40), np.int32), [1], _one()))
+
+
+def read_by(source, workers=1):
+  """Reads 160 records, as `TRAIN` has them, by processes."""
+  dataset = streamed(workers)
+  stream = dataset.streams["train"]
+  stream = stream._replace(read=stream.read.__self__._replace(source=source).read)
+  order = np.arange(160, dtype=np.int32).reshape(4, 40)
+  return feeding.feeds(dataset._replace(streams={"train": stream}), "train", order, [1] * 4, _one())
+
+
+def test_a_process_that_dies_or_cannot_begin_is_a_sentence():
+  with pytest.raises(DataError, match=r"source, train: a process that read record 7 has died \(exit status 1\), per"):
+    list(read_by(Fatal(TRAIN.images, TRAIN.labels)))
+  with pytest.raises(DataError, match=r"source, train: record 7 of 160 has the label 9; expected classes from 0 to 3"):
+    list(read_by(Records(TRAIN.images, [*TRAIN.labels[:7], 9])))
+  mine = Records(TRAIN.images, TRAIN.labels)
+  mine.opened = lambda: 0
+  with pytest.raises(DataError, match=r"source, train: the source cannot be given to other processes \(.*pickle"):
+    list(read_by(mine))
+  with pytest.raises(DataError, match=r"a process that was to read has ended at its start \(exit status 1\) and said"):
+    list(read_by(Absent(TRAIN.images, TRAIN.labels)))
+
+
+ABANDONED = """
+import pathlib, sys, time
+sys.path.insert(0, "tests")
+import jax, numpy as np
+import ban_jax, sources
+from ban_jax import feeding
+if __name__ == "__main__":
+  source = sources.Watched(np.zeros((160, 8, 8), np.uint8), np.arange(160) % 2)
+  source.folder = pathlib.Path(sys.argv[1])
+  data = ban_jax.from_source(source, source, num_classes=2, workers=4)
+  order = np.zeros((1000, 160), np.int32)
+  feeds = feeding.feeds(data, "train", order, [1] * 1000, tuple(jax.devices()[:1]))
+  next(feeds)
+  print("reading", flush=True)
+  time.sleep(600)
+"""
+
+
+def test_processes_that_read_end_with_a_killed_training_and_leave_no_memory_behind(tmp_path):
+  started = subprocess.Popen(
+    [sys.executable, "-c", ABANDONED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert started.stdout.readline() == "reading\n"
+  readers = {int(entry.name) for entry in tmp_path.iterdir()} - {started.pid}
+  assert readers
+  for reader in readers:
+    assert "/memfd:rows (deleted)" in pathlib.Path(f"/proc/{reader}/maps").read_text()  # which has no name to stay
+  started.kill()
+  started.communicate()
+  end = time.monotonic() + 30
+  while any(map(_runs, readers)):
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def _runs(process):
+  status = pathlib.Path(f"/proc/{process}/stat")
+  return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _one():
@@ -242,7 +329,7 @@ def test_a_slow_disk_is_said(monkeypatch, caplog):
 def test_another_source_is_refused_at_resumption_by_what_differs(tmp_path):
   train_one(streamed(), workdir=tmp_path)
   with pytest.raises(CheckpointError, match=r"train's examples: 160 there, 161 here"):
-    train_one(streamed(train_source=Records(0, 161)), workdir=tmp_path)
+    train_one(streamed(train_source=Records(*digits(0, 161))), workdir=tmp_path)
   changed = replaced(0, {"image": 255 - TRAIN.images[0], "label": 0})
   with pytest.raises(CheckpointError, match=r"train's sample: "):
     train_one(streamed(train_source=changed), workdir=tmp_path)

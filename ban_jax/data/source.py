@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ban_jax import devices as devices_lib
+from ban_jax import workers as workers_lib
 from ban_jax.data import images, own
 from ban_jax.data.arrays import digest, make_read_only
 from ban_jax.data.decoding import VIEWS, Form, Reader
@@ -189,6 +190,8 @@ def build(
   A source's attribute `identity`, plain values, becomes part of the digest, as its length does, the pixels of some
   records, and all options.
   """
+  if workers:
+    workers_lib.prepare({type(source).__module__ for source in sources.values()} - {"__main__"})
   sizes, readers = {split: len(source) for split, source in sources.items()}, {}
   shape: tuple[int, ...] = ()
   for split, source in sources.items():

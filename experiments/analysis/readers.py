@@ -1,9 +1,12 @@
 """What the section `feed` of bench.py measures: sets made on the spot, and who reads them."""
 
+import importlib.util
 import io
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,10 +118,22 @@ def grains(source: Any, order: np.ndarray, workers: int) -> Iterator[Any]:
 
 
 def torches(source: Any, order: np.ndarray, workers: int) -> Iterator[Any]:
-  """Yields what PyTorch's DataLoader makes of the same images in the same order."""
+  """Yields what PyTorch's DataLoader makes of the same images in the same order.
+
+  Its processes are forks of the same one as ours: array_record cannot be read in forks of one that has read it.
+  """
   from torch.utils import data
 
-  return iter(data.DataLoader(source, batch_sampler=[list(map(int, batch)) for batch in order], num_workers=workers))
+  batches = [list(map(int, batch)) for batch in order]
+  context = "forkserver" if workers else None
+  return iter(data.DataLoader(source, batch_sampler=batches, num_workers=workers, multiprocessing_context=context))
+
+
+def prepare() -> None:
+  """Starts the process that workers are forked from, with what ours and PyTorch's import."""
+  there = ["torch.utils.data"] if importlib.util.find_spec("torch") else []
+  multiprocessing.set_forkserver_preload([__name__, *there])
+  forkserver.ensure_running()
 
 
 class Pass(NamedTuple):
@@ -144,4 +159,4 @@ def go_through(make: Callable[[], Iterator[Any]], clock: Callable[[], float], st
 
 def _own_bytes() -> int:
   lines = pathlib.Path("/proc/self/status").read_text("ascii").splitlines()
-  return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+  return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
