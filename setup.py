@@ -15,7 +15,8 @@ TFDS = [
   "tensorflow-datasets>=4.9.10",
 ]
 # What the scripts of a checkout need besides: flags, and plots.
-EXPERIMENTS = ["absl-py", "matplotlib"]
+PLOTS = ["matplotlib"]
+EXPERIMENTS = ["absl-py", *PLOTS]
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ban_jax" / "version.py").read_text("utf-8")).group(1)
 
@@ -77,6 +78,7 @@ setuptools.setup(
       LIBTPU,
       "tensorboard",  # reads what a run shows; it needs no TensorFlow
     ],
+    "plots": PLOTS,
     "tfds": TFDS,
     "tpu": ["jax[tpu]>=0.10.2"],
   },

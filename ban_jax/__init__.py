@@ -26,10 +26,12 @@ from ban_jax.memory import keep_freed_memory, keep_programs
 from ban_jax.models.nnx import from_nnx
 from ban_jax.models.own import from_flax, from_function
 from ban_jax.optim import Optimizer, from_optax
+from ban_jax.plotting import plot_agreement, plot_calibration, plot_dark_knowledge
 from ban_jax.predicting import normalise, predict
 from ban_jax.presets import get_config
 from ban_jax.profiling import trace_steps
 from ban_jax.resolving import Setup, setup
+from ban_jax.summary import seed_table
 from ban_jax.types import Dataset, Generation, Model
 from ban_jax.version import __version__
 
@@ -71,10 +73,14 @@ __all__ = [
   "load_run",
   "log_probabilities",
   "normalise",
+  "plot_agreement",
+  "plot_calibration",
+  "plot_dark_knowledge",
   "predict",
   "reliability",
   "run",
   "sample",
+  "seed_table",
   "setup",
   "trace_steps",
   "train_generation",

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import storage
+from ban_jax import storage, summary
 from ban_jax.errors import Preempted, TrainingError
 from experiments import cli, results
 
@@ -182,7 +182,7 @@ def report(workdir: epath.Path, states: Mapping[str, str]) -> None:
     [own["kind"], own["device"], str(own["values"]), f"{own['largest_relative_difference']:.1e}"] for own in checked
   ]
   known = [["part", "state"], *([name, state] for name, state in states.items())]
-  sections = ["# Accelerator", results.markdown(known), "## Numerics", results.markdown(rows), "## Speed"]
+  sections = ["# Accelerator", summary.markdown(known), "## Numerics", summary.markdown(rows), "## Speed"]
   measured = {path.stem: json.loads(path.read_text()) for path in sorted((workdir / "bench").glob("*.json"))}
   logs = [workdir / "logs" / f"bench_{row}_0.log" for row in measured]
   sections += [log.read_text().strip() for log in logs if log.exists()]

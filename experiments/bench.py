@@ -49,7 +49,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from ban_jax import data, storage, train
+from ban_jax import data, storage, summary, train
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError, look_up
 from ban_jax.job import Job
@@ -372,7 +372,7 @@ def table(measurements: Sequence[Measurement], peak: float = 0.0) -> str:
     rate = found.flops / statistics.median(found.ours) * 1e3  # from operations in milliseconds
     row.append(number(rate / 1e9) if rate else "")
     rows.append(row + ([f"{rate / peak:.1%}" if rate else ""] if peak else []))
-  return results.markdown(rows)
+  return summary.markdown(rows)
 
 
 def describe(options: Options, place: Place, load: float) -> dict[str, Any]:

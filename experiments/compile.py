@@ -24,14 +24,14 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from ban_jax import chips, compiled, config, data, programs, resolving
+from ban_jax import chips, compiled, config, data, programs, resolving, summary
 from ban_jax import job as job_lib
 from ban_jax.chips import Slice
 from ban_jax.compiled import Report
 from ban_jax.errors import ConfigError, choices
 from ban_jax.programs import Program
 from ban_jax.resolving import Setup
-from experiments import cli, results
+from experiments import cli
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A configuration file and its words, as configs/cifar.py:cifar100,wrn_28_10,paper."
@@ -161,7 +161,7 @@ def overview(reports: Sequence[Report], where: Slice) -> str:
     rows[f"{kind}s a step, and their MB"] = lambda report, kind=kind: exchange(report, kind)
   rows["seconds to compile"] = lambda report: f"{report.seconds:,.0f}"
   table = [["", *(report.program for report in reports)]]
-  return results.markdown([*table, *([name, *map(show, reports)] for name, show in rows.items())])
+  return summary.markdown([*table, *([name, *map(show, reports)] for name, show in rows.items())])
 
 
 def mib(size: int) -> str:
@@ -181,7 +181,7 @@ def costly(report: Report) -> str:
   for each in report.costly:
     shape = each["shape"].partition("{")[0]
     rows.append([f"{each['cycles']:,.0f}", f"{each['share']:.1%}", each["instruction"], shape, each["layer"]])
-  return f"The {report.program}'s most expensive instructions, by the compiler's estimate:\n\n" + results.markdown(rows)
+  return f"The {report.program}'s most expensive instructions, by the compiler's estimate:\n\n" + summary.markdown(rows)
 
 
 def misfit(report: Report, where: Slice) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import loading, storage
+from ban_jax import loading, plotting, storage, summary
 from ban_jax.errors import ConfigError
 from ban_jax.processes import is_primary
 from ban_jax.types import Devices, Generation
@@ -83,12 +83,12 @@ def metric(runs: Sequence[Sequence[Generation]], generation: int, name: str) -> 
 
 def mean(values: Sequence[float]) -> float:
   """Returns the mean over seeds."""
-  return results.mean_and_error(values)[0]
+  return summary.mean_and_error(values)[0]
 
 
-def difference(values: Sequence[float], reference: Sequence[float]) -> results.Difference:
+def difference(values: Sequence[float], reference: Sequence[float]) -> summary.Difference:
   """Returns values minus reference, paired by seed."""
-  return results.mean_difference([value - other for value, other in zip(values, reference, strict=True)])
+  return summary.mean_difference([value - other for value, other in zip(values, reference, strict=True)])
 
 
 def table(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
@@ -100,7 +100,7 @@ def table(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
     differences = [difference(metric(runs, k, "test_error"), teacher).text for k in students]
     error = mean(metric(runs, 0, "train_seen_error"))
     rows.append([f"{setting.noise:.0%}", str(setting.epochs), f"{error:.1f}", f"{mean(teacher):.2f}", *differences])
-  return results.markdown(rows)
+  return summary.markdown(rows)
 
 
 def early_stops(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
@@ -118,12 +118,12 @@ def early_stops(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
     rows.append(
       [f"{noise:.0%}", f"{stop.epochs} epochs", f"{mean(stopped):.2f}", str(best.epochs), f"{mean(student):.2f}", gain]
     )
-  return results.markdown(rows)
+  return summary.markdown(rows)
 
 
 def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Path) -> None:
   """Plots the last student minus its teacher against the teacher's error on its training labels."""
-  figure = plots.figure(7, 4.5)
+  figure = plotting.figure_of(7, 4.5)
   axes = figure.subplots()
   shares = list(dict.fromkeys(setting.noise for setting in found))
   for number, noise in enumerate(shares):
@@ -143,11 +143,11 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
       before = error
       place = {"xytext": (5, height), "textcoords": "offset points", "fontsize": "x-small"}
       axes.annotate(str(setting.epochs), (error, gain.mean), **place)
-  plots.zero_line(axes)
+  plotting.zero_line(axes)
   axes.set_xlabel("teacher's error on the training labels it saw, % (numbers: epochs)")
   axes.set_ylabel(f"BAN-{GENERATIONS.value} minus teacher,\ntest error in points (95% interval)")
   axes.legend(frameon=False)
-  plots.tidy(axes, grid=True)
+  plotting.tidy(axes, grid=True)
   plots.save(figure, path)
 
 
@@ -156,7 +156,7 @@ def lines(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
   made = []
   for setting, runs in found.items():
     for seed, run in enumerate(runs, FIRST_SEED.value):
-      generations = {results.name_of(own.index): own for own in run}
+      generations = {summary.name_of(own.index): own for own in run}
       made.append(json.dumps(records.make(config_of(setting, seed), WORDS.value, generations)))
   return "\n".join(made) + "\n"
 
@@ -176,7 +176,7 @@ def main() -> None:
   seeds = f"seeds {FIRST_SEED.value} to {FIRST_SEED.value + SEEDS.value - 1}"
   cfg = config_of(chosen[0], 0)
   heading = (
-    f"{results.network(cfg.model)}, {results.name_of(0)} and {GENERATIONS.value} students, {seeds}; test error of the "
+    f"{results.network(cfg.model)}, {summary.name_of(0)} and {GENERATIONS.value} students, {seeds}; test error of the "
     "last epoch; differences paired by seed, with their 95% interval"
   )
   text = "\n\n".join([heading, table(found), early_stops(found)])

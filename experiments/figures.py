@@ -9,20 +9,18 @@ numbers in figures.md and figures.json. It trains nothing.
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 from absl import flags
 from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from ban_jax import data, metrics, storage, trees
+from ban_jax import data, metrics, plotting, storage, summary, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluating import Subject, measure_pairs, sum_predictions
 from ban_jax.processes import is_primary
@@ -42,13 +40,6 @@ SPLIT = "test"
 NEEDED = (
   *("generations", "data.name", "data.dir", "model.name", "compute_dtype"),
   *("train.sync_batch_stats", "evaluate.batch_size"),
-)
-# Metric and axis label of each bar chart.
-CALIBRATION = (("ece", "ECE (share)"), ("nll", "NLL (nats)"), ("brier", "Brier score"))
-# Recorded key and axis label of each dark-knowledge plot (ban_jax/gradient.py).
-DARK_KNOWLEDGE = (
-  ("dark_share", "dark-knowledge share\nof the squared gradient"),
-  ("correct_gradient", "mean correct-class term\n$q_* - p_*$ (probability)"),
 )
 HOW_TO_RECORD = """\
 No student shown has recorded its dark-knowledge share: train with --config.train.gradient_split=True, by a loss that \
@@ -129,12 +120,12 @@ def chosen(
 
 def names_of(directories: Sequence[epath.Path], indices: Sequence[int]) -> list[str]:
   """Returns the paper's names of generations, each after as many parent directories as make the names unique."""
-  names = [results.name_of(index) for index in indices]
+  names = [summary.name_of(index) for index in indices]
   parents = [directory.parent.parts for directory in directories]
   depth = 0
   while len(set(names)) < len(names):  # ends, since no two have the same directory and number
     depth += 1
-    names = ["/".join([*parts[-depth:], results.name_of(index)]) for parts, index in zip(parents, indices, strict=True)]
+    names = ["/".join([*parts[-depth:], summary.name_of(index)]) for parts, index in zip(parents, indices, strict=True)]
   return names
 
 
@@ -186,114 +177,12 @@ def measure(shown: Sequence[Shown], dataset: Dataset, devices: Sequence[jax.Devi
   return Measured(summarised, reliability, pairs, "tokens" if dataset.spec.kind == "tokens" else "examples")
 
 
-def dark_knowledge(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]] | None:
-  """Returns a student's dark-knowledge share and correct-class term by epoch, or None if they were not recorded."""
-  if not all("dark_share" in row for row in history):
-    return None
-  return {key: [row[key] for row in history] for key in ("epoch", *(key for key, _ in DARK_KNOWLEDGE))}
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
-
-
-def _colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-  """Returns a color for each name, dark to light; even the lightest can be read on white."""
-  steps = max(len(names) - 1, 1)
-  return {name: matplotlib.colormaps["viridis"](0.8 * place / steps) for place, name in enumerate(names)}
-
-
-def plot_calibration(measured: Measured) -> "matplotlib.figure.Figure":
-  """Plots a reliability diagram of each generation, and bar charts of ECE, NLL and Brier score."""
-  names = list(measured.metrics)
-  colors = _colors(names)
-  columns = min(max(len(names), 3), 4)
-  rows = math.ceil(len(names) / columns)
-  heights = (2.9 * rows, 0.3 * len(names) + 0.8)  # in inches
-  figure = plots.figure(3 * columns, sum(heights))
-  above, below = figure.subfigures(2, 1, height_ratios=heights)
-  panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-  for axes in panels[len(names) :]:
-    axes.set_visible(False)
-  for place, (axes, (name, found)) in enumerate(zip(panels, measured.reliability.items(), strict=False)):
-    shares = found["count"] / found["count"].sum()
-    edges = np.linspace(0, 1, len(shares) + 1)
-    axes.bar(edges[:-1], shares, edges[1], align="edge", color="0.85")
-    axes.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1)
-    full = shares > 0
-    line = (found["confidence"][full], found["accuracy"][full])
-    axes.plot(*line, color=colors[name], linewidth=1)
-    # The area of a dot grows with its bin, so that bins of a few examples hardly show.
-    axes.scatter(*line, s=4 + 60 * np.sqrt(shares[full]), color=colors[name], zorder=3, clip_on=False)
-    axes.set(title=name, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
-    axes.title.set_size("medium")
-    axes.xaxis.set_tick_params(labelbottom=place + columns >= len(names))
-    plots.tidy(axes)
-  above.supxlabel("confidence (largest probability), mean of a bin", size="medium")
-  above.supylabel(f"accuracy of a bin (line);\nshare of {measured.examples} in it (bars)", size="medium")
-  for axes, (metric, label) in zip(below.subplots(1, len(CALIBRATION), sharey=True), CALIBRATION, strict=True):
-    bars = axes.barh(names, [measured.metrics[name][metric] for name in names], color=colors.values())
-    axes.bar_label(bars, fmt="%.3g", size="small", padding=2)
-    axes.set_xlabel(label)
-    axes.margins(x=0.2)
-    plots.tidy(axes)
-  axes.invert_yaxis()  # shared by all three charts: the first name is on top
-  return figure
-
-
-def plot_agreement(measured: Measured) -> "matplotlib.figure.Figure":
-  """Plots two annotated matrices: the share of examples that two generations classify alike, and their mean KL."""
-  names = list(measured.metrics)
-  slant = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
-  size = max(3.2, 0.8 * len(names) + 1.6)
-  figure = plots.figure(2.5 * size, size)
-  shown = (
-    (100 * measured.pairs["agreement"], f"same top-1 class, % of {measured.examples}", "{:.1f}", "Blues", "", ""),
-    (measured.pairs["kl"], "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
-  )
-  for axes, (values, title, form, colors, row, column) in zip(figure.subplots(1, 2), shown, strict=True):
-    off = values[~np.eye(len(names), dtype=bool)]
-    # The diagonals are always 100 and 0, so the colors span the other entries.
-    low, high = (off.min(), off.max()) if len(off) else (0, 1)
-    image = axes.imshow(values, cmap=colors, vmin=low - 0.2 * (high - low), vmax=high + 0.2 * (high - low))
-    for i, j in np.ndindex(values.shape):
-      dark = np.dot(image.cmap(image.norm(values[i, j]))[:3], (0.299, 0.587, 0.114)) < 0.5
-      axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color="white" if dark else "black")
-    axes.set_xticks(range(len(names)), names, **slant)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=column, ylabel=row)
-    axes.set_title(title, fontsize="medium")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-  return figure
-
-
-def plot_dark_knowledge(
-  curves: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]
-) -> "matplotlib.figure.Figure":
-  """Plots the dark-knowledge share of the gradient and the mean correct-class term by epoch, one line per student.
-
-  `names` are all generations shown; a student keeps its color among them.
-  """
-  colors = _colors(names)
-  figure = plots.figure(10, 3.6)
-  for axes, (key, label) in zip(figure.subplots(1, 2), DARK_KNOWLEDGE, strict=True):
-    for name, curve in curves.items():
-      marker = "o" if len(curve["epoch"]) <= 20 else ""
-      axes.plot(curve["epoch"], curve[key], color=colors[name], label=name, marker=marker, markersize=4)
-    axes.set(xlabel="epoch", ylabel=label)
-    axes.locator_params(axis="x", integer=True)
-    plots.tidy(axes, grid=True)
-  plots.zero_line(axes)  # the correct-class term has either sign
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-  return figure
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
 def _matrix(names: Sequence[str], values: np.ndarray, form: str) -> str:
   rows = [[name, *map(form.format, row)] for name, row in zip(names, values, strict=True)]
-  return results.markdown([["", *names], *rows])
+  return summary.markdown([["", *names], *rows])
 
 
 def report_of(
@@ -315,7 +204,7 @@ def report_of(
     ]
     dark = [
       "The plain BAN gradient between a student and its teacher, whatever loss trains the student, in the last epoch:",
-      results.markdown([["", "epoch", "dark-knowledge share", "mean correct-class term"], *rows]),
+      summary.markdown([["", "epoch", "dark-knowledge share", "mean correct-class term"], *rows]),
       *([f"Not recorded by: {', '.join(unrecorded)}."] if unrecorded else []),
       "![Dark knowledge](dark_knowledge.png)",
     ]
@@ -326,7 +215,7 @@ def report_of(
     f"{dataset.name}, {SPLIT} split, {measured.pairs['count']} {examples}." + (f" {trained[0]}." if same else ""),
     "\n".join(sources),
     "## Calibration",
-    results.table([measured.metrics]),
+    summary.table([measured.metrics]),
     "![Calibration](calibration.png)",
     "## Agreement",
     f"The same top-1 class, % of {examples}:",
@@ -347,12 +236,14 @@ def _numbers(values: Any) -> list[Any]:
 
 def write(out: epath.Path, shown: Sequence[Shown], measured: Measured, dataset: Dataset) -> str:
   """Writes the figures and their numbers into `out`; returns the text of figures.md."""
-  curves = {each.name: dark_knowledge(each.generation.history) for each in shown}
+  curves = {each.name: plotting.dark_knowledge(each.generation.history) for each in shown}
   recorded = {name: curve for name, curve in curves.items() if curve}
-  plots.save(plot_calibration(measured), out / "calibration.png")
-  plots.save(plot_agreement(measured), out / "agreement.png")
+  plots.save(
+    plotting.plot_calibration(measured.reliability, measured.metrics, measured.examples), out / "calibration.png"
+  )
+  plots.save(plotting.plot_agreement(measured.pairs, list(measured.metrics), measured.examples), out / "agreement.png")
   if recorded:
-    plots.save(plot_dark_knowledge(recorded, list(curves)), out / "dark_knowledge.png")
+    plots.save(plotting.plot_dark_knowledge({each.name: each.generation for each in shown}), out / "dark_knowledge.png")
   else:
     (out / "dark_knowledge.png").unlink(missing_ok=True)  # an old plot would show other generations
   generations = [

@@ -18,7 +18,7 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from ban_jax import storage
+from ban_jax import plotting, storage, summary
 from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
@@ -36,9 +36,9 @@ class Point(NamedTuple):
   is_text: bool
   fit: float  # teacher: training error [%], or training perplexity for text
   teacher: float  # test error [%] or test perplexity
-  gain: results.Difference  # of BAN-1
+  gain: summary.Difference  # of BAN-1
   last: str  # the last student
-  last_gain: results.Difference
+  last_gain: summary.Difference
 
   @property
   def kind(self) -> str:
@@ -83,13 +83,13 @@ def _point(lines: Sequence[dict]) -> Point:
   dataset, network, _ = words.split(",")
   shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key != "data.label_noise"]
 
-  def gain(student: str) -> results.Difference:
-    return results.mean_difference(
+  def gain(student: str) -> summary.Difference:
+    return summary.mean_difference(
       [own["results"][student][metric] - own["results"]["teacher"][metric] for own in lines]
     )
 
-  teacher = results.mean_and_error([own[metric] for own in teachers])[0]
-  fit = results.mean_and_error(fit)[0]
+  teacher = summary.mean_and_error([own[metric] for own in teachers])[0]
+  fit = summary.mean_and_error(fit)[0]
   noise, setting = changes.get("data.label_noise", 0), (network, *shown)
   return Point(dataset, noise, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last))
 
@@ -106,24 +106,24 @@ def table(found: Sequence[Point]) -> str:
     numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.gain.text, point.last, point.last_gain.text]
     rows.append([point.kind, own, str(point.gain.seeds), *numbers])
   below = [f"- {dataset}, in all settings: {', '.join(values)}" for dataset, values in shared.items() if values]
-  return "\n".join([results.markdown(rows), "", *below])
+  return "\n".join([summary.markdown(rows), "", *below])
 
 
 def plot(found: Sequence[Point]) -> "matplotlib.figure.Figure":
   """Plots the gains: images in points of test error, text in perplexity, a panel each."""
   panels = [kind for kind in (False, True) if any(point.is_text == kind for point in found)]
-  figure = plots.figure(1 + 5.5 * len(panels), 4.5)
+  figure = plotting.figure_of(1 + 5.5 * len(panels), 4.5)
   for axes, is_text in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     shown = [point for point in found if point.is_text == is_text]
     for number, kind in enumerate(dict.fromkeys(point.kind for point in shown)):
       _plot_kind(axes, [point for point in shown if point.kind == kind], f"C{number}")
-    plots.zero_line(axes)
+    plotting.zero_line(axes)
     axes.set_xlabel(
       "teacher's training perplexity, dropout on" if is_text else "teacher's error on its training labels, %"
     )
     axes.set_ylabel(f"BAN-1 minus teacher,\ntest {'perplexity' if is_text else 'error in points'} (95% interval)")
     axes.legend(frameon=False, fontsize="small")
-    plots.tidy(axes, grid=True)
+    plotting.tidy(axes, grid=True)
   return figure
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
+from ban_jax import summary
 from experiments import cli, results, study
 from experiments.tables.spec import EMBEDDED, FITTED, Builder, Columns, Row, independent_ensembles, label_controls
 
@@ -71,19 +72,19 @@ def columns(builder: Builder, network: str, stops: Sequence[int]) -> Columns:
   return study.with_controls(found, controls)
 
 
-def best_stop(panel: study.Panel, per_seed: Sequence[results.Results], workdir: epath.Path) -> str:
+def best_stop(panel: study.Panel, per_seed: Sequence[summary.Results], workdir: epath.Path) -> str:
   """Returns what the students bring beyond the teacher at the stop with the lowest mean validation error."""
   names = [column for column in panel.columns[0] if column.partition(", ")[0] == "teacher"]
 
   def validation(column: str) -> float:
     own = [study.own_metrics(by_name[column][0], workdir)["validation_error"] for by_name in panel.columns]
-    return results.mean_and_error(own)[0]
+    return summary.mean_and_error(own)[0]
 
   stop = min(names, key=validation)
-  error = results.mean_and_error([seed[stop]["error"] for seed in per_seed])[0]
+  error = summary.mean_and_error([seed[stop]["error"] for seed in per_seed])[0]
   lines = [f"- the teacher's best stop by the validation split: {stop}, test error {error:.2f} %"]
   for student in ("BAN-1", "BAN-2", "Ens*2"):
-    lines.append(f"- {student} minus {stop}: {results.paired_difference(per_seed, student, stop).text}")
+    lines.append(f"- {student} minus {stop}: {summary.paired_difference(per_seed, student, stop).text}")
   return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import ban_jax
-from ban_jax import storage
+from ban_jax import storage, summary
 from ban_jax.losses import LOSSES
 from ban_jax.processes import is_primary
 from experiments import cli, results
@@ -33,7 +33,7 @@ def main() -> None:
     student = ban_jax.train_generation(teacher, student_cfg, workdir=workdir / name, **options)
     rows[name] = ban_jax.evaluate(student, student_cfg, devices=devices)
   if is_primary():
-    text = f"{results.describe(cfg, 'by row')}\n\n{results.table([rows])}\n"
+    text = f"{results.describe(cfg, 'by row')}\n\n{summary.table([rows])}\n"
     results.write(workdir / "losses.md", text)
     print(f"{text}\ntable: {workdir / 'losses.md'}")
 

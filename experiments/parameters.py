@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ban_jax import presets
+from ban_jax import presets, summary
 from ban_jax.data import ptb
 from ban_jax.models import make_model
 from ban_jax.types import InputSpec, Model
-from experiments import cli, results, table1, table2, table3, table4, table5, table6
+from experiments import cli, table1, table2, table3, table4, table5, table6
 from experiments.analysis.memory import count_memory, trained_sizes
 from experiments.tables.graph import topological_order
 
@@ -130,7 +130,7 @@ def table(rows: Sequence[Row]) -> str:
     stages = ", ".join(map(str, network.stages))
     star = " " if reproduced else "*"
     lines.append([name, tables, f"{network.units:5}", stages, *counts, f"{paper:>5}", f"{share:+8.1%} {star}"])
-  return results.markdown(lines)
+  return summary.markdown(lines)
 
 
 def language_table() -> str:
@@ -144,7 +144,7 @@ def language_table() -> str:
     lines.append(
       [name, "6", f"{options.layers:11}", f"{count:10.3f}", f"{paper:>5}", f"{count / float(paper) - 1:+10.1%}"]
     )
-  return results.markdown(lines)
+  return summary.markdown(lines)
 
 
 def memory_table(network: str, batch: int) -> str:
@@ -158,7 +158,7 @@ def memory_table(network: str, batch: int) -> str:
   return f"""\
 Training step of {network}, {batch} images, GiB:
 
-{results.markdown(lines)}
+{summary.markdown(lines)}
 
 Weights: parameters, momentum, gradient and a teacher of the same size. Peak: the most alive at any moment, every
 intermediate result stored in full, in the order of the trace; a compiler that fuses needs less."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import storage
+from ban_jax import plotting, storage, summary
 from ban_jax.processes import is_primary
 from ban_jax.types import Devices
 from configs import digits
@@ -44,13 +44,13 @@ SETTING = {
 EPOCHS = 5 / 3  # of the scale's: 100 at the scale cpu
 
 
-def evaluate(workdir: epath.Path, devices: Devices) -> tuple[dict[str, list[results.Results]], bool]:
+def evaluate(workdir: epath.Path, devices: Devices) -> tuple[dict[str, list[summary.Results]], bool]:
   """Returns each panel's results by seed, and whether all of them existed already; trains one run on each device.
 
   A device keeps to a panel if it can, and so to the programs that were compiled for it.
   """
   runs = [(panel, seed) for seed in range(SEEDS.value) for panel in PANELS]
-  found: dict[str, list[results.Results]] = {panel.name: [] for panel in PANELS}
+  found: dict[str, list[summary.Results]] = {panel.name: [] for panel in PANELS}
   finished = True
   for first in range(0, len(runs), len(devices)):
     batch = runs[first : first + len(devices)]
@@ -78,9 +78,9 @@ def config_of(panel: Panel, seed: int):
   return cfg
 
 
-def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, str], path: epath.Path) -> None:
+def plot(found: Mapping[str, Sequence[summary.Results]], titles: Mapping[str, str], path: epath.Path) -> None:
   """Plots the test error of generations and ensembles, one panel each, with every seed as a dot."""
-  figure = plots.figure(10, 4.2)
+  figure = plotting.figure_of(10, 4.2)
   for axes, (name, per_seed) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
     rows = list(per_seed[0])
     single = [row for row in rows if not row.startswith("Ens")]
@@ -88,7 +88,7 @@ def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, st
     ensembles = rows[len(single) :]
     for group, color, style in ((single, "tab:blue", "o-"), (ensembles, "tab:orange", "s"))[: 1 + bool(ensembles)]:
       errors = {row: [seed[row]["error"] for seed in per_seed] for row in group}
-      bars = {row: results.mean_and_error(values) for row, values in errors.items()}
+      bars = {row: summary.mean_and_error(values) for row, values in errors.items()}
       means, spreads = zip(*bars.values(), strict=True)
       axes.errorbar([places[row] for row in group], means, spreads, fmt=style, color=color, capsize=4, zorder=3)
       for row, (mean, _) in bars.items():
@@ -96,22 +96,22 @@ def plot(found: Mapping[str, Sequence[results.Results]], titles: Mapping[str, st
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         offset = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{mean:.1f}", (places[row], mean), color=color, bbox=box, fontsize="small", **offset)
-    axes.axhline(results.mean_and_error([seed[rows[0]]["error"] for seed in per_seed])[0], color="0.6", ls=":", lw=1)
+    axes.axhline(summary.mean_and_error([seed[rows[0]]["error"] for seed in per_seed])[0], color="0.6", ls=":", lw=1)
     axes.set_xticks(list(places.values()), rows)
     axes.margins(x=0.12)
     axes.set_title(titles[name], fontsize="medium")
-    plots.tidy(axes, grid=True)
+    plotting.tidy(axes, grid=True)
   figure.axes[0].set_ylim(bottom=0)
   figure.axes[0].set_ylabel("test error, %")
   plots.save(figure, path)
 
 
-def sentence(found: Mapping[str, Sequence[results.Results]]) -> str:
+def sentence(found: Mapping[str, Sequence[summary.Results]]) -> str:
   """Returns what the numbers say, panel by panel: the last generation minus its first teacher, paired by seed."""
   said = []
   for panel in PANELS:
     rows = [row for row in found[panel.name][0] if not row.startswith("Ens")]
-    difference = results.paired_difference(found[panel.name], rows[-1], rows[0])
+    difference = summary.paired_difference(found[panel.name], rows[-1], rows[0])
     if difference.high < 0:
       word = "better than"
     elif difference.low > 0:
@@ -136,7 +136,7 @@ def main() -> None:
   for panel in PANELS:
     cfg = config_of(panel, 0)
     titles[panel.name] = f"{cfg.data.train_examples} training digits, {panel.title}, {cfg.train.epochs} epochs"
-    parts += [f"**{titles[panel.name]}**", results.table(found[panel.name], reference="teacher")]
+    parts += [f"**{titles[panel.name]}**", summary.table(found[panel.name], reference="teacher")]
   if not is_primary():
     return
   seeds = f"{SEEDS.value} seed{'s' * (SEEDS.value > 1)}"

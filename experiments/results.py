@@ -1,48 +1,24 @@
-"""The results of a run: its generations and ensembles evaluated, averaged over seeds, as a Markdown table."""
+"""The results of a run: its generations and ensembles evaluated, kept beside the digests of what was evaluated."""
 
 import contextlib
-import math
-import statistics
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 import ban_jax
-from ban_jax import config, job, resolving, storage
+from ban_jax import config, job, resolving, storage, summary
 from ban_jax.generations import run_generations
 from ban_jax.processes import is_primary
+from ban_jax.summary import Metrics, Results
 from ban_jax.types import Generation
-
-Metrics = Mapping[str, float]
-CONFIDENCE = 0.95
-# Columns of a table: metric, title, decimals.
-COLUMNS = (
-  ("validation_perplexity", "validation perplexity", 2),
-  ("perplexity", "test perplexity", 2),
-  ("bits_per_byte", "bits per byte", 3),
-  ("bits_per_character", "bits per character", 3),
-  ("error", "test error %", 2),
-  ("nll", "NLL", 4),
-  ("ece", "ECE", 4),
-  ("brier", "Brier", 4),
-)
-DECIMALS = {metric: decimals for metric, _, decimals in COLUMNS}
-# Row name -> metrics, in display order.
-Results = dict[str, Metrics]
-
-
-def name_of(generation: int) -> str:
-  """Returns the paper's name of a generation."""
-  return f"BAN-{generation}" if generation else "teacher"
 
 
 def members(generations: int) -> dict[str, tuple[int, ...]]:
   """Returns the rows of a run with this many students: each generation, then Ens*k, which is BAN-1 to BAN-k."""
-  rows = {name_of(index): (index,) for index in range(generations + 1)}
+  rows = {summary.name_of(index): (index,) for index in range(generations + 1)}
   return rows | {f"Ens*{size}": tuple(range(1, size + 1)) for size in range(2, generations + 1)}
 
 
@@ -99,17 +75,11 @@ def _evaluate_run(
 def evaluate(generations: Sequence[Generation], cfg: ConfigDict, devices: Sequence[jax.Device]) -> Metrics:
   """Returns a row's metrics on the test split and, for text, the validation perplexity, since Table 6 shows both."""
   if len(generations) == 1:  # evaluated when its training ended
-    return reported(generations[0].metrics)
+    return summary.reported(generations[0].metrics)
   metrics = ban_jax.evaluate(generations, cfg, devices=devices)
   if "perplexity" in metrics:
     metrics["validation_perplexity"] = ban_jax.evaluate(generations, cfg, "validation", devices=devices)["perplexity"]
   return metrics
-
-
-def reported(own: Metrics) -> Metrics:
-  """Returns a generation's own metrics under a table's names: the test metrics and the validation perplexity."""
-  metrics = {name.removeprefix("test_"): value for name, value in own.items() if name.startswith("test_")}
-  return metrics | {name: own[name] for name in ("validation_perplexity",) if name in own}
 
 
 def network(model: ConfigDict) -> str:
@@ -132,68 +102,6 @@ def describe(cfg: ConfigDict, loss: str | None = None) -> str:
     f"loss {loss or cfg.loss.name}, {cfg.train.epochs} epochs, scale {cfg.scale}, seed {cfg.seed}; "
     "test split, last epoch"
   )
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean over seeds and its standard error, which is NaN for a single seed."""
-  error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-  return statistics.fmean(values), error
-
-
-class Difference(NamedTuple):
-  """A mean of differences, paired by seed, with its confidence interval (NaN for a single seed)."""
-
-  mean: float
-  low: float
-  high: float
-  seeds: int
-
-  @property
-  def text(self) -> str:
-    """The difference as a table shows it."""
-    interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
-    return f"{self.mean:+.2f}{interval}"
-
-
-def mean_difference(differences: Sequence[float]) -> Difference:
-  """Returns the mean of differences that are paired by seed, with Student's 95% interval."""
-  import scipy.stats  # slow to import
-
-  mean, error = mean_and_error(differences)
-  half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) if len(differences) > 1 else math.nan
-  return Difference(mean, mean - half, mean + half, len(differences))
-
-
-def paired_difference(per_seed: Sequence[Results], row: str, reference: str, metric: str = "error") -> Difference:
-  """Returns a row's metric minus the reference's, paired by seed."""
-  return mean_difference([rows[row][metric] - rows[reference][metric] for rows in per_seed])
-
-
-def table(per_seed: Sequence[Results], reference: str | None = None, compared: str | None = None) -> str:
-  """Returns a Markdown table of the test metrics (for text, perplexities first): mean and standard error over seeds.
-
-  With a `reference`, a row's name, there is one more column: the metric `compared`, by default the first, minus the
-  reference's, paired by seed.
-  """
-  columns = [column for column in COLUMNS if column[0] in next(iter(per_seed[0].values()))]
-  cells = [["", *(title for _, title, _ in columns), *([f"minus {reference}"] if reference else [])]]
-  for name in per_seed[0]:
-    row = [name]
-    for key, _, digits in columns:
-      mean, error = mean_and_error([results[name][key] for results in per_seed])
-      row.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(per_seed) > 1 else ""))
-    if reference:
-      difference = paired_difference(per_seed, name, reference, compared or columns[0][0])
-      row.append("" if name == reference else difference.text)
-    cells.append(row)
-  return markdown(cells)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """Returns a Markdown table whose first row is the header."""
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
-  return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def write(path: epath.Path, content: str | bytes) -> None:

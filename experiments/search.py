@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from ban_jax import config, loading, storage
+from ban_jax import config, loading, storage, summary
 from ban_jax.errors import ConfigError
 from ban_jax.processes import is_primary
 from ban_jax.trees import json_digest
@@ -89,8 +89,8 @@ def main() -> None:
     place = workdir / f"seed_{cfg.seed}_{digest[:8]}"
     rows, _ = results.evaluate_run(cfg, place, devices=devices, progress=cli.PROGRESS.value)
     if is_primary():
-      append(records.make(cfg, words, {results.name_of(own.index): own for own in loading.load_run(place)}), log)
-      print(f"[{number}/{len(chosen)}] {json.dumps(changes)}, seed {cfg.seed}\n{results.table([rows])}", flush=True)
+      append(records.make(cfg, words, {summary.name_of(own.index): own for own in loading.load_run(place)}), log)
+      print(f"[{number}/{len(chosen)}] {json.dumps(changes)}, seed {cfg.seed}\n{summary.table([rows])}", flush=True)
     jax.clear_caches()  # each setting compiles its own programs
 
 

@@ -12,7 +12,7 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from ban_jax import loading, storage
+from ban_jax import loading, plotting, storage, summary
 from ban_jax.errors import ConfigError, StorageError
 from ban_jax.processes import is_primary
 from experiments import cli, plots, records, results
@@ -84,7 +84,7 @@ def with_controls(found: Columns, controls: Columns) -> Columns:
   return {**found, **{name: controls[name] for name in names}}
 
 
-def train(panels: Sequence[Panel], workdir: epath.Path) -> list[list[results.Results]]:
+def train(panels: Sequence[Panel], workdir: epath.Path) -> list[list[summary.Results]]:
   """Trains what is missing, one network on each device, and returns each panel's results by seed and column."""
   devices = cli.start_jax(side_by_side=True)
   ensembles = [members for panel in panels for columns in panel.columns for members in columns.values()]
@@ -103,16 +103,16 @@ def train(panels: Sequence[Panel], workdir: epath.Path) -> list[list[results.Res
   return [[_results(columns, workdir) for columns in panel.columns] for panel in panels]
 
 
-def _results(columns: Columns, workdir: epath.Path) -> results.Results:
+def _results(columns: Columns, workdir: epath.Path) -> summary.Results:
   return {name: _metrics(members, workdir) for name, members in columns.items()}
 
 
-def _metrics(members: Sequence[Node], workdir: epath.Path) -> results.Metrics:
+def _metrics(members: Sequence[Node], workdir: epath.Path) -> summary.Metrics:
   """Returns the test metrics of a finished network or of an evaluated ensemble."""
   if len(members) > 1:
     found = values.ensemble_metrics(members, workdir)
   else:
-    found = results.reported(own_metrics(members[0], workdir))
+    found = summary.reported(own_metrics(members[0], workdir))
   if found is None:
     raise StorageError(f"{workdir} holds no evaluation of {', '.join(node.path for node in members)}; rerun")
   return found
@@ -130,7 +130,7 @@ def report(
   panels: Sequence[Panel],
   how: Report,
   workdir: epath.Path,
-  found: Sequence[Sequence[results.Results]],
+  found: Sequence[Sequence[summary.Results]],
   notes: Sequence[str] = (),
 ) -> None:
   """Prints and writes the tables, each with its note, writes the plot, and a line for each lineage and seed."""
@@ -138,9 +138,9 @@ def report(
     return
   parts = []
   for panel, per_seed, note in zip(panels, found, notes or [""] * len(panels), strict=True):
-    parts += [f"**{panel.title}**", results.table(per_seed, "teacher", how.metric)]
+    parts += [f"**{panel.title}**", summary.table(per_seed, "teacher", how.metric)]
     lines = [
-      f"- {first} minus {second}: {results.paired_difference(per_seed, first, second, how.metric).text}"
+      f"- {first} minus {second}: {summary.paired_difference(per_seed, first, second, how.metric).text}"
       for first, second in panel.comparisons
       if {first, second} <= per_seed[0].keys()
     ]
@@ -154,28 +154,28 @@ def report(
 
 
 def plot(
-  panels: Sequence[Panel], how: Report, found: Sequence[Sequence[results.Results]]
+  panels: Sequence[Panel], how: Report, found: Sequence[Sequence[summary.Results]]
 ) -> "matplotlib.figure.Figure":
   """Plots each column's difference from the teacher, paired by seed, with its interval and every seed as a dot."""
   most = max(len(per_seed[0]) for per_seed in found)
-  figure = plots.figure(1 + 5 * len(panels), 1.2 + 0.36 * most)
+  figure = plotting.figure_of(1 + 5 * len(panels), 1.2 + 0.36 * most)
   grid = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, panel, per_seed in zip(grid, panels, found, strict=True):
     names = [name for name in per_seed[0] if name != "teacher"]
     for place, name in enumerate(names):
       color = "tab:blue" if name.startswith("BAN") else "tab:orange" if name.startswith("Ens") else "tab:green"
       single = [seed[name][how.metric] - seed["teacher"][how.metric] for seed in per_seed]
-      difference = results.mean_difference(single)
+      difference = summary.mean_difference(single)
       half = 0 if len(single) == 1 else difference.high - difference.mean
       axes.errorbar(difference.mean, place, xerr=half, fmt="o", color=color, capsize=3, zorder=3)
       axes.plot(single, [place + 0.25] * len(single), ".", color=color, alpha=0.4)
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)  # the first at the top
-    teacher = results.mean_and_error([seed["teacher"][how.metric] for seed in per_seed])[0]
+    teacher = summary.mean_and_error([seed["teacher"][how.metric] for seed in per_seed])[0]
     axes.set_title(f"{panel.title}; teacher {teacher:.1f}", fontsize="medium")
-    axes.set_xlabel(f"minus teacher, {how.unit}\n(paired, {results.CONFIDENCE:.0%} interval)")
-    plots.tidy(axes)
+    axes.set_xlabel(f"minus teacher, {how.unit}\n(paired, {summary.CONFIDENCE:.0%} interval)")
+    plotting.tidy(axes)
   return figure
 
 

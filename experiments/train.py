@@ -8,6 +8,7 @@ import experiments.interrupts  # noqa: F401  before all others: from here on Ctr
 from absl import flags
 from ml_collections import config_flags
 
+from ban_jax import summary
 from ban_jax.processes import is_primary
 from experiments import cli, configuration, results
 
@@ -26,7 +27,7 @@ def main() -> None:
   if is_primary():
     if finished:
       print("everything was finished already")
-    print(f"{results.describe(cfg)}\n\n{results.table([rows])}\n\nresults: {WORKDIR.value}")
+    print(f"{results.describe(cfg)}\n\n{summary.table([rows])}\n\nresults: {WORKDIR.value}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from etils import epath
 
 import ban_jax
 from ban_jax import config as config_lib
-from ban_jax import data, models, storage, trees
+from ban_jax import data, models, plotting, storage, trees
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.types import Generation
 from experiments import figures
@@ -241,7 +241,7 @@ def measured(run):
 
 def test_the_drawings_show_the_numbers(measured):
   _, shown, found = measured
-  axes = figures.plot_calibration(found).get_axes()
+  axes = plotting.plot_calibration(found.reliability, found.metrics).get_axes()
   panels, charts = axes[:-3], axes[-3:]
   assert [panel.get_title() for panel in panels if panel.get_visible()] == ["teacher", "BAN-1"]
   for panel, reliability in zip(panels, found.reliability.values(), strict=False):
@@ -251,21 +251,38 @@ def test_the_drawings_show_the_numbers(measured):
     np.testing.assert_array_equal(line.get_xdata(), reliability["confidence"][full])
     np.testing.assert_array_equal(line.get_ydata(), reliability["accuracy"][full])
     assert sum(bar.get_height() for bar in panel.patches) == pytest.approx(1)
-  for chart, (metric, label) in zip(charts, figures.CALIBRATION, strict=True):
+  for chart, (metric, label) in zip(charts, plotting.CALIBRATION, strict=True):
     assert chart.get_xlabel() == label
     assert [bar.get_width() for bar in chart.patches] == [each[metric] for each in found.metrics.values()]
     assert chart.yaxis_inverted()
 
-  agreement, kl = figures.plot_agreement(found).get_axes()
+  agreement, kl = plotting.plot_agreement(found.pairs, list(found.metrics)).get_axes()
   np.testing.assert_array_equal(agreement.get_images()[0].get_array(), 100 * found.pairs["agreement"])
   np.testing.assert_array_equal(kl.get_images()[0].get_array(), found.pairs["kl"])
   places = {text.get_position(): text.get_text() for text in kl.texts}
   assert places[1, 0] == f"{found.pairs['kl'][0, 1]:.3g}", "a column is a place along the x axis"
 
-  curve = figures.dark_knowledge(shown[1].generation.history)
-  share, correct = figures.plot_dark_knowledge({"BAN-1": curve}, ["teacher", "BAN-1"]).get_axes()
+  curve = plotting.dark_knowledge(shown[1].generation.history)
+  share, correct = plotting.plot_dark_knowledge({each.name: each.generation for each in shown}).get_axes()
   np.testing.assert_array_equal(share.get_lines()[0].get_xydata(), np.array([curve["epoch"], curve["dark_share"]]).T)
   np.testing.assert_array_equal(correct.get_lines()[0].get_ydata(), curve["correct_gradient"])
+
+
+def test_what_does_not_fit_together_is_refused(measured):
+  _, shown, found = measured
+  with pytest.raises(ConfigError, match=r"reliability of \['teacher', 'BAN-1'\] and metrics of \['BAN-1'\]; expected"):
+    ban_jax.plot_calibration(found.reliability, {"BAN-1": found.metrics["BAN-1"]})
+  with pytest.raises(ConfigError, match=r"names=\['teacher'\]: expected the names of 2 networks"):
+    ban_jax.plot_agreement(found.pairs, ["teacher"])
+  with pytest.raises(ConfigError, match="none of teacher recorded the split of its gradient; train with"):
+    ban_jax.plot_dark_knowledge({"teacher": shown[0].generation})
+  with pytest.raises(ConfigError, match="seed_table: expected a list of runs, each a list of generations, not \\[\\]"):
+    ban_jax.seed_table([])
+  runs = [[each.generation for each in shown], [shown[0].generation]]
+  with pytest.raises(ConfigError, match=r"the runs have different generations: \['teacher', 'BAN-1'\], \['teacher'\]"):
+    ban_jax.seed_table(runs)
+  with pytest.raises(ConfigError, match="unknown reference 'BAN-2'; choose one of: BAN-1, teacher"):
+    ban_jax.seed_table(runs[:1], "BAN-2")
 
 
 def test_a_single_network_is_drawn(measured, tmp_path):

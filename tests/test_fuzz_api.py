@@ -117,13 +117,21 @@ GOOD = {
   "transformation": of(lambda: optax.sgd(0.1)),
   "schedule": of(lambda: None, lambda: optax.constant_schedule(0.1)),
   "writers": of(tuple, lambda: (lambda step, scalars: None,)),
+  "reliability": of(lambda: {"a": dict.fromkeys(("count", "confidence", "accuracy"), np.ones(15))}),
+  "metrics": of(lambda: {"a": {"ece": 0.1, "nll": 1.0, "brier": 0.5}}),
+  "compared": of(lambda: {"agreement": np.eye(2), "kl": np.ones((2, 2))}),
+  "names": of(lambda: ["a", "b"]),
+  "runs": of(lambda: [[network(), network(1)]]),
+  "reference": of(lambda: "teacher", lambda: "BAN-1"),
+  "unit": of(lambda: "tokens"),
   "on_epoch": of(lambda: None, lambda: lambda history: False),
 }
 FUNCTIONS = (
   *("average", "compare", "evaluate", "export", "export_card", "export_parameters", "from_arrays", "from_flax"),
   *("from_function", "from_nnx", "from_optax", "from_source", "from_text", "from_tokens", "get_config", "load"),
-  *("load_config", "load_run", "log_probabilities", "normalise", "predict", "reliability", "run", "sample", "setup"),
-  *("train_generation", "with_network"),
+  *("load_config", "load_run", "log_probabilities", "normalise", "plot_agreement", "plot_calibration"),
+  *("plot_dark_knowledge", "predict", "reliability", "run", "sample", "seed_table", "setup", "train_generation"),
+  "with_network",
 )
 
 
@@ -141,6 +149,8 @@ def calls(draw):
       arguments[key] = ...  # a new one for each call
     elif name in ("log_probabilities", "sample") and key == "generations":
       arguments[key] = Made(lambda: network(0, "pydoc,lstm_32,smoke"))
+    elif name == "plot_dark_knowledge":
+      arguments[key] = draw(of(lambda: {"teacher": network(), "BAN-1": network(1)}))
     elif name == "from_text" and key in ("train", "validation", "test"):
       arguments[key] = draw(of(lambda: "to be or not to be\n" * 9, lambda: np.arange(99)))
     elif name == "from_tokens" and key in ("train", "validation", "test"):

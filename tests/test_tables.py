@@ -24,10 +24,10 @@ from etils import epath
 
 import ban_jax
 from ban_jax import optim as optim_lib
-from ban_jax import storage
+from ban_jax import storage, summary
 from ban_jax.data import describe, load
 from ban_jax.errors import CheckpointError, ConfigError
-from experiments import anchors, results
+from experiments import anchors
 from experiments.tables import cost, graph, report, run
 from experiments.tables import train as training
 from experiments.tables import values as cell_values
@@ -513,10 +513,10 @@ def test_only_seeds_that_both_have_are_compared():
 
 
 def test_mean_and_standard_error():
-  mean, error = results.mean_and_error([1.0, 2.0, 4.0])
+  mean, error = summary.mean_and_error([1.0, 2.0, 4.0])
   assert mean == pytest.approx(7 / 3)
   assert error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
-  assert math.isnan(results.mean_and_error([1.0])[1])
+  assert math.isnan(summary.mean_and_error([1.0])[1])
 
 
 def test_what_is_not_there_yet_is_an_ellipsis(tmp_path):

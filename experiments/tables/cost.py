@@ -7,9 +7,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import data, job, losses, programs, resolving
+from ban_jax import data, job, losses, programs, resolving, summary
 from ban_jax.types import Devices
-from experiments import results
 from experiments.tables import graph
 from experiments.tables.graph import Node
 
@@ -71,7 +70,7 @@ def cost_table(nodes: Sequence[Node], workdir: epath.Path) -> str:
   counts = [f"{states.count(state)} {state}" for state in ("finished", "begun", "to do") if state in states]
   hours = ", ".join(f"{_rounded(total.hours(peak))} h on one {name}" for name, peak in PEAKS.items())
   return (
-    results.markdown([["generation", "state", "steps", "PFLOP", "directory"], *rows])
+    summary.markdown([["generation", "state", "steps", "PFLOP", "directory"], *rows])
     + f"\n\n{len(nodes)} generations: {', '.join(counts)}. Left, at most: {total.steps:,} steps, "
     f"{_rounded(total.flops / 1e15)} PFLOP of training; expected {hours} ({UTILIZATION:.0%} of the peak and "
     f"{1e3 * STEP_SECONDS:g} ms a step: assumed, not measured)."

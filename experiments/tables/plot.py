@@ -7,8 +7,9 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
+from ban_jax import plotting
+from ban_jax.summary import CONFIDENCE
 from experiments import plots
-from experiments.results import CONFIDENCE
 from experiments.tables.spec import Table
 from experiments.tables.values import Entry
 
@@ -38,7 +39,7 @@ def plot_table(table: Table, scale: str, setting: str, entries: Sequence[Entry])
   rows, columns = _names(trained)
   groups = [rows] if table.by_row else [[row] for row in rows]
   width = max(1.1 * len(rows) * len(columns) ** 0.5, 7) if table.by_row else max(0.75 * len(columns), 5) * len(groups)
-  figure = plots.figure(min(width, 20), 7.5)
+  figure = plotting.figure_of(min(width, 20), 7.5)
   grid = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row" if table.by_row else False)
   figure.suptitle(f"{table.label}: {table.title}\n{setting}", fontsize="medium")
   for (above, below), group in zip(grid.T, groups, strict=True):
@@ -49,8 +50,8 @@ def plot_table(table: Table, scale: str, setting: str, entries: Sequence[Entry])
       _plot_columns(panel, table.reference)
       above.set_title(group[0], fontsize="medium")
     for axes in (above, below):
-      plots.tidy(axes, grid=True)
-    plots.zero_line(below)
+      plotting.tidy(axes, grid=True)
+    plotting.zero_line(below)
   grid[0, 0].set_ylabel(table.unit)
   grid[1, 0].set_ylabel(f"minus {table.reference}\n(paired, {CONFIDENCE:.0%} interval)")
   legend = {}

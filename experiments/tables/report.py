@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from etils import epath
 
-from ban_jax import data
+from ban_jax import data, summary
 from ban_jax.errors import ConfigError
 from ban_jax.resolving import make_models
+from ban_jax.summary import CONFIDENCE
 from experiments import plots, results
 from experiments.analysis.memory import trained_sizes
-from experiments.results import CONFIDENCE
 from experiments.tables.graph import Node
 from experiments.tables.plot import plot_table
 from experiments.tables.spec import Cell, Table
@@ -98,15 +98,15 @@ class Output(NamedTuple):
       f"seed{'s' * (seeds > 1)}. {table.source.capitalize()}: {table.dataset}, one number per cell, no error bars. "
       f"The difference is ours minus {table.source}. Ours {minus} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
       "interval, Student's t].",
-      results.markdown(rows),
+      summary.markdown(rows),
       f"![{table.label}]({table.stem}.png)",
       "## Networks",
-      results.markdown(_networks(table, cells)),
+      summary.markdown(_networks(table, cells)),
       "## Where the numbers come from",
       "By row, column and seed, the generations whose mean probabilities were tested; the `manifest.json` of each has "
       "its teacher's digest, configuration, data, seed, software and commit.",
       "\n".join(
-        f"- {cell.row}, {cell.column}, seed {value.seed}: {value.value:.{results.DECIMALS[cell.metric]}f} from "
+        f"- {cell.row}, {cell.column}, seed {value.seed}: {value.value:.{summary.DECIMALS[cell.metric]}f} from "
         f"{', '.join(value.sources)}"
         for cell, values, *_ in entries
         for value in values
@@ -138,7 +138,7 @@ def _number(number: float, form: str) -> str:
 def _entry(entry: Entry, seeds: int) -> list[str]:
   """Returns an entry's line in the Markdown table, from its column to its difference from the reference."""
   cell, difference = entry.cell, entry.difference
-  form = f".{results.DECIMALS[cell.metric] if cell.metric else 2}f"  # a cell that is only quoted has no metric
+  form = f".{summary.DECIMALS[cell.metric] if cell.metric else 2}f"  # a cell that is only quoted has no metric
   paper = "" if cell.paper is None else f"{cell.paper:g}"
   ours = "…" if cell.members else "quoted only"
   if entry.values:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import storage
+from ban_jax import storage, summary
 from ban_jax.errors import ConfigError, choices
 from ban_jax.processes import is_primary
-from experiments import cli, results
+from experiments import cli
 from experiments.tables import graph
 from experiments.tables.cost import cost_table
 from experiments.tables.graph import Node
@@ -105,7 +105,7 @@ def overview(table: Table, scale: str) -> str:
     rows.append([cell.row, cell.column, network, "" if cell.paper is None else f"{cell.paper:g}"])
   source = table.source.capitalize()
   title = f"{table.label}: {table.title}. {source} {table.unit}, on {table.dataset}"
-  return f"{title}:\n\n{results.markdown(rows)}"
+  return f"{title}:\n\n{summary.markdown(rows)}"
 
 
 def make_table(table: Table) -> None:

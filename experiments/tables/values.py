@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from ban_jax import storage
+from ban_jax import storage, summary
 from ban_jax.processes import is_primary, on_any_process
 from ban_jax.types import Devices
 from experiments import results
@@ -61,11 +61,11 @@ def ensemble_metrics(
     return None
 
 
-def paired(values: Sequence[Value], reference: Sequence[Value]) -> results.Difference | None:
+def paired(values: Sequence[Value], reference: Sequence[Value]) -> summary.Difference | None:
   """Returns values minus reference over the seeds that both have, with its 95% interval; None if they share none."""
   by_seed = {value.seed: value.value for value in reference}
   differences = [value.value - by_seed[value.seed] for value in values if value.seed in by_seed]
-  return results.mean_difference(differences) if differences else None
+  return summary.mean_difference(differences) if differences else None
 
 
 class Entry(NamedTuple):
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
   mean: float  # NaN without values
   error: float  # standard error of the mean; NaN with fewer than two values
   reference: Cell | None  # None for the reference itself
-  difference: results.Difference | None  # from the reference; None if they share no seed
+  difference: summary.Difference | None  # from the reference; None if they share no seed
 
   @property
   def from_paper(self) -> float:
@@ -101,7 +101,7 @@ def entries_of(table: Table, cells: Sequence[Cell], workdir: epath.Path) -> list
     place = (row, f"{table.reference} {suffix}".strip())
     reference = by_place.get(place) if place != (row, column) else None
     found = values[row, column]
-    mean, error = results.mean_and_error([value.value for value in found]) if found else (math.nan, math.nan)
+    mean, error = summary.mean_and_error([value.value for value in found]) if found else (math.nan, math.nan)
     difference = paired(found, values[place]) if reference is not None else None
     entries.append(Entry(cell, found, mean, error, reference, difference))
   return entries
@@ -115,7 +115,7 @@ def _values_of(cell: Cell, workdir: epath.Path, known: dict[str, graph.Found]) -
       metrics = ensemble_metrics(members, workdir, known)
     else:
       found = graph.find(members[0], workdir, known)
-      metrics = found and results.reported(found[0])
+      metrics = found and summary.reported(found[0])
     if metrics is not None:
       values.append(Value(seed, float(metrics[cell.metric]), tuple(node.path for node in members)))
   return values
