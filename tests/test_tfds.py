@@ -371,5 +371,5 @@ def test_imagenet_is_described_without_being_there():
 def test_recordings_of_a_thousand_classes_are_refused_with_their_size():
   cfg = presets.compose("tfds=imagenet2012,mlp_16,paper")
   cfg.train.update(replay="unused", replay_gib=4.0)
-  with pytest.raises(ConfigError, match=r"an epoch's logits take 4.8 GiB, more than train.replay_gib=4; leave train.re"):
+  with pytest.raises(ConfigError, match=r"an epoch's logits take 4.8 GiB, more than train.replay_gib=4; leave"):
     job.describe(resolving.resolve(cfg, None, load=data.describe), 1)
