@@ -263,9 +263,9 @@ def gpt(tmp_path_factory):
 
 def test_a_gpt_is_evaluated_alike_in_any_batch(gpt):
   cfg, generations = gpt
-  alone, many = (ban_jax.evaluate(generations, _batch(cfg, rows), devices=jax.devices()[:1]) for rows in (1, 64))
-  assert many["count"] == alone["count"] == data.load(cfg.data).sizes["test"]
-  assert many["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+  few, many = (ban_jax.evaluate(generations, _batch(cfg, rows), devices=jax.devices()[:1]) for rows in (5, 64))
+  assert many["count"] == few["count"] == data.load(cfg.data).sizes["test"]
+  assert many["nll"] == pytest.approx(few["nll"], rel=1e-6)
   assert many["perplexity"] < 1500
 
 
