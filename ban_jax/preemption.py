@@ -39,9 +39,9 @@ def watch(saves: bool) -> Iterator[Callable[[], bool]]:
 
   def requested() -> bool:
     asked.update(received)
-    if received and not saves:
+    if asked and not saves:
       raise KeyboardInterrupt
-    return bool(received)
+    return bool(asked)  # not `received`: a signal that has come since is neither asked about nor answered
 
   watched = [signal.SIGTERM, signal.SIGINT] if saves else [signal.SIGINT]
   try:

@@ -157,8 +157,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _log(message: str) -> None:
-  # One write per line, as above; print makes two.
-  os.write(sys.stderr.fileno(), f"launch: {message}\n".encode())
+  print(f"launch: {message}\n", end="", file=sys.stderr, flush=True)  # in one write, as above
 
 
 if __name__ == "__main__":

@@ -1048,7 +1048,7 @@ def test_the_splits_of_wrong_labels_hold_them_all():
 def test_a_generation_knows_what_became_of_wrong_labels(tmp_path, monkeypatch):
   saved, save = [], storage.save_step
   monkeypatch.setattr(storage, "save_step", lambda *arguments: (saved.append(arguments[-1]), save(*arguments)))
-  cfg = conftest_config(data__train_examples=0, data__label_noise=0.4, train__epochs=1)
+  cfg = conftest_config(data__train_examples=0, data__label_noise=0.4, train__epochs=1, train__checkpoint_every=10)
   metrics = ban_jax.train_generation(None, cfg, workdir=tmp_path, progress=False).metrics
   assert saved
   assert "labels_seen" not in json.dumps([record["lineage"] for record in saved])
