@@ -260,22 +260,30 @@ def _needed(error: str) -> int:
   return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
 
 
-def largest_batch(needed: Callable[[int], tuple[bool, int]], first: int, most: int, memory: int, step: int = 8) -> int:
+def fixed(report: Report) -> int:
+  """Returns the bytes of a program that do not grow with the batch."""
+  return sum(report.memory.get(kind, 0) for kind in ("state", "network", "teacher", "data", "code"))
+
+
+def largest_batch(
+  needed: Callable[[int], tuple[bool, int]], first: int, most: int, memory: int, fixed: int = 0, step: int = 8
+) -> int:
   """Returns the largest batch of a chip that fits, 0 for none: a multiple of `step` up to `most`, within 2 %.
 
-  `needed(batch)` compiles and returns (whether it fits, bytes, 0 if unknown); `first` is compiled first. Memory is
-  nearly a linear function of the batch, so the next one is where the line through the last two reaches `memory`. Where
-  the compiler begins to compute things twice instead of keeping them, more fits than the line says.
+  `needed(batch)` compiles and returns (whether it fits, bytes, 0 if unknown); `first` is compiled first, and `fixed`
+  are the bytes that would be needed without a batch. Memory is nearly a linear function of the batch, so the next one
+  is where the line through the last two reaches `memory`. Where the compiler begins to compute things twice instead of
+  keeping them, more fits than the line says.
   """
   fitting, failing, stride = 0, most // step * step + step, step
-  known, batch = [(0, 0)], min(max(step, first // step * step), failing - step)
+  known, batch = [(0, fixed)], min(max(step, first // step * step), failing - step)
   while batch > fitting:
     fits, size = needed(batch)
     known += [(batch, size)] if size else []
     fitting, failing = (batch, failing) if fits else (fitting, batch)
     if failing - fitting <= max(step, fitting // 50):
       break
-    # With one point known, the line is that through 0, which lies too high.
+    # With one point known, the line begins at what is fixed, and may lie too high.
     guess = max(_crossing(known[-2:], memory), 2 * batch if fits and len(known) == 2 else 0) // step * step
     if guess <= fitting:
       guess, stride = fitting + stride, 2 * stride

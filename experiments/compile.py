@@ -92,8 +92,11 @@ def saying(what: str) -> Iterator[None]:
     done.set()
 
 
-def largest_batch(name: str, setup: Setup, where: Slice, first: int) -> tuple[int, Report | None]:
-  """Returns the largest batch of a chip with which a training step fits, and its report."""
+def largest_batch(name: str, setup: Setup, where: Slice, first: int, fixed: int) -> tuple[int, Report | None]:
+  """Returns the largest batch of a chip with which a training step fits, and its report.
+
+  `first` is tried first; `fixed` bytes are needed without a batch.
+  """
   chips_, examples = len(where.devices), len(setup.dataset.train_order(jax.random.key(0), 1))
   reports: dict[int, Report] = {}
 
@@ -103,7 +106,7 @@ def largest_batch(name: str, setup: Setup, where: Slice, first: int) -> tuple[in
     reports[batch] = look(name, setup._replace(cfg=cfg), where)
     return reports[batch].fits, reports[batch].needed
 
-  found = compiled.largest_batch(needed, first, examples // chips_, where.chip.memory)
+  found = compiled.largest_batch(needed, first, examples // chips_, where.chip.memory, fixed)
   return found, reports.get(found)
 
 
@@ -129,7 +132,8 @@ def main() -> None:
   if LARGEST.value:
     name = "student" if "student" in PROGRAMS.value else "teacher"
     first = setup.cfg.train.batch_size // len(where.devices)
-    batch, report = largest_batch(name, setup, where, first)
+    known = next((compiled.fixed(each) for each in reports if each.program == name), 0)
+    batch, report = largest_batch(name, setup, where, first, known)
     answer["largest_batch"] = {"program": name, "batch": batch, "report": report and report._asdict()}
     lines.append(sentence(name, batch, report, where))
   out = epath.Path(OUT.value)

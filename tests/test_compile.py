@@ -3,6 +3,7 @@
 Each compilation takes seconds of libtpu, which only Linux on x86-64 has.
 """
 
+import gzip
 import importlib.util
 import json
 import math
@@ -85,6 +86,18 @@ def test_what_a_program_takes_of_a_chip_is_told_by_kind(looked, run, name):
   assert ("teacher" in report["memory"]) == (name == "student")
   assert f"on {answer['chips']} chips of" in shown
   assert re.search(r"\| million cycles a step, estimated +\|", shown)
+
+
+@needs_libtpu
+def test_bytes_by_kind_add_up_to_the_compiler_s_own_number(tmp_path):
+  given = [*TEXT, "--programs=student", f"--out={tmp_path}/out.json", f"--cache={tmp_path}/cache"]
+  done = compile_py("v5e:1x1", *given)
+  assert done.returncode == 0, done.stderr
+  (report,) = json.loads((tmp_path / "out.json").read_text())["programs"]
+  (kept,) = (tmp_path / "cache").iterdir()
+  size = json.loads(gzip.decompress(kept.read_bytes()))["memory"]
+  total = size["argument"] + size["output"] - size["alias"] + size["temp"] + size["generated_code"]
+  assert report["needed"] == pytest.approx(total, rel=0.02)
 
 
 @needs_libtpu
@@ -238,6 +251,18 @@ def test_the_largest_batch_is_found_in_few_compilations(a, b, first):
   most = min(10_000, int((1000 - a) / b))
   assert most - max(8, most // 50) <= found <= most
   assert len(tried) == len(set(tried)) <= 9
+
+
+def test_with_what_is_fixed_the_second_batch_is_nearly_the_largest():
+  """A Wide-ResNet-28-10's bytes on a v5e, in MiB: a compilation is a quarter of an hour."""
+  tried = []
+
+  def needed(batch):
+    tried.append(batch)
+    return 676 + 6.35 * batch <= 16_128, int(676 + 6.35 * batch)
+
+  assert compiled.largest_batch(needed, 128, 45_000, 16_128, fixed=676) == 2_432
+  assert tried == [128, 2_432, 2_440]
 
 
 def test_a_batch_that_never_fits_and_one_that_always_does():
