@@ -12,6 +12,7 @@ from ban_jax import storage
 from ban_jax.errors import ConfigError
 from ban_jax.exporting import export_parameters
 from ban_jax.loading import load_run
+from ban_jax.summary import name_of
 from ban_jax.types import Generation
 
 # What lineage.json keeps of each generation's manifest.
@@ -80,15 +81,15 @@ def export_card(run: epath.PathLike, path: epath.PathLike) -> None:
 def _card(generations: Sequence[Generation], manifests: Sequence[Mapping[str, Any]]) -> str:
   last = manifests[-1]
   name = last["config"].get("dataset.name", last["config"]["data.name"])
-  digests = {manifest["digest"]: _name(one.index) for one, manifest in zip(generations, manifests, strict=True)}
+  digests = {manifest["digest"]: name_of(one.index) for one, manifest in zip(generations, manifests, strict=True)}
   lines = []
   for one, manifest in zip(generations, manifests, strict=True):
     teachers = ", ".join(digests.get(digest, digest[:12]) for digest in manifest["teachers"]) or "labels"
     ended = f", ended after epoch {manifest['stopped']['epoch']}" if "stopped" in manifest else ""
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(one.params["params"]))
     lines.append(
-      f"- **{_name(one.index)}**, `gen_{one.index}.safetensors`: {manifest['model']}, {size:,} parameters, trained for "
-      f"{len(one.history)} epochs{ended} with the loss `{manifest['loss']}`, taught by: {teachers}. SHA-256 of the "
+      f"- **{name_of(one.index)}**, `gen_{one.index}.safetensors`: {manifest['model']}, {size:,} parameters, trained "
+      f"for {len(one.history)} epochs{ended} with the loss `{manifest['loss']}`, taught by: {teachers}. SHA-256 of the "
       f"variables: `{manifest['digest']}`"
     )
   return "\n\n".join(
@@ -116,7 +117,7 @@ def _table(generations: Sequence[Generation]) -> str:
     count = int(one.metrics["test_count"])
     low, high = wilson(one.metrics["test_error"] / 100, count)
     error = f"{one.metrics['test_error']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-    rows.append([_name(one.index), error, *(f"{one.metrics[key]:.4g}" for key in columns), f"{count:,}"])
+    rows.append([name_of(one.index), error, *(f"{one.metrics[key]:.4g}" for key in columns), f"{count:,}"])
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -125,7 +126,3 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
   center = share + z**2 / (2 * count)
   margin = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
   return (center - margin) / (1 + z**2 / count), (center + margin) / (1 + z**2 / count)
-
-
-def _name(index: int) -> str:
-  return f"BAN-{index}" if index else "teacher"

@@ -187,7 +187,7 @@ def plot_agreement(compared: Mapping[str, Any], names: Sequence[str], unit: str 
 def plot_dark_knowledge(generations: Mapping[str, Generation]) -> "Figure":
   """Plots the dark-knowledge share of the gradient and the mean correct-class term by epoch, a line for each student.
 
-  Reference: Furlanello et al. 2018, Eq. 7 to 10 (`ban_jax/gradient.py`).
+  Reference: Furlanello et al. 2018, Eq. 7 to 9 (`ban_jax/gradient.py`).
 
   Args:
     generations: the generations by name. Those whose gradient was not split (`train.gradient_split`) have no line, and

@@ -2,11 +2,9 @@
 
 import importlib.util
 import io
-import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 
 import ban_jax
 from ban_jax import feeding
+from ban_jax import workers as workers_lib
 from ban_jax.data.decoding import Form, pixels
 from ban_jax.types import Dataset, Devices
 
@@ -132,8 +131,7 @@ def torches(source: Any, order: np.ndarray, workers: int) -> Iterator[Any]:
 def prepare() -> None:
   """Starts the process that workers are forked from, with what ours and PyTorch's import."""
   there = ["torch.utils.data"] if importlib.util.find_spec("torch") else []
-  multiprocessing.set_forkserver_preload([__name__, *there])
-  forkserver.ensure_running()
+  workers_lib.prepare([__name__, *there])
 
 
 class Pass(NamedTuple):
