@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
+RELIABILITY = ("count", "confidence", "accuracy")
 # Metric and axis label of each bar chart.
 CALIBRATION = (("ece", "ECE (share)"), ("nll", "NLL (nats)"), ("brier", "Brier score"))
 # Recorded key and axis label of each dark-knowledge plot (ban_jax/gradient.py).
@@ -59,13 +60,15 @@ def _colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
   return {name: matplotlib.colormaps["viridis"](0.8 * place / steps) for place, name in enumerate(names)}
 
 
-def _check_table(what: str, given: Any, parts: Sequence[str]) -> None:
-  """Raises a ConfigError if it is no dictionary of dictionaries with these parts, which are numbers."""
-  rows = list(given.values()) if isinstance(given, Mapping) else []
-  if not rows or not all(isinstance(row, Mapping) and set(parts) <= set(row) for row in rows):
-    raise ConfigError(f"{what}: expected, by name, what ban_jax returned: a dictionary with {', '.join(parts)}")
-  if not all(np.asarray(row[part]).dtype.kind in "fiu" for row in rows for part in parts):
-    raise ConfigError(f"{what}: {' or '.join(parts)} is no number")
+def _check(expected: str, rows: Sequence[Any], parts: Sequence[str]) -> None:
+  """Raises a ConfigError unless there are rows, all dictionaries in which these parts are numbers."""
+  for row in rows or [None]:
+    if not (isinstance(row, Mapping) and all(np.asarray(row.get(part)).dtype.kind in "fiu" for part in parts)):
+      raise ConfigError(f"{expected}: a dictionary with numbers for {', '.join(parts)}")
+
+
+def _values(given: Any) -> list[Any]:
+  return list(given.values()) if isinstance(given, Mapping) else []
 
 
 def plot_calibration(
@@ -93,9 +96,8 @@ def plot_calibration(
     >>> ban_jax.plot_calibration(found, {"student": ban_jax.evaluate(student, cfg, dataset=data)})
     <Figure size 900x400 with 6 Axes>
   """
-  parts = ("count", "confidence", "accuracy")
-  _check_table("plot_calibration: reliability", reliability, parts)
-  _check_table("plot_calibration: metrics", metrics, [name for name, _ in CALIBRATION])
+  _check("plot_calibration: expected, by name, what reliability returned", _values(reliability), RELIABILITY)
+  _check("plot_calibration: expected, by name, what evaluate returned", _values(metrics), list(dict(CALIBRATION)))
   if list(reliability) != list(metrics):
     raise ConfigError(
       f"plot_calibration: reliability of {list(reliability)} and metrics of {list(metrics)}; expected the same networks"
@@ -156,7 +158,7 @@ def plot_agreement(compared: Mapping[str, Any], names: Sequence[str], unit: str 
     >>> len(ban_jax.plot_agreement(pairs, ["teacher", "BAN-1"]).get_axes())
     2
   """
-  _check_table("plot_agreement", {"compared": compared}, ("agreement", "kl"))
+  _check("plot_agreement: expected what compare returned", [compared], ("agreement", "kl"))
   count = len(np.atleast_1d(compared["agreement"]))
   if not isinstance(names, list | tuple) or len(names) != count or not all(isinstance(name, str) for name in names):
     raise ConfigError(f"plot_agreement: names={names!r}: expected the names of {count} networks")
