@@ -27,6 +27,11 @@ def keep_freed_memory() -> bool:
   return min(libc.mallopt(option, value) for option, value in MALLOPT.values()) == 1
 
 
+def caches() -> pathlib.Path:
+  """Returns the directory of what later processes find again, below $XDG_CACHE_HOME, or else ~/.cache."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "ban_jax"
+
+
 def keep_programs(directory: str | os.PathLike | None = None) -> str:
   """Makes JAX keep compiled programs on disk, so that a later process need not compile them again.
 
@@ -34,13 +39,13 @@ def keep_programs(directory: str | os.PathLike | None = None) -> str:
 
   Args:
     directory: where; by default the one that JAX is set to already ($JAX_COMPILATION_CACHE_DIR), or else
-      ~/.cache/ban_jax/xla.
+      ~/.cache/ban_jax/xla, or ban_jax/xla in $XDG_CACHE_HOME.
 
   Returns:
     The directory.
   """
   found = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # made at run time
-  default = found or pathlib.Path.home() / ".cache" / "ban_jax" / "xla"
+  default = found or caches() / "xla"
   kept = os.fspath(default if directory is None else directory)
   jax.config.update("jax_compilation_cache_dir", kept)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # dozens of small ones at each start, too

@@ -12,7 +12,6 @@ import experiments.interrupts  # noqa: F401  before all others: from here on Ctr
 
 import contextlib
 import json
-import pathlib
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from ban_jax import chips, compiled, config, data, programs, resolving, summary
+from ban_jax import chips, compiled, config, data, memory, programs, resolving, summary
 from ban_jax import job as job_lib
 from ban_jax.chips import Slice
 from ban_jax.compiled import Report
@@ -43,7 +42,7 @@ PROGRAMS = flags.DEFINE_list(
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the largest batch of a chip that fits, by some compilations.")
 OUT = flags.DEFINE_string("out", "runs/compile.json", "File for the numbers as JSON.")
 CACHE = flags.DEFINE_string(
-  "cache", str(pathlib.Path.home() / ".cache/ban_jax/compiled"), 'Directory of programs compiled before; "": none.'
+  "cache", str(memory.caches() / "compiled"), 'Directory of programs compiled before; "": none.'
 )
 DUMP = flags.DEFINE_string("dump", "", "Directory for the optimized programs as text.")
 flags.mark_flag_as_required("config")

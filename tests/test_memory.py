@@ -1,5 +1,6 @@
 """What a process keeps: freed buffers, which change no result, and compiled programs."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -58,3 +59,13 @@ def test_programs_are_kept_where_jax_keeps_them_or_where_one_says(tmp_path):
     assert ban_jax.keep_programs(tmp_path) == jax.config.jax_compilation_cache_dir == str(tmp_path)
   finally:
     ban_jax.keep_programs(before)
+
+
+def test_programs_are_kept_below_the_user_s_directory_of_caches(tmp_path):
+  code = "import ban_jax; print(ban_jax.keep_programs())"
+  environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+  for given, kept in (({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path), ({"HOME": str(tmp_path)}, tmp_path / ".cache")):
+    done = subprocess.run(
+      [sys.executable, "-c", code], env={**environment, "XDG_CACHE_HOME": "", **given}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{kept / 'ban_jax' / 'xla'}\n", done.stderr
