@@ -6,19 +6,24 @@
 An anchor is a setting of the literature with the number that is known for it. Its teacher is trained first, then
 born-again students and the controls, and each column is compared with the teacher, paired by seed. The flags are those
 of the tables' scripts: what is finished is shown at once, SIGTERM saves and ends, and the same command resumes, so that
-a long anchor can be trained in slices. `--list` shows networks and published numbers, `--dry_run` the cost.
+a long anchor can be trained in slices. `--list` shows networks and published numbers, `--dry_run` the cost. Beside the
+table stands a file of lines, a lineage each, for experiments/gains.py.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
 import functools
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
+from etils import epath
 
 from ban_jax.errors import look_up
-from experiments import cli
-from experiments.tables import run
+from ban_jax.processes import is_primary
+from experiments import cli, records, results
+from experiments.tables import graph, run
 from experiments.tables.spec import Builder, Columns, Row, Table, independent_ensembles, make_rows
 
 ANCHOR = flags.DEFINE_string("anchor", "ptb_small", "The anchor to train and report; a wrong name lists them.")
@@ -37,8 +42,13 @@ UNCERTAINTY_BASELINES = {
   **{"model.dropout": 0.0, "train.batch_size": 512, "optim.learning_rate": 0.4, "optim.weight_decay": 4e-4},
   "optim.warmup": 1 / 200,
 }
+# main.py of PS-KD (Kim et al. 2021).
+PS_KD = {
+  **{"train.epochs": 300, "optim.schedule": "steps", "optim.boundaries": (150 / 300, 225 / 300), "optim.factor": 0.1},
+}
 CALIBRATION = {"metrics": {"": "error", "NLL": "nll", "ECE": "ece"}}
 CALIBRATED = ("teacher", "teacher NLL", "teacher ECE")
+SMOOTHED = tuple(column.replace("teacher", "label smoothing") for column in CALIBRATED)
 
 
 def zaremba(steps: int, epochs: int, first: int, factor: float) -> dict[str, object]:
@@ -144,6 +154,18 @@ ANCHORS = [
     IMAGES | REPDISTILLER,
   ),
   anchor(
+    "cifar100_preact_resnet_18",
+    "CIFAR-100, a pre-activated ResNet-18 with its calibration. Published: 24.18 % errors, 1.10 and 0.1184 by PS-KD, "
+    "whose network that learns from its last epoch has 20.82 %, 0.76 and 0.0177",
+    "cifar100",
+    make_rows(
+      (*CALIBRATED, *SMOOTHED),
+      ("PreAct ResNet-18", "preact_resnet_18", "11.2M", 24.18, 1.10, 0.1184, 20.94, 0.98, 0.1079),
+    ),
+    IMAGES | PS_KD,
+    **CALIBRATION,
+  ),
+  anchor(
     "cifar10_wrn_28_10",
     "CIFAR-10, Wide-ResNet-28-10 with its calibration. Published: 96.0 %, 0.159 and 0.0231 by Uncertainty Baselines",
     "cifar10",
@@ -162,9 +184,28 @@ ANCHORS = [
 ]
 
 
+def lines(table: Table, scale: str, seeds: int, data_dir: str, workdir: epath.Path) -> list[dict[str, Any]]:
+  """Returns the line of each lineage of which a student is finished, by row and seed."""
+  found = []
+  for row in table.rows_at(scale):
+    for seed in range(seeds):
+      columns = table.columns(table.builder(scale, seed, data_dir), row)
+      lineage = {name: own[0] for name, own in columns.items() if len(own) == 1 and graph.find(own[0], workdir)}
+      if len(lineage) > 1:
+        found.append(records.of_lineage(lineage, workdir) | {"anchor": table.number})
+  return found
+
+
 def main() -> None:
   """Trains and reports the anchor that the flag names."""
-  run.make_table(look_up({table.number: table for table in ANCHORS}, ANCHOR.value, "--anchor"))
+  table = look_up({table.number: table for table in ANCHORS}, ANCHOR.value, "--anchor")
+  run.make_table(table)
+  if is_primary() and not (flags.FLAGS.list or flags.FLAGS.dry_run):
+    request = run.check_flags(table)
+    found = lines(table, request.scale, request.seeds, flags.FLAGS.data_dir, request.workdir)
+    path = request.workdir / f"{table.stem}.jsonl"
+    results.write(path, "".join(json.dumps(line) + "\n" for line in found))
+    print(f"and {path}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python experiments/gains.py --outdir=runs/gains
 
-Reads the lines that enough.py, images.py, text.py and search.py write, averages each setting over its seeds, and writes
-a table and a plot of BAN-1: images by the teacher's error on its training labels, text by its training perplexity.
-Settings with one seed, which are searches, are hollow. The table has the last student, too.
+Reads the lines that enough.py, images.py, text.py, anchors.py and search.py write, averages each setting over its
+seeds, and writes a table and a plot of BAN-1: images by the teacher's error on its training labels, text by its
+training perplexity. A star is the whole training set, a dot a part of it. Settings with one seed, most of them
+searches, are hollow. The table has the last student, too.
 """
 
 import experiments.interrupts  # noqa: F401  before all others: from here on Ctrl-C prints no traceback
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,11 +20,11 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from ban_jax import plotting, storage, summary
+from ban_jax import plotting, presets, storage, summary
 from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
-FILES = [f"docs/{name}.jsonl" for name in ("enough", "images", "text", "ptb", "searched")]
+FILES = [f"docs/{name}.jsonl" for name in ("anchors", "enough", "images", "text", "ptb", "searched")]
 LINES = flags.DEFINE_list("lines", FILES, "Files to read.")
 OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and the plot.")
 
@@ -32,7 +34,8 @@ class Point(NamedTuple):
 
   dataset: str
   noise: float  # share of wrong labels
-  setting: tuple[str, ...]  # the network, and the values that differ from the preset's
+  examples: int  # training images or tokens; 0 are all
+  setting: tuple[str, ...]  # the network, and the values that differ from the preset's, or the name of an anchor
   is_text: bool
   fit: float  # teacher: training error [%], or training perplexity for text
   teacher: float  # test error [%] or test perplexity
@@ -54,7 +57,7 @@ def read(paths: Sequence[str]) -> list[dict]:
       found += [json.loads(line) for line in epath.Path(path).expanduser().read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
       raise ConfigError(
-        f"--lines: {path} is no file of lines that text.py, images.py or search.py wrote: {error}"
+        f"--lines: {path} is no file of lines that text.py, images.py, anchors.py or search.py wrote: {error}"
       ) from error
   return found
 
@@ -81,7 +84,9 @@ def _point(lines: Sequence[dict]) -> Point:
   else:  # with wrong labels, the finished network's error on the labels it saw
     fit = [own.get("train_seen_error", own["train_error"]) for own in teachers]
   dataset, network, _ = words.split(",")
+  examples = changes.get("data.train_examples", presets.compose(words).data.train_examples)
   shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key != "data.label_noise"]
+  shown = [f"anchor {lines[0]['anchor']}"] if "anchor" in lines[0] else shown
 
   def gain(student: str) -> summary.Difference:
     return summary.mean_difference(
@@ -91,7 +96,7 @@ def _point(lines: Sequence[dict]) -> Point:
   teacher = summary.mean_and_error([own[metric] for own in teachers])[0]
   fit = summary.mean_and_error(fit)[0]
   noise, setting = changes.get("data.label_noise", 0), (network, *shown)
-  return Point(dataset, noise, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last))
+  return Point(dataset, noise, examples, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last))
 
 
 def table(found: Sequence[Point]) -> str:
@@ -122,21 +127,23 @@ def plot(found: Sequence[Point]) -> "matplotlib.figure.Figure":
       "teacher's training perplexity, dropout on" if is_text else "teacher's error on its training labels, %"
     )
     axes.set_ylabel(f"BAN-1 minus teacher,\ntest {'perplexity' if is_text else 'error in points'} (95% interval)")
-    axes.legend(frameon=False, fontsize="small")
+    title = "stars: the whole training set" if any(not point.examples for point in shown) else None
+    axes.legend(frameon=False, fontsize="small", title=title, title_fontsize="small")
     plotting.tidy(axes, grid=True)
   return figure
 
 
 def _plot_kind(axes: "matplotlib.axes.Axes", points: Sequence[Point], color: str) -> None:
   label = points[0].kind
-  for several in (True, False):
-    own = [point for point in points if (point.gain.seeds > 1) == several]
+  for several, whole in itertools.product((True, False), repeat=2):
+    own = [point for point in points if (point.gain.seeds > 1, not point.examples) == (several, whole)]
     if not own:
       continue
     half = [point.gain.high - point.gain.mean for point in own] if several else None
     axes.errorbar(
       [point.fit for point in own], [point.gain.mean for point in own], half,
-      fmt="o", color=color, markerfacecolor=color if several else "none", capsize=3, label=label,
+      fmt="*" if whole else "o", markersize=9 if whole else 6, color=color,
+      markerfacecolor=color if several else "none", capsize=3, label=label,
     )  # fmt: skip
     label = None  # once a kind
 

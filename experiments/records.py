@@ -1,18 +1,20 @@
 """The files of results in docs/: a line, as JSON, for each setting and seed, of what was searched and what is reported.
 
-docs/searched.jsonl has what experiments/search.py tried, on seeds from 100 on; text.py, images.py and enough.py write
-such lines for the seeds that they report.
+docs/searched.jsonl has what experiments/search.py tried, on seeds from 100 on; text.py, images.py, enough.py and
+anchors.py write such lines for the seeds that they report.
 """
 
 import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from ban_jax import config, presets
+from ban_jax import config, loading, presets
 from ban_jax.keys import KEYS
 from ban_jax.types import Generation
+from experiments.tables.graph import Node
 
 # The first seed of searches; smaller ones are for what is reported.
 SEARCH = 100
@@ -41,6 +43,13 @@ def make(cfg: ConfigDict, words: str, generations: Mapping[str, Generation]) -> 
       name: {key: round(own.metrics[key], 4) for key in KEPT if key in own.metrics} for name, own in generations.items()
     },
   }
+
+
+def of_lineage(lineage: Mapping[str, Node], workdir: epath.Path) -> dict[str, Any]:
+  """Returns the line of finished networks by name: a teacher, and students each taught by the one before it."""
+  *_, last = lineage.values()
+  generations = {name: loading.load(workdir / node.path) for name, node in lineage.items()}
+  return make(last.cfg, f"{last.cfg.data.name},{last.network},{last.cfg.scale}", generations)
 
 
 def differences(cfg: ConfigDict, words: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import matplotlib
 from absl import flags
 from etils import epath
 
-from ban_jax import loading, plotting, storage, summary
+from ban_jax import plotting, storage, summary
 from ban_jax.errors import ConfigError, StorageError
 from ban_jax.processes import is_primary
 from experiments import cli, plots, records, results
@@ -186,12 +186,7 @@ def _records(columns: Columns, workdir: epath.Path) -> list[dict[str, Any]]:
     name, _, length = column.partition(", ")
     if name == "teacher" or name.startswith("BAN-"):
       lineages.setdefault(length, {})[name] = members[0]
-  found = []
-  for lineage in lineages.values():
-    *_, node = lineage.values()
-    generations = {name: loading.load(workdir / own.path) for name, own in lineage.items()}
-    found.append(records.make(node.cfg, f"{node.cfg.data.name},{node.network},{node.cfg.scale}", generations))
-  return found
+  return [records.of_lineage(lineage, workdir) for lineage in lineages.values()]
 
 
 def check_workdir(workdir: str) -> epath.Path:

@@ -27,6 +27,7 @@ VIT, GPT = (
 CASES = {
   "resnet": (RESNET, IMAGES),
   "resnet_large": (RESNET | {"bottleneck": True, "projection": True}, InputSpec("images", (66, 67, 3), 5)),
+  "resnet_preactivated": (RESNET | {"blocks": (2, 1), "projection": True, "preactivation": True}, IMAGES),
   "vit": (VIT, IMAGES),
   "gpt": (GPT, TOKENS),
   "gpt_rotary": (GPT | {"positions": "rotary"}, TOKENS),
@@ -61,6 +62,7 @@ def images(size, classes):
     ("resnet_56", images(32, 10), 853_018),  # 0.85M
     ("resnet_18", images(32, 10), 11_173_962),
     ("resnet_18", images(224, 1000), 11_689_512),
+    ("preact_resnet_18", images(32, 100), 11_217_444),  # no norm at the end, one after the stem
     ("resnet_50", images(224, 1000), 25_557_032),
     ("vit_32", images(32, 10), 1_205_898),
     ("vit_ti_16", images(224, 1000), 5_717_416),
@@ -211,6 +213,9 @@ def test_attention_is_cudnn_s_where_it_is_asked_for(monkeypatch):
     ("resnet", {"blocks": ()}, "model.blocks=(): the number of blocks of each stage is expected"),
     ("resnet", {"blocks": (1, 0)}, "model.blocks=0: a whole number of at least 1 is expected"),
     ("resnet", {"zero_scale": 1}, "model.zero_scale=1: True or False is expected"),
+    ("resnet", {"preactivation": 1}, "model.preactivation=1: True or False is expected"),
+    ("resnet_preactivated", {"bottleneck": True}, "model.preactivation=True: expected model.bottleneck=False, "),
+    ("resnet_preactivated", {"zero_scale": True}, "model.preactivation=True: expected model.bottleneck=False, "),
     ("vit", {"patch": 8}, "model.patch=8: a divisor of the images' sides, 8 and 12, is expected"),
     ("vit", {"heads": 3}, "model.width=16: a multiple of model.heads=3 is expected"),
     ("vit", {"drop_path": 1.0}, "model.drop_path=1.0: a dropout rate lies in [0, 1)"),

@@ -173,6 +173,35 @@ def test_a_setting_is_a_point_that_averages_its_seeds():
   assert (third.is_text, third.fit, third.last_gain.mean) == (True, pytest.approx(math.exp(3)), -3.0)
 
 
+def test_an_anchor_is_called_by_its_name_and_told_from_parts_of_a_training_set():
+  anchor = line(0, {"train_error": 9.0, "test_error": 14.0}, {"test_error": 13.0}, **{"train.epochs": 60})
+  part = line(0, {"train_error": 9.0, "test_error": 14.0}, {"test_error": 13.0}, **{"data.train_examples": 500})
+  first, second = gains.points([anchor | {"anchor": "cifar10_wrn_16_1"}, part])
+  assert (first.setting, first.examples) == (("wrn_10_1", "anchor cifar10_wrn_16_1"), 0)
+  assert (second.setting, second.examples) == (("wrn_10_1", "train_examples 500"), 500)
+
+
+@pytest.mark.slow
+def test_an_anchor_s_lineages_are_lines_that_gains_reads(tmp_path):
+  given = ("--anchor=ptb_small", "--scale=smoke", "--seeds=2", f"--workdir={tmp_path}")
+  done = make("anchors.py", *given)
+  assert done.returncode == 0, done.stderr
+  lines = lines_of(tmp_path / "anchor_ptb_small.jsonl")
+  assert [(line["seed"], line["anchor"], list(line["results"])) for line in lines] == [
+    (seed, "ptb_small", ["teacher", "BAN-1", "BAN-2"]) for seed in (0, 1)
+  ]
+  text = (tmp_path / "anchor_ptb_small.md").read_text()
+  for name in ("teacher", "BAN-1"):
+    for line in lines:
+      assert f"{name}, seed {line['seed']}: {line['results'][name]['test_perplexity']:.2f} from " in text
+  # Nothing is left to train, and a second run writes the same bytes.
+  before = {path: path.read_bytes() for path in tmp_path.glob("anchor_*")}
+  done = make("anchors.py", *given)
+  assert "\n0 of 6 generations were trained" in done.stdout
+  assert {path: path.read_bytes() for path in tmp_path.glob("anchor_*")} == before
+  assert len(gains.points(gains.read([str(tmp_path / "anchor_ptb_small.jsonl")]))) == 1
+
+
 def test_gains_are_tabled_and_plotted(tmp_path):
   lines = [line(seed, {"train_error": 2.0, "test_error": 50.0}, {"test_error": 49.0 - seed}) for seed in (0, 1)] + [
     line(100, {"train_error": 9.0, "test_error": 60.0}, {"test_error": 61.0}, **{"train.epochs": 3}),

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from ban_jax import trees
 
+# In PyTorch 2.14, on a processor without AVX-512, oneDNN wrote past the gradient of a strided 1x1 kernel of 4 channels.
+torch._C._set_mkldnn_enabled(False)
 NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
 # Of our blocks' layers, in PyTorch's transformer.
 LAYERS = {"attention": "self_attn.out_proj", "mlp_in": "linear1", "mlp_out": "linear2"}
@@ -40,6 +42,20 @@ class ResNetBlock(nn.Module):
     return functional.relu(x + y)
 
 
+class PreactivatedBlock(nn.Module):
+  def __init__(self, inputs, width, stride):
+    super().__init__()
+    self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+    self.norm2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+    if (stride, inputs) != (1, width):
+      self.shortcut = nn.Conv2d(inputs, width, 1, stride, bias=False)
+
+  def forward(self, x):
+    activated = functional.relu(self.norm1(x))
+    y = self.conv2(functional.relu(self.norm2(self.conv1(activated))))
+    return y + (self.shortcut(activated) if hasattr(self, "shortcut") else x)
+
+
 class ResNet(nn.Module):
   def __init__(self, spec, options):
     super().__init__()
@@ -52,7 +68,10 @@ class ResNet(nn.Module):
     for stage, blocks in enumerate(options.blocks):
       for unit in range(blocks):
         width, stride = options.width * 2**stage, 2 if stage and not unit else 1
-        block = ResNetBlock(channels, width, stride, options.bottleneck, options.projection)
+        if options.preactivation:
+          block = PreactivatedBlock(channels, width, stride)
+        else:
+          block = ResNetBlock(channels, width, stride, options.bottleneck, options.projection)
         self.add_module(f"stage{stage + 1}_unit{unit + 1}", block)
         channels = 4 * width if options.bottleneck else width
     self.classifier = nn.Linear(channels, spec.num_classes)

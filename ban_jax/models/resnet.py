@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2016): the post-activation networks of CIFAR (20 to 110 layers) and of ImageNet (18 to 152)."""
+"""ResNet (He et al. 2016): those of CIFAR (20 to 110 layers) and of ImageNet (18 to 152), and pre-activated ones."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ban_jax.errors import ConfigError
 from ban_jax.models import common
+from ban_jax.models.wide_resnet import WideBlock
 from ban_jax.types import InputSpec, Model
 
 # Images of more pixels than this on their shorter side get ImageNet's stem, which makes them four times smaller.
@@ -27,6 +28,8 @@ class ResNetOptions:
   # up with channels of zeros (A).
   projection: bool
   zero_scale: bool  # the last norm of each block starts with a scale of 0 (Goyal et al. 2017), or of 1
+  # Whether blocks are those of a Wide-ResNet, in which norms and ReLUs come before the convolutions.
+  preactivation: bool = False
 
   def __post_init__(self):
     if not isinstance(self.blocks, tuple) or not self.blocks:
@@ -35,6 +38,12 @@ class ResNetOptions:
       common.check_positive(blocks=blocks)
     common.check_positive(width=self.width)
     common.check_bool(bottleneck=self.bottleneck, projection=self.projection, zero_scale=self.zero_scale)
+    common.check_bool(preactivation=self.preactivation)
+    if self.preactivation and (self.bottleneck, self.projection, self.zero_scale) != (False, True, False):
+      raise ConfigError(
+        "model.preactivation=True: expected model.bottleneck=False, model.projection=True and model.zero_scale=False, "
+        "since such blocks have two convolutions and no norm at their end"
+      )
 
   @property
   def depth(self) -> int:
@@ -81,7 +90,7 @@ class ResNet(nn.Module):
   """A stem, stages of blocks, global average pooling and a linear classifier.
 
   The stem is a 3x3 convolution; for images of more than 64 pixels it is 7x7 of stride 2, with 3x3 max pooling of stride
-  2 after its norm.
+  2 after its norm. Pre-activated blocks have no norm after the last of them, as in the networks of Kim et al. 2021.
   """
 
   options: ResNetOptions
@@ -100,20 +109,22 @@ class ResNet(nn.Module):
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     for stage, blocks in enumerate(self.options.blocks):
       for unit in range(blocks):
-        block = ResNetBlock(
-          options=self.options,
-          width=self.options.width * 2**stage,
-          stride=2 if stage > 0 and unit == 0 else 1,
-          dtype=self.dtype,
-          axis_name=self.axis_name,
-          name=f"stage{stage + 1}_unit{unit + 1}",
-        )
-        x = block(x, train=train)
+        shared = {
+          "width": self.options.width * 2**stage,
+          "stride": 2 if stage > 0 and unit == 0 else 1,
+          "dtype": self.dtype,
+          "axis_name": self.axis_name,
+          "name": f"stage{stage + 1}_unit{unit + 1}",
+        }
+        if self.options.preactivation:
+          x = WideBlock(dropout=0.0, **shared)(x, train=train, positions=positions)
+        else:
+          x = ResNetBlock(options=self.options, **shared)(x, train=train)
     return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 
 def resnet(spec: InputSpec, options: ResNetOptions, *, dtype: Any, axis_name: str | None) -> Model:
-  """Returns ResNet-depth; raises a ConfigError for a data set of text."""
-  name = f"resnet_{options.depth}"
+  """Returns ResNet-depth, pre-activated or not; raises a ConfigError for a data set of text."""
+  name = f"{'preact_' if options.preactivation else ''}resnet_{options.depth}"
   common.require_kind(name, "images", spec)
   return common.from_module(name, ResNet(options, spec.num_classes, dtype, axis_name), spec)

@@ -96,19 +96,9 @@ def _matched_wide_resnet(units: int, ratio: float, widths: dict) -> ConfigDict:
   return ConfigDict({"name": "matched_wide_resnet", "units": units, "ratio": ratio, "dropout": 0.0, **widths})
 
 
-def _resnet(
-  *blocks: int, width: int = 64, bottleneck: bool = False, projection: bool = True, zero_scale: bool = True
-) -> ConfigDict:
-  return ConfigDict(
-    {
-      "name": "resnet",
-      "blocks": blocks,
-      "width": width,
-      "bottleneck": bottleneck,
-      "projection": projection,
-      "zero_scale": zero_scale,
-    }
-  )
+def _resnet(*blocks: int, width: int = 64, **changed: bool) -> ConfigDict:
+  options = {"bottleneck": False, "projection": True, "zero_scale": True, "preactivation": False, **changed}
+  return ConfigDict({"name": "resnet", "blocks": blocks, "width": width, **options})
 
 
 def _transformer(name: str, width: int, layers: int, heads: int, **options: object) -> ConfigDict:
@@ -202,6 +192,8 @@ MODELS = {
   "resnet_56": _resnet(9, 9, 9, width=16, projection=False, zero_scale=False),
   "resnet_18": _resnet(2, 2, 2, 2),
   "resnet_50": _resnet(3, 4, 6, 3, bottleneck=True),
+  # Kim et al. 2021 (PS-KD), for CIFAR: pre-activated blocks, a norm after the stem and none after the last block.
+  "preact_resnet_18": _resnet(2, 2, 2, 2, zero_scale=False, preactivation=True),
   # Touvron et al. 2021, and one for 32x32 pixels.
   "vit_32": _transformer("vit", 128, 6, 4, patch=4, drop_path=0.1),
   "vit_ti_16": _transformer("vit", 192, 12, 3, patch=16, drop_path=0.1),
