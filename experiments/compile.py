@@ -21,13 +21,14 @@ from typing import Any
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from ban_jax import chips, compiled, config, data, memory, programs, resolving, summary
+from ban_jax import chips, compiled, config, data, memory, models, programs, resolving, summary
 from ban_jax import job as job_lib
 from ban_jax.chips import Slice
 from ban_jax.compiled import Report
 from ban_jax.errors import ConfigError, choices
+from ban_jax.models.recurrent import StackOptions
 from ban_jax.programs import Program
 from ban_jax.resolving import Setup
 from experiments import cli
@@ -70,6 +71,14 @@ def look(name: str, setup: Setup, where: Slice) -> Report:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(found.text)
   return compiled.report(name, made, flops, found, where)
+
+
+def check_lstms(cfg: ConfigDict) -> None:
+  """Raises a ConfigError for an LSTM of cuDNN, whose sizes JAX asks of a GPU that is here."""
+  for key, group in {"model": cfg.model, "teacher.model": cfg.teacher.model}.items():
+    options = models.check_options(group, key)[1] if group is not None else None
+    if isinstance(options, StackOptions) and options.cudnn:
+      raise ConfigError(f"{key}.cudnn=True: cuDNN's LSTM is compiled beside a GPU alone; choose {key}.cudnn=False")
 
 
 @contextlib.contextmanager
@@ -116,6 +125,7 @@ def main() -> None:
     raise ConfigError(f"--programs: {choices(unknown)}: expected some of {choices(known)}")
   jax.config.update("jax_platforms", "cpu")
   where = chips.find(TOPOLOGY.value)
+  check_lstms(CONFIG.value)
   setup = resolving.resolve(CONFIG.value, where.devices, load=data.describe)
   reports = [look(name, setup, where) for name in PROGRAMS.value]
   answer: dict[str, Any] = {

@@ -284,6 +284,13 @@ def test_a_compiler_that_trades_time_for_memory_is_followed():
 HOURS = 3 * 3600
 
 
+def needs_gpu_s_compiler(function):
+  """Marks a test for `make compile`, where the wheels of jax[cuda12] are."""
+  reason = "XLA for GPUs is not installed: pip install '.[cuda]'"
+  there = importlib.util.find_spec("jax_cuda12_plugin") is not None
+  return pytest.mark.compiler(pytest.mark.skipif(not there, reason=reason)(function))
+
+
 @needs_libtpu
 @pytest.mark.compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4-8", "v5p-8"])
@@ -299,10 +306,7 @@ def test_the_largest_batch_of_a_large_network_fills_the_chip(network, topology, 
   assert 0.96 * report["available"] < report["needed"] <= report["available"] or found["batch"] + 8 > 50_000 // 4
 
 
-@pytest.mark.compiler
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda12_plugin") is None, reason="XLA for GPUs is not installed: pip install '.[cuda]'"
-)
+@needs_gpu_s_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
   "config", ["cifar.py:cifar10,wrn_16_1", "cifar.py:cifar10,densenet_40_12", "ptb.py:ptb,lstm_200"]
@@ -314,3 +318,23 @@ def test_the_steps_compile_for_a_gpu(config, dtype, tmp_path):
   for report in json.loads((tmp_path / "out.json").read_text())["programs"]:
     assert report["fits"]
     assert report["cycles"] == 0  # nothing is estimated there
+
+
+@needs_gpu_s_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_activation_is_transposed_between_layers_on_a_gpu(dtype, tmp_path):
+  given = ["configs/cifar.py:cifar10,wrn_16_1,paper", f"--config.compute_dtype={dtype}", "--programs=student"]
+  done = compile_py("h100", *given, f"--out={tmp_path}/out.json", f"--dump={tmp_path}", "--cache=", timeout=HOURS)
+  assert done.returncode == 0, done.stderr
+  text = (tmp_path / "student.txt").read_text()
+  shapes = re.findall(r"= \w+\[([\d,]+)\]\S* transpose\(", text)
+  # Kernels, and their gradients, between our order of axes and cuDNN's.
+  assert len(shapes) > 50
+  assert not [shape for shape in shapes if "128" in shape.split(",")]  # images
+
+
+@needs_gpu_s_compiler
+def test_an_lstm_of_cudnn_cannot_be_compiled_without_a_gpu():
+  done = compile_py("h100", "configs/ptb.py:ptb,lstm_200,paper", "--config.model.cudnn")
+  assert done.returncode == 2
+  assert done.stderr.endswith("cuDNN's LSTM is compiled beside a GPU alone; choose model.cudnn=False\n")
