@@ -158,20 +158,28 @@ def test_the_index_vector_is_all_that_a_step_takes_from_the_host():
       program.step(state, teachers, carry, arrays, feed, key_data)
 
 
+MARKS = {"cpu": 111111, "cuda": 222222, "tpu": 333333}  # show which platform a program is for
+
+
+@functools.cache
+def marked(name, make):
+  """Returns a program's step as it is traced, once for all platforms."""
+  program = make(NETWORKS[name][0], tuple(jax.devices()))
+  marks = {platform: functools.partial(np.int32, value) for platform, value in MARKS.items()}
+
+  def step(*arguments):
+    return program.step(*arguments), jax.lax.platform_dependent(**marks)
+
+  return jax.jit(step).trace(*program.arguments)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("platform", MARKS)
 def test_the_steps_are_lowered_for_every_platform(platform, name):
-  cfg, norms, forward, training = NETWORKS[name]
-  marks = {"cpu": 111111, "cuda": 222222, "tpu": 333333}  # shows which platform a program is for
-
-  def mark():
-    return jax.lax.platform_dependent(**{key: functools.partial(np.int32, value) for key, value in marks.items()})
-
+  _, norms, forward, training = NETWORKS[name]
   for make, products in ((eval_program, forward), (train_program, training)):
-    program = make(cfg, tuple(jax.devices()))
-    traced = jax.jit(lambda *arguments, run=program.step: (run(*arguments), mark())).trace(*program.arguments)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert [key for key, value in marks.items() if f"dense<{value}>" in text] == [platform]
+    text = marked(name, make).lower(lowering_platforms=(platform,)).as_text()
+    assert [key for key, value in MARKS.items() if f"dense<{value}>" in text] == [platform]
     assert text.count("stablehlo.convolution") + text.count("stablehlo.dot_general") == products
     assert "stablehlo.all_reduce" in text
     # What is done for one platform follows the platform lowered for, whatever this process runs on: on CPU alone
