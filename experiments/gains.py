@@ -25,6 +25,8 @@ from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
 FILES = [f"docs/{name}.jsonl" for name in ("anchors", "enough", "images", "text", "ptb", "searched")]
+# Values that are told with the data set's name.
+TOLD = ("data.label_noise", "data.tokens")
 LINES = flags.DEFINE_list("lines", FILES, "Files to read.")
 OUT = flags.DEFINE_string("outdir", "runs/gains", "Directory for the table and the plot.")
 
@@ -35,13 +37,14 @@ class Point(NamedTuple):
   dataset: str
   noise: float  # share of wrong labels
   examples: int  # training images or tokens; 0 are all
-  setting: tuple[str, ...]  # the network, and the values that differ from the preset's, or the name of an anchor
+  setting: tuple[str, ...]  # the network, and the values that differ from the preset's
   is_text: bool
   fit: float  # teacher: training error [%], or training perplexity for text
   teacher: float  # test error [%] or test perplexity
   gain: summary.Difference  # of BAN-1
   last: str  # the last student
   last_gain: summary.Difference
+  anchor: str  # of experiments/anchors.py, or ""
 
   @property
   def kind(self) -> str:
@@ -84,9 +87,9 @@ def _point(lines: Sequence[dict]) -> Point:
   else:  # with wrong labels, the finished network's error on the labels it saw
     fit = [own.get("train_seen_error", own["train_error"]) for own in teachers]
   dataset, network, _ = words.split(",")
+  dataset += f", {changes['data.tokens']}" if "data.tokens" in changes else ""
   examples = changes.get("data.train_examples", presets.compose(words).data.train_examples)
-  shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key != "data.label_noise"]
-  shown = [f"anchor {lines[0]['anchor']}"] if "anchor" in lines[0] else shown
+  shown = [f"{key.removeprefix('data.')} {value}" for key, value in changes.items() if key not in TOLD]
 
   def gain(student: str) -> summary.Difference:
     return summary.mean_difference(
@@ -96,18 +99,22 @@ def _point(lines: Sequence[dict]) -> Point:
   teacher = summary.mean_and_error([own[metric] for own in teachers])[0]
   fit = summary.mean_and_error(fit)[0]
   noise, setting = changes.get("data.label_noise", 0), (network, *shown)
-  return Point(dataset, noise, examples, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last))
+  anchor = lines[0].get("anchor", "")
+  return Point(dataset, noise, examples, setting, is_text, fit, teacher, gain("BAN-1"), last, gain(last), anchor)
 
 
 def table(found: Sequence[Point]) -> str:
   """Returns a line a setting, those whose teacher fits best first, and below what all settings of a data set share."""
   shared: dict[str, list[str]] = {}
   for point in found:
+    if point.anchor:  # which is called by its name
+      continue
     before = shared.get(point.dataset, point.setting)
     shared[point.dataset] = [value for value in before if value in point.setting]
   rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "BAN-1 minus", "last", "minus teacher"]]
   for point in sorted(found, key=lambda point: (point.kind, point.fit)):
-    own = ", ".join(value for value in point.setting if value not in shared[point.dataset])
+    own = ", ".join(value for value in point.setting if value not in shared.get(point.dataset, ()))
+    own = f"anchor {point.anchor}" if point.anchor else own
     numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.gain.text, point.last, point.last_gain.text]
     rows.append([point.kind, own, str(point.gain.seeds), *numbers])
   below = [f"- {dataset}, in all settings: {', '.join(values)}" for dataset, values in shared.items() if values]

@@ -177,8 +177,11 @@ def test_an_anchor_is_called_by_its_name_and_told_from_parts_of_a_training_set()
   anchor = line(0, {"train_error": 9.0, "test_error": 14.0}, {"test_error": 13.0}, **{"train.epochs": 60})
   part = line(0, {"train_error": 9.0, "test_error": 14.0}, {"test_error": 13.0}, **{"data.train_examples": 500})
   first, second = gains.points([anchor | {"anchor": "cifar10_wrn_16_1"}, part])
-  assert (first.setting, first.examples) == (("wrn_10_1", "anchor cifar10_wrn_16_1"), 0)
-  assert (second.setting, second.examples) == (("wrn_10_1", "train_examples 500"), 500)
+  assert (first.anchor, first.examples) == ("cifar10_wrn_16_1", 0)
+  assert (second.anchor, second.examples) == ("", 500)
+  table = gains.table([first, second])
+  assert "| anchor cifar10_wrn_16_1 | 1 " in table
+  assert "- cifar10, in all settings: wrn_10_1, train_examples 500" in table
 
 
 @pytest.mark.slow
