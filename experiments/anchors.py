@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from ban_jax.errors import look_up
 from ban_jax.processes import is_primary
 from experiments import cli, records, results
 from experiments.tables import graph, run
+from experiments.tables.report import Output
 from experiments.tables.spec import Builder, Columns, Row, Table, independent_ensembles, make_rows
 
 ANCHOR = flags.DEFINE_string("anchor", "ptb_small", "The anchor to train and report; a wrong name lists them.")
@@ -184,11 +184,12 @@ ANCHORS = [
 ]
 
 
-def lines(table: Table, scale: str, seeds: int, data_dir: str, workdir: epath.Path) -> list[dict[str, Any]]:
-  """Returns the line of each lineage of which a student is finished, by row and seed."""
+def lines(output: Output, data_dir: str) -> list[dict[str, Any]]:
+  """Returns the line of each lineage of which a student is finished, by row and seed, for all seeds of the workdir."""
+  table, scale, workdir = output
   found = []
   for row in table.rows_at(scale):
-    for seed in range(seeds):
+    for seed in range(output.existing().seeds):
       columns = table.columns(table.builder(scale, seed, data_dir), row)
       lineage = {name: own[0] for name, own in columns.items() if len(own) == 1 and graph.find(own[0], workdir)}
       if len(lineage) > 1:
@@ -198,13 +199,10 @@ def lines(table: Table, scale: str, seeds: int, data_dir: str, workdir: epath.Pa
 
 def main() -> None:
   """Trains and reports the anchor that the flag names."""
-  table = look_up({table.number: table for table in ANCHORS}, ANCHOR.value, "--anchor")
-  run.make_table(table)
-  if is_primary() and not (flags.FLAGS.list or flags.FLAGS.dry_run):
-    request = run.check_flags(table)
-    found = lines(table, request.scale, request.seeds, flags.FLAGS.data_dir, request.workdir)
-    path = request.workdir / f"{table.stem}.jsonl"
-    results.write(path, "".join(json.dumps(line) + "\n" for line in found))
+  output = run.make_table(look_up({table.number: table for table in ANCHORS}, ANCHOR.value, "--anchor"))
+  if output is not None and is_primary():
+    path = output.workdir / f"{output.table.stem}.jsonl"
+    results.write(path, "".join(json.dumps(line) + "\n" for line in lines(output, flags.FLAGS.data_dir)))
     print(f"and {path}")
 
 

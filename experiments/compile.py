@@ -78,7 +78,7 @@ def check_lstms(cfg: ConfigDict) -> None:
   for key, group in {"model": cfg.model, "teacher.model": cfg.teacher.model}.items():
     options = models.check_options(group, key)[1] if group is not None else None
     if isinstance(options, StackOptions) and options.cudnn:
-      raise ConfigError(f"{key}.cudnn=True: cuDNN's LSTM is compiled beside a GPU alone; choose {key}.cudnn=False")
+      raise ConfigError(f"{key}.cudnn=True: cuDNN's LSTM compiles only where there is a GPU; choose {key}.cudnn=False")
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def main() -> None:
     raise ConfigError(f"--programs: {choices(unknown)}: expected some of {choices(known)}")
   jax.config.update("jax_platforms", "cpu")
   where = chips.find(TOPOLOGY.value)
-  check_lstms(CONFIG.value)
   setup = resolving.resolve(CONFIG.value, where.devices, load=data.describe)
+  check_lstms(setup.cfg)
   reports = [look(name, setup, where) for name in PROGRAMS.value]
   answer: dict[str, Any] = {
     "topology": TOPOLOGY.value,

@@ -106,15 +106,15 @@ def _point(lines: Sequence[dict]) -> Point:
 def table(found: Sequence[Point]) -> str:
   """Returns a line a setting, those whose teacher fits best first, and below what all settings of a data set share."""
   shared: dict[str, list[str]] = {}
-  for point in found:
-    if point.anchor:  # which is called by its name
-      continue
+  for point in (point for point in found if not point.anchor):
     before = shared.get(point.dataset, point.setting)
     shared[point.dataset] = [value for value in before if value in point.setting]
   rows = [["data", "setting", "seeds", "teacher, training", "teacher, test", "BAN-1 minus", "last", "minus teacher"]]
   for point in sorted(found, key=lambda point: (point.kind, point.fit)):
-    own = ", ".join(value for value in point.setting if value not in shared.get(point.dataset, ()))
-    own = f"anchor {point.anchor}" if point.anchor else own
+    if point.anchor:
+      own = f"anchor {point.anchor}"
+    else:
+      own = ", ".join(value for value in point.setting if value not in shared[point.dataset])
     numbers = [f"{point.fit:.1f}", f"{point.teacher:.2f}", point.gain.text, point.last, point.last_gain.text]
     rows.append([point.kind, own, str(point.gain.seeds), *numbers])
   below = [f"- {dataset}, in all settings: {', '.join(values)}" for dataset, values in shared.items() if values]

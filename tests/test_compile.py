@@ -20,6 +20,9 @@ from ban_jax.errors import ConfigError
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'ban_jax[compile]'"
 )
+needs_cuda = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda12_plugin") is None, reason="XLA for GPUs is not installed: pip install '.[cuda]'"
+)
 IMAGES = ["configs/digits.py:digits,wrn_10_1,smoke"]
 TEXT = ["configs/pydoc.py:pydoc,lstm_32,smoke"]
 # The command lines whose programs are looked at. All steps of a dispatch are in them, as in a run.
@@ -284,13 +287,6 @@ def test_a_compiler_that_trades_time_for_memory_is_followed():
 HOURS = 3 * 3600
 
 
-def needs_gpu_s_compiler(function):
-  """Marks a test for `make compile`, where the wheels of jax[cuda12] are."""
-  reason = "XLA for GPUs is not installed: pip install '.[cuda]'"
-  there = importlib.util.find_spec("jax_cuda12_plugin") is not None
-  return pytest.mark.compiler(pytest.mark.skipif(not there, reason=reason)(function))
-
-
 @needs_libtpu
 @pytest.mark.compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4-8", "v5p-8"])
@@ -306,7 +302,8 @@ def test_the_largest_batch_of_a_large_network_fills_the_chip(network, topology, 
   assert 0.96 * report["available"] < report["needed"] <= report["available"] or found["batch"] + 8 > 50_000 // 4
 
 
-@needs_gpu_s_compiler
+@needs_cuda
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
   "config", ["cifar.py:cifar10,wrn_16_1", "cifar.py:cifar10,densenet_40_12", "ptb.py:ptb,lstm_200"]
@@ -320,7 +317,8 @@ def test_the_steps_compile_for_a_gpu(config, dtype, tmp_path):
     assert report["cycles"] == 0  # nothing is estimated there
 
 
-@needs_gpu_s_compiler
+@needs_cuda
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_activation_is_transposed_between_layers_on_a_gpu(dtype, tmp_path):
   given = ["configs/cifar.py:cifar10,wrn_16_1,paper", f"--config.compute_dtype={dtype}", "--programs=student"]
@@ -333,8 +331,9 @@ def test_no_activation_is_transposed_between_layers_on_a_gpu(dtype, tmp_path):
   assert not [shape for shape in shapes if "128" in shape.split(",")]  # images
 
 
-@needs_gpu_s_compiler
+@needs_cuda
+@pytest.mark.compiler
 def test_an_lstm_of_cudnn_cannot_be_compiled_without_a_gpu():
   done = compile_py("h100", "configs/ptb.py:ptb,lstm_200,paper", "--config.model.cudnn")
   assert done.returncode == 2
-  assert done.stderr.endswith("cuDNN's LSTM is compiled beside a GPU alone; choose model.cudnn=False\n")
+  assert done.stderr.endswith("cuDNN's LSTM compiles only where there is a GPU; choose model.cudnn=False\n")

@@ -202,6 +202,9 @@ def test_an_anchor_s_lineages_are_lines_that_gains_reads(tmp_path):
   done = make("anchors.py", *given)
   assert "\n0 of 6 generations were trained" in done.stdout
   assert {path: path.read_bytes() for path in tmp_path.glob("anchor_*")} == before
+  # Fewer seeds take nothing away from what was written.
+  assert make("anchors.py", *given, "--seeds=1").returncode == 0
+  assert {path: path.read_bytes() for path in tmp_path.glob("anchor_*")} == before
   assert len(gains.points(gains.read([str(tmp_path / "anchor_ptb_small.jsonl")]))) == 1
 
 

@@ -108,20 +108,20 @@ def overview(table: Table, scale: str) -> str:
   return f"{title}:\n\n{summary.markdown(rows)}"
 
 
-def make_table(table: Table) -> None:
-  """Lists, plans, or trains what is missing and writes the table, as the flags say."""
+def make_table(table: Table) -> Output | None:
+  """Lists, plans, or trains what is missing and writes the table, as the flags say; returns what was written."""
   request = check_flags(table)
   scale, workdir, data_dir = request.scale, request.workdir, flags.FLAGS.data_dir
   if flags.FLAGS.list:
     print(overview(table, scale))
-    return
+    return None
   devices = cli.start_jax(side_by_side=flags.FLAGS.devices_per_student > 0)
   cells = of_columns(table.cells(scale, request.seeds, data_dir, controls=flags.FLAGS.controls))
   ensembles = shard_of(cells, request.rows, request.seeds, request.shard)
   nodes = graph.topological_order(node for members in ensembles for node in members)
   if flags.FLAGS.dry_run:
     print(cost_table(nodes, workdir))
-    return
+    return None
   groups = device_groups(devices, flags.FLAGS.devices_per_student)
   output = Output(table, scale, workdir)
   # The written table keeps all seeds, rows and controls of the workdir, whatever the flags ask for now.
@@ -150,6 +150,7 @@ def make_table(table: Table) -> None:
     text = output.write(shown, seeds, plot=True)
     print(f"\n{text}\n{trained} of {len(nodes)} generations were trained, the others finished already")
     print(f"written: {', '.join(str(path) for path in output.paths())}")
+  return output
 
 
 def main(table: Table) -> None:
