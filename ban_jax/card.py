@@ -1,12 +1,12 @@
 """A finished run as files for publication: parameters, configuration, lineage, and a card that says what they are."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from scipy import stats
 
 from ban_jax import storage
 from ban_jax.errors import ConfigError
@@ -64,18 +64,15 @@ def export_card(run: epath.PathLike, path: epath.PathLike) -> None:
   source, target = storage.resolve_workdir(run), storage.resolve_workdir(path, "path")
   if target.exists() and not target.is_dir():
     raise ConfigError(f"path={str(path)!r} is a file; name a directory")
-  generations, manifests = load_run(source), []
-  for generation in generations:
-    records = storage.read_records(source / f"gen_{generation.index}")
-    assert records is not None, "load_run has read it"
-    manifests.append(records[2])
+  generations = load_run(source)
+  manifests = [storage.read_json(source / f"gen_{one.index}" / "manifest.json") for one in generations]
   for generation in generations:
     export_parameters(generation, target / f"gen_{generation.index}.safetensors")
   lineage = [{key: manifest[key] for key in LINEAGE if key in manifest} for manifest in manifests]
   with storage.storage_errors(target):
     storage.write_json(target / "config.json", manifests[-1]["config"])
     storage.write_json(target / "lineage.json", lineage)
-    storage.write_text(target / "README.md", _card(generations, manifests))
+    storage.write_bytes(target / "README.md", _card(generations, manifests).encode())
 
 
 def _card(generations: Sequence[Generation], manifests: Sequence[Mapping[str, Any]]) -> str:
@@ -115,14 +112,8 @@ def _table(generations: Sequence[Generation]) -> str:
   rows.append(["---"] * len(rows[0]))
   for one in generations:
     count = int(one.metrics["test_count"])
-    low, high = wilson(one.metrics["test_error"] / 100, count)
+    wrong = round(count * one.metrics["test_error"] / 100)
+    low, high = stats.binomtest(wrong, count).proportion_ci(method="wilson")
     error = f"{one.metrics['test_error']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
     rows.append([name_of(one.index), error, *(f"{one.metrics[key]:.4g}" for key in columns), f"{count:,}"])
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-  """Returns Wilson's interval of a share among `count` independent examples."""
-  center = share + z**2 / (2 * count)
-  margin = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-  return (center - margin) / (1 + z**2 / count), (center + margin) / (1 + z**2 / count)

@@ -4,12 +4,12 @@ XLA's compilers need a description of a chip, not the chip: libtpu for TPUs (pip
 of jax[cuda12] for GPUs ('ban_jax[cuda]').
 """
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import pathlib
 import re
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -92,8 +92,8 @@ def find(name: str) -> Slice:
   kind, shape = parse(name)
   chip = CHIPS[kind]
   if chip.axes:
-    return Slice(kind, chip, shape, _tpus(name, kind, shape), f"libtpu {_version('libtpu')}")
-  return Slice(kind, chip, shape, _gpus(shape[0]), f"XLA for GPUs of jaxlib {_version('jaxlib')}")
+    return Slice(kind, chip, shape, _tpus(name, kind, shape), f"libtpu {version('libtpu')}")
+  return Slice(kind, chip, shape, _gpus(shape[0]), f"XLA for GPUs of jaxlib {version('jaxlib')}")
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -168,7 +168,3 @@ def _gpus(count: int) -> Devices:
   # One slice of one machine.
   described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}")
   return tuple(described.devices)
-
-
-def _version(package: str) -> str:
-  return importlib.metadata.version(package)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from ban_jax import storage
 from ban_jax.chips import Slice
 from ban_jax.programs import KINDS, Program
 
@@ -102,14 +103,12 @@ def compile_for(program: Program, where: Slice, cache: epath.Path | None = None)
   made = Compiled(round(time.monotonic() - start, 1), memory, text, error)
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_bytes(gzip.compress(json.dumps(made._asdict()).encode()))
-    new.replace(path)
+    storage.write_bytes(path, gzip.compress(json.dumps(made._asdict()).encode()))
   return made
 
 
-def report(name: str, program: Program, flops: int, made: Compiled, where: Slice, most: int = 10) -> Report:
-  """Returns what a compiled program costs a chip of `where`, with its `most` expensive instructions.
+def report(name: str, program: Program, flops: int, made: Compiled, where: Slice) -> Report:
+  """Returns what a compiled program costs a chip of `where`, with its most expensive instructions.
 
   `flops` are those of one step (`count_flops`).
   """
@@ -125,7 +124,7 @@ def report(name: str, program: Program, flops: int, made: Compiled, where: Slice
     costly = [
       {"cycles": each.cycles * each.times, "share": each.cycles * each.times / cycles, "instruction": each.name,
        "shape": each.shape, "layer": each.layer}
-      for each in found[:most] if each.cycles
+      for each in found[:10] if each.cycles
     ]  # fmt: skip
     for kind, each in exchanges(made.text, program.steps):
       exchanged[kind].update(number=each.times, bytes=each.bytes * each.times)

@@ -87,7 +87,7 @@ def pmap(function, *, devices: Devices, in_axes, out_axes: Any = 0, donate_argnu
   )
 
 
-def shard_map(function, *, devices: Devices, in_axes, out_axes: Any = 0, donate_argnums: tuple[int, ...] = ()):
+def shard_map(function, *, devices: Devices, in_axes, out_axes, donate_argnums: tuple[int, ...]):
   """Maps `function` as `pmap` does, by jax.jit and jax.shard_map, in one process; an axis is one for all of a tree."""
   mesh = Mesh(np.asarray(devices), (AXIS,))
 
@@ -224,6 +224,7 @@ def _is_on(flags: Sequence[str], name: str) -> bool:
 def layout(devices: Devices) -> dict[str, Any]:
   """Returns what the bytes of a run depend on besides its configuration, for the manifest."""
   flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+  of_tpus = {"libtpu_flags": " ".join(sorted(os.environ.get("LIBTPU_INIT_ARGS", "").split()))}
   return {
     "platform": devices[0].platform,
     "device_kind": devices[0].device_kind,
@@ -236,5 +237,6 @@ def layout(devices: Devices) -> dict[str, Any]:
       "prng_impl": SETTINGS.jax_default_prng_impl,
       "deterministic_ops": any(_is_on(flags, name) for name in DETERMINISTIC),
       "xla_flags": " ".join(sorted(flags)),
+      **(of_tpus if devices[0].platform == "tpu" else {}),
     },
   }

@@ -85,3 +85,8 @@ def check_whole(name: str, value: Any, least: int, note: str = "") -> int:
   if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
     raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}{note}")
   return int(value)
+
+
+def first_line(error: BaseException) -> str:
+  """Returns an error's first line, cut short."""
+  return (str(error) or type(error).__name__).splitlines()[0][:300]

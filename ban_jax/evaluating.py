@@ -150,7 +150,7 @@ def _resolve(
   devices: Sequence[jax.Device] | None,
   own: resolving.Own,
 ) -> tuple[Subject, int]:
-  """Returns what the function named `what` was given, checked, and the evaluation batch."""
+  """Returns the checked Subject and the evaluation batch; `what` names the caller in messages."""
   setup = resolving.resolve(cfg, devices, own)
   members, models = networks.members(generations, setup, "member")
   if not members:

@@ -171,12 +171,6 @@ def run_generations(
   return runs
 
 
-def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
-  """Returns the generations that the workdirs hold, and trains the others side by side."""
-  with _only_thread():
-    return _finished_or_trained(jobs, workdirs, progress)
-
-
 @contextlib.contextmanager
 def _only_thread() -> Iterator[None]:
   """Raises a ConfigError where another thread trains: steps of two threads would wait for each other's devices."""
@@ -190,9 +184,9 @@ def _only_thread() -> Iterator[None]:
     _training.release()
 
 
-def _finished_or_trained(
-  jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool
-) -> list[Generation]:
+@_only_thread()
+def finished_or_trained(jobs: Sequence[Job], workdirs: Sequence[epath.Path | None], progress: bool) -> list[Generation]:
+  """Returns the generations that the workdirs hold, and trains the others side by side."""
   directories = [where and where / f"gen_{job.generation}" for job, where in zip(jobs, workdirs, strict=True)]
   found: list[Any] = [where and resuming.finished(job, where) for job, where in zip(jobs, directories, strict=True)]
   missing = [place for place, generation in enumerate(found) if generation is None]

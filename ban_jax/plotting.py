@@ -114,6 +114,7 @@ def plot_calibration(
   for axes in panels[len(names) :]:
     axes.set_visible(False)
   for place, (axes, (name, found)) in enumerate(zip(panels, reliability.items(), strict=False)):
+    found = {key: np.asarray(value) for key, value in found.items()}
     shares = found["count"] / found["count"].sum()
     edges = np.linspace(0, 1, len(shares) + 1)
     axes.bar(edges[:-1], shares, edges[1], align="edge", color="0.85")
@@ -166,8 +167,8 @@ def plot_agreement(compared: Mapping[str, Any], names: Sequence[str], unit: str 
   size = max(3.2, 0.8 * len(names) + 1.6)
   figure = figure_of(2.5 * size, size)
   shown = (
-    (100 * compared["agreement"], f"same top-1 class, % of {unit}", "{:.1f}", "Blues", "", ""),
-    (compared["kl"], "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
+    (100 * np.asarray(compared["agreement"]), f"same top-1 class, % of {unit}", "{:.1f}", "Blues", "", ""),
+    (np.asarray(compared["kl"]), "mean KL(p ‖ q), nats", "{:.3g}", "Oranges", "p", "q"),
   )
   for axes, (values, title, form, colors, row, column) in zip(figure.subplots(1, 2), shown, strict=True):
     off = values[~np.eye(len(names), dtype=bool)]

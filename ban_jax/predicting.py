@@ -1,4 +1,4 @@
-"""What trained generations say of new inputs: the probabilities of images' classes, and of the token after each."""
+"""Inference: the probabilities of images' classes, and of the token after each."""
 
 import contextlib
 import functools

@@ -20,7 +20,7 @@ _asked: list[str] = []
 
 
 def trace_steps(directory: str | os.PathLike) -> None:
-  """Lets the next training of this process write a profiler's trace of a few warm dispatches.
+  """Profiles a few warmed-up dispatches of the next training of this process.
 
   A training of at most `TRACED.start` dispatches writes none and logs a warning. No byte of a result changes.
 

@@ -45,14 +45,20 @@ class Watch(NamedTuple):
     """Returns whether `on_epoch` asks to end the training, the same in all processes."""
     if self.on_epoch is None:
       return False
-    return processes.on_any_process(processes.is_primary() and bool(self.on_epoch(tuple(map(dict, history)))))
+    asked = False
+    if processes.is_primary():
+      try:
+        asked = bool(self.on_epoch(tuple(map(dict, history))))
+      except OSError as error:
+        raise StorageError(f"on_epoch failed: {error}; what the run saved before is intact") from error
+    return processes.on_any_process(asked)
 
 
 NOBODY = Watch()
 
 
 def watch(writers: Sequence[Writer], on_epoch: Callable[..., Any] | None) -> Watch:
-  """Returns the caller's functions; raises a ConfigError if they are none."""
+  """Returns the caller's functions; raises a ConfigError if they are not functions."""
   if not isinstance(writers, Sequence) or not all(map(callable, writers)):
     raise ConfigError(f"writers must be a sequence of functions of (step, scalars), not {writers!r}")
   if on_epoch is not None and not callable(on_epoch):

@@ -1,13 +1,11 @@
 """What an earlier call left in a generation's directory: a finished generation, or checkpoints of one in training."""
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jaxtyping import PyTree
 
 from ban_jax import processes, storage
 from ban_jax.errors import CheckpointError, ConfigError
@@ -47,29 +45,6 @@ def _check_processes(lineage: Mapping[str, Any]) -> None:
     raise ConfigError(
       f"the processes of this run differ in: {', '.join(differing)}; give all of them the same configuration and data"
     )
-
-
-def restore(
-  job: Job, directory: epath.Path, checkpoints: Any, tree: Mapping[str, PyTree]
-) -> tuple[Mapping[str, PyTree], Mapping[str, Any]] | None:
-  """Returns the newest checkpoint as a tree like `tree`, and its record; None if there is none.
-
-  Raises a CheckpointError if it cannot be continued by this job.
-  """
-  return storage.restore_newest(checkpoints, tree, functools.partial(check, job, directory))
-
-
-def save(
-  job: Job,
-  checkpoints: Any,
-  step: int,
-  tree: Mapping[str, PyTree],
-  **record: Any,
-) -> None:
-  """Saves a checkpoint after `step` steps, without waiting for the disk."""
-  # Nobody resumes by what is known of data on the devices.
-  lineage = {key: value for key, value in job.lineage.items() if key != "data" or job.dataset.streams}
-  storage.save_step(checkpoints, step, tree, {"lineage": lineage, **record})
 
 
 def check(job: Job, directory: epath.Path, record: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,8 +122,9 @@ def _open(job: Job, directory: epath.Path | None, title: str, progress: bool) ->
     checkpoints = stack.enter_context(storage.open_steps(directory / "steps")) if directory else None
     state, zero_carry = initial(job)
     carry, record = zero_carry, resuming.NOTHING
-    if checkpoints and (restored := resuming.restore(job, directory, checkpoints, {"state": state, "carry": carry})):
-      tree, record = restored
+    check = functools.partial(resuming.check, job, directory)
+    if checkpoints and (found := storage.restore_newest(checkpoints, {"state": state, "carry": carry}, check)):
+      tree, record = found
       state, carry = tree["state"], tree["carry"]
     done = int(state.step)
     bar = report.Progress(title, job.total_steps, done, progress and primary)
@@ -295,12 +297,6 @@ def _evaluate(lane: Lane, state: TrainState, epoch: int, last: bool) -> dict[str
   return {f"{split}_{name}": value for split in splits for name, value in measure(subject, split, batch_size).items()}
 
 
-def variables_of(job: Job, state: TrainState) -> dict[str, Any]:
-  """Returns the variables that are kept, of a state on the devices, on the host."""
-  own = {"params": state.params, "batch_stats": state.batch_stats}
-  return job.updates.average(state) or devices_lib.unreplicate(own)
-
-
 def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
   """Saves a checkpoint where one is due, without waiting for the disk."""
   job = lane.job
@@ -308,8 +304,10 @@ def _checkpoint(lane: Lane, live: Live, due: bool) -> Live:
     return live
   live = _read(lane, live, keep=0)
   tree = {"state": devices_lib.unreplicate(live.state), "carry": devices_lib.join_rows(live.carry, job.devices)}
-  kept = {"history": live.history, "sums": live.sums, "layouts": lane.layouts}
-  resuming.save(job, lane.checkpoints, live.done, tree, **kept)
+  # Nobody resumes by what is known of data on the devices.
+  lineage = {key: value for key, value in job.lineage.items() if key != "data" or job.dataset.streams}
+  record = {"lineage": lineage, "history": live.history, "sums": live.sums, "layouts": lane.layouts}
+  storage.save_step(lane.checkpoints, live.done, tree, record)
   return live._replace(saved=live.done)
 
 
@@ -317,7 +315,8 @@ def _finish(lane: Lane, live: Live) -> Generation:
   """Returns the trained generation, and writes it where there is a directory."""
   job = lane.job
   last = {name: value for name, value in live.history[-1].items() if name not in ("epoch", "step", *TIMES)}
-  params = trees.to_host(variables_of(job, live.state), job.generation)
+  own = {"params": live.state.params, "batch_stats": live.state.batch_stats}
+  params = trees.to_host(job.updates.average(live.state) or devices_lib.unreplicate(own), job.generation)
   generation = Generation(job.generation, params, last, live.history, job.network)
   if lane.directory is not None:
     lane.checkpoints.wait_until_finished()  # all checkpoints are removed: a save that still runs would miss its own

@@ -39,14 +39,11 @@ def maker(make: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[...
   """Makes a function that returns functions return the same one for the same arguments, which pickles."""
 
   @functools.cache
-  def made(*arguments: Any) -> Made:
-    return Made(make(*arguments), again, arguments)
-
   @functools.wraps(make)
-  def again(*arguments: Any) -> Made:
-    return made(*arguments)
+  def made(*arguments: Any) -> Made:
+    return Made(make(*arguments), made, arguments)
 
-  return again
+  return made
 
 
 class Recipe:

@@ -78,11 +78,7 @@ class Updates(NamedTuple):
 
 def schedule_free_states(opt_state: PyTree) -> list[Any]:
   """Returns the states of optax.contrib.schedule_free in an optimizer's state."""
-
-  def is_one(node: Any) -> bool:
-    return isinstance(node, optax.contrib.ScheduleFreeState)
-
-  return list(filter(is_one, jax.tree.leaves(opt_state, is_leaf=is_one)))
+  return [found for _, found in optax.tree.get_all_with_path(opt_state, "ScheduleFreeState")]
 
 
 @functools.lru_cache

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ban_jax import chips, memory, processes, profiling
 from ban_jax import devices as devices_lib
-from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices
+from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices, first_line
 from experiments import interrupts
 
 DEVICES = flags.DEFINE_integer(
@@ -161,7 +161,7 @@ def _join_processes() -> None:
     processes.wait_for_all("start")
   except ValueError as error:
     raise ConfigError(
-      f"the processes of the run cannot meet ({_first_line(error)}); --distributed is for TPU pods, Slurm and Open "
+      f"the processes of the run cannot meet ({first_line(error)}); --distributed is for TPU pods, Slurm and Open "
       "MPI: elsewhere give --coordinator_address, --num_processes and --process_id"
     ) from error
   finally:
@@ -220,7 +220,7 @@ def _explain(error: BaseException) -> int:
     return interrupts.STATUS
   if lost_peer(error):
     error = PeerError(
-      f"lost another process of the run ({_first_line(error)}); start all of them again: the run continues from the "
+      f"lost another process of the run ({first_line(error)}); start all of them again: the run continues from the "
       "last checkpoint"
     )
   if not isinstance(error, OSError | BanError):
@@ -358,11 +358,6 @@ def _wrong_key(arguments: list[str]) -> str | None:
         '("data set,network,scale,teacher=network")'
       )
   return None
-
-
-def _first_line(error: BaseException) -> str:
-  """Returns the first line of an error, cut short."""
-  return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _terminated(*_) -> None:

@@ -12,6 +12,7 @@ import experiments.interrupts  # noqa: F401  before all others: from here on Ctr
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -132,17 +133,20 @@ def main() -> None:
     "topology": TOPOLOGY.value,
     "chips": len(where.devices),
     "compiler": where.compiler,
+    "libtpu_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
     "jax": jax.__version__,
     "config": config.record(setup.cfg),
     "programs": [report._asdict() for report in reports],
   }
-  lines = [f"{setup.models[1].name} on {where}, {where.compiler}, JAX {jax.__version__}", overview(reports, where)]
+  own = f", LIBTPU_INIT_ARGS={answer['libtpu_flags']}" if where.chip.axes and answer["libtpu_flags"] else ""
+  title = f"{setup.models[1].name} on {where}, {where.compiler}, JAX {jax.__version__}{own}"
+  lines = [title, overview(reports, where)]
   lines += [costly(report) for report in reports if report.costly]
   if LARGEST.value:
     name = "student" if "student" in PROGRAMS.value else "teacher"
     first = setup.cfg.train.batch_size // len(where.devices)
-    known = next((compiled.fixed(each) for each in reports if each.program == name), 0)
-    batch, report = largest_batch(name, setup, where, first, known)
+    fixed = next((compiled.fixed(each) for each in reports if each.program == name), 0)
+    batch, report = largest_batch(name, setup, where, first, fixed)
     answer["largest_batch"] = {"program": name, "batch": batch, "report": report and report._asdict()}
     lines.append(sentence(name, batch, report, where))
   out = epath.Path(OUT.value)

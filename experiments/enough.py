@@ -11,6 +11,7 @@ import experiments.interrupts  # noqa: F401  before all others: from here on Ctr
 
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from absl import flags
@@ -81,11 +82,6 @@ def metric(runs: Sequence[Sequence[Generation]], generation: int, name: str) -> 
   return [metrics.get(name, metrics.get(fallback.get(name, name))) for metrics in own]
 
 
-def mean(values: Sequence[float]) -> float:
-  """Returns the mean over seeds."""
-  return summary.mean_and_error(values)[0]
-
-
 def difference(values: Sequence[float], reference: Sequence[float]) -> summary.Difference:
   """Returns values minus reference, paired by seed."""
   return summary.mean_difference([value - other for value, other in zip(values, reference, strict=True)])
@@ -98,8 +94,8 @@ def table(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
   for setting, runs in found.items():
     teacher = metric(runs, 0, "test_error")
     differences = [difference(metric(runs, k, "test_error"), teacher).text for k in students]
-    error = mean(metric(runs, 0, "train_seen_error"))
-    rows.append([f"{setting.noise:.0%}", str(setting.epochs), f"{error:.1f}", f"{mean(teacher):.2f}", *differences])
+    error = fmean(metric(runs, 0, "train_seen_error"))
+    rows.append([f"{setting.noise:.0%}", str(setting.epochs), f"{error:.1f}", f"{fmean(teacher):.2f}", *differences])
   return summary.markdown(rows)
 
 
@@ -112,11 +108,18 @@ def early_stops(found: Mapping[Setting, Sequence[Sequence[Generation]]]) -> str:
   rows = [["wrong labels", "teacher's best stop", "test %", f"BAN-{last}'s best epochs", "test %", "minus the stop"]]
   for noise in dict.fromkeys(setting.noise for setting in found):
     runs = {setting: own for setting, own in found.items() if setting.noise == noise}
-    stop, best = (min(runs, key=lambda s, k=k: mean(metric(runs[s], k, "validation_error"))) for k in (0, last))
+    stop, best = (min(runs, key=lambda s, k=k: fmean(metric(runs[s], k, "validation_error"))) for k in (0, last))
     stopped, student = metric(runs[stop], 0, "test_error"), metric(runs[best], last, "test_error")
     gain = difference(student, stopped).text
     rows.append(
-      [f"{noise:.0%}", f"{stop.epochs} epochs", f"{mean(stopped):.2f}", str(best.epochs), f"{mean(student):.2f}", gain]
+      [
+        f"{noise:.0%}",
+        f"{stop.epochs} epochs",
+        f"{fmean(stopped):.2f}",
+        str(best.epochs),
+        f"{fmean(student):.2f}",
+        gain,
+      ]
     )
   return summary.markdown(rows)
 
@@ -128,7 +131,7 @@ def plot(found: Mapping[Setting, Sequence[Sequence[Generation]]], path: epath.Pa
   shares = list(dict.fromkeys(setting.noise for setting in found))
   for number, noise in enumerate(shares):
     own = [(setting, runs) for setting, runs in found.items() if setting.noise == noise]
-    errors = [mean(metric(runs, 0, "train_seen_error")) for _, runs in own]
+    errors = [fmean(metric(runs, 0, "train_seen_error")) for _, runs in own]
     gains = [
       difference(metric(runs, GENERATIONS.value, "test_error"), metric(runs, 0, "test_error")) for _, runs in own
     ]
@@ -173,7 +176,8 @@ def main() -> None:
     found[setting] = train(setting, workdir, devices)
   if not is_primary():
     return
-  seeds = f"seeds {FIRST_SEED.value} to {FIRST_SEED.value + SEEDS.value - 1}"
+  last = FIRST_SEED.value + SEEDS.value - 1
+  seeds = f"seeds {FIRST_SEED.value} to {last}" if SEEDS.value > 1 else f"seed {last}"
   cfg = config_of(chosen[0], 0)
   heading = (
     f"{results.network(cfg.model)}, {summary.name_of(0)} and {GENERATIONS.value} students, {seeds}; test error of the "

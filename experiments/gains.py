@@ -24,7 +24,9 @@ from ban_jax import plotting, presets, storage, summary
 from ban_jax.errors import ConfigError
 from experiments import cli, plots, records, results
 
-FILES = [f"docs/{name}.jsonl" for name in ("anchors", "enough", "images", "text", "ptb", "searched")]
+FILES = [
+  f"docs/{name}.jsonl" for name in ("anchors", "enough", "images", "vit", "text", "characters", "ptb", "searched")
+]
 # Values that are told with the data set's name.
 TOLD = ("data.label_noise", "data.tokens")
 LINES = flags.DEFINE_list("lines", FILES, "Files to read.")
@@ -60,7 +62,7 @@ def read(paths: Sequence[str]) -> list[dict]:
       found += [json.loads(line) for line in epath.Path(path).expanduser().read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
       raise ConfigError(
-        f"--lines: {path} is no file of lines that text.py, images.py, anchors.py or search.py wrote: {error}"
+        f"--lines: {path} is no file of lines that a study, anchors.py or search.py wrote: {error}"
       ) from error
   return found
 

@@ -81,16 +81,11 @@ def build(network: str, num_classes: int = 100, **settings: Any) -> Model:
   return make_model(options, spec, sync_batch_stats=False, **settings)
 
 
-def parameter_shapes(model: Model) -> dict[str, Any]:
-  """Returns the parameter tree with shapes in place of arrays."""
-  return model.shapes["params"]
-
-
 @functools.cache
 def describe(network: str) -> Network:
   """Returns the preset's units, stage widths and trained parameters."""
   model = build(network, 100)
-  params = parameter_shapes(model)
+  params = model.shapes["params"]
   trained = trained_sizes(model)
   # Only the classifier depends on the number of classes, and in proportion to it.
   ten = sum(size // 10 if name == "classifier" else size for name, size in trained.items())

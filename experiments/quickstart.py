@@ -140,8 +140,11 @@ def main() -> None:
   if not is_primary():
     return
   seeds = f"{SEEDS.value} seed{'s' * (SEEDS.value > 1)}"
-  heading = f"{results.network(cfg.model)}, {seeds}; mean ± standard error, test split, last "
-  text = "\n\n".join([f"{heading}epoch; difference paired by seed, with its 95% interval", *parts, sentence(found)])
+  heading = (
+    f"{results.network(config_of(PANELS[0], 0).model)}, {seeds}; mean ± standard error, test split, last epoch; "
+    "difference paired by seed, with its 95% interval"
+  )
+  text = "\n\n".join([heading, *parts, sentence(found)])
   table, picture = workdir / "table.md", workdir / "error_by_generation.png"
   results.write(table, text + "\n")
   plot(found, titles, picture)

@@ -1,7 +1,6 @@
 """The results of a run: its generations and ensembles evaluated, kept beside the digests of what was evaluated."""
 
 import contextlib
-import uuid
 from collections.abc import Sequence
 
 import jax
@@ -106,6 +105,4 @@ def describe(cfg: ConfigDict, loss: str | None = None) -> str:
 
 def write(path: epath.Path, content: str | bytes) -> None:
   """Writes a file whole or not at all; where several processes write the same file, the last one wins."""
-  partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-  partial.write_bytes(content.encode() if isinstance(content, str) else content)
-  partial.replace(path)
+  storage.write_bytes(path, content.encode() if isinstance(content, str) else content)

@@ -30,6 +30,7 @@ from ml_collections import config_flags
 
 from ban_jax import report, storage
 from ban_jax.errors import TrainingError
+from ban_jax.types import TIMES
 from experiments import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py:digits,wrn_10_1,smoke", "What to train.")
@@ -97,7 +98,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
   found = {"evaluations": (workdir / "evaluations.json").read_text("utf-8")}
   for index in range(CONFIG.value.generations + 1):
     generation, manifest = storage.load(storage.resolve_workdir(workdir) / f"gen_{index}")
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in generation.history]
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in generation.history]
     found[f"generation {index}"] = (manifest["digest"], json.dumps(rows), json.dumps(dict(generation.metrics)))
   return found
 

@@ -13,7 +13,7 @@ from conftest import config
 
 import ban_jax
 from ban_jax import data, job, metrics, models, presets
-from ban_jax.data import text
+from ban_jax.data import reading, text
 from ban_jax.errors import CheckpointError, ConfigError
 from ban_jax.evaluating import Subject, measure, measure_pairs, sum_predictions
 from ban_jax.step import make_eval_step
@@ -280,10 +280,8 @@ def test_pairs_are_refused_as_ensembles_are():
 @functools.cache
 def text_and_networks():
   """Returns a text of 103 tokens in windows of 10, two language models with large weights, and their variables."""
-  lines = [[f"w{(7 * i + i * i) % 23:02}" for i in range(102)]]
-  dataset = text.build(
-    "cycle", dict.fromkeys(("train", "validation", "test"), lines), text.vocabulary(lines), options=text.Options(0, 10)
-  )
+  parts = dict.fromkeys(("train", "validation", "test"), " ".join(f"w{(7 * i + i * i) % 23:02}" for i in range(102)))
+  dataset = reading.build("cycle", parts, reading.Reading("words", eos=True), options=text.Options(0, 10))
   small = presets.MODELS["lstm_32"].to_dict()
   networks = tuple(models.make_model(small | {"layers": layers, "init_scale": 2.0}, dataset.spec) for layers in (1, 2))
   return dataset, networks, tuple(jax.device_get(model.init(jax.random.key(0))) for model in networks)

@@ -256,7 +256,8 @@ def test_the_drawings_show_the_numbers(measured):
     assert [bar.get_width() for bar in chart.patches] == [each[metric] for each in found.metrics.values()]
     assert chart.yaxis_inverted()
 
-  agreement, kl = plotting.plot_agreement(found.pairs, list(found.metrics)).get_axes()
+  read = {name: np.asarray(values).tolist() for name, values in found.pairs.items()}  # as from a file
+  agreement, kl = plotting.plot_agreement(read, list(found.metrics)).get_axes()
   np.testing.assert_array_equal(agreement.get_images()[0].get_array(), 100 * found.pairs["agreement"])
   np.testing.assert_array_equal(kl.get_images()[0].get_array(), found.pairs["kl"])
   places = {text.get_position(): text.get_text() for text in kl.texts}

@@ -214,7 +214,7 @@ def test_initial_weights_follow_he():
     fan_in = np.prod(kernel.shape[:3])
     assert abs(kernel.std() * np.sqrt(fan_in / 2) - 1) < 0.05, path
     assert abs(kernel).max() * np.sqrt(fan_in / 2) > 3, path  # normal, not truncated at two deviations
-  assert set(parameters.parameter_shapes(model)["stem"]) == {"kernel"}
+  assert set(model.shapes["params"]["stem"]) == {"kernel"}
   assert not np.any(params["classifier"]["bias"])
 
 
@@ -348,7 +348,7 @@ def test_the_table_has_every_network_and_marks_what_is_not_reproduced():
 def test_the_count_with_ten_classes_is_that_of_the_network_with_ten_classes():
   for network in ("wrn_10_1", "densenet_16_8", "small_wide_match_1_1"):
     model = parameters.build(network, 10)
-    shapes = parameters.parameter_shapes(model)
+    shapes = model.shapes["params"]
     trained = sum(leaf.size for name in shapes if name not in model.inherits for leaf in jax.tree.leaves(shapes[name]))
     assert parameters.describe(network).parameters[10] == trained
 
@@ -374,7 +374,7 @@ def test_stage_widths():
 def test_matched_students_can_take_their_teachers_first_and_last_layer(student, teacher):
   model = parameters.build(student)
   assert model.inherits == ("stem", "classifier")
-  given, taken = parameters.parameter_shapes(parameters.build(teacher)), parameters.parameter_shapes(model)
+  given, taken = parameters.build(teacher).shapes["params"], model.shapes["params"]
   for name in model.inherits:
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), given[name], taken[name])
     assert all(jax.tree.leaves(same)), same

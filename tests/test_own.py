@@ -368,6 +368,7 @@ class Tensor:
     ({"noise_kind": ["symmetric"]}, "unknown noise_kind (of type list); choose one of: pairwise, symmetric"),
     ({"flip": "no"}, "flip='no': expected True or False"),
     ({"augment": "mixup"}, "augment='mixup': expected a sequence of names, or of each name the options"),
+    ({"augment": {"erasing": 0.25}}, "augment: erasing has 0.25; expected its options by name, which are: "),
     ({"augment": ("mix",)}, "unknown augmentation 'mix'; choose one of: cutmix, erasing, mixup, "),
     ({"augment": {"mixup": {"alpha": 1}}}, "unknown option of mixup 'alpha'; choose one of: mixup_alpha"),
     ({"augment": {"erasing": {"erasing": 2}}}, "erasing=2: expected a share from 0 to 1"),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -133,7 +134,7 @@ from experiments.tables.report import HEADER, Output
 
 def main():
   here = epath.Path(os.environ["FOLDER"])
-  storage.write_text(here / "text", "±")
+  storage.write_bytes(here / "text", "±".encode())
   assert (here / "text").read_bytes() == b"\\xc2\\xb1"
   text = io.StringIO()
   table = csv.DictWriter(text, HEADER)
@@ -265,6 +266,13 @@ def test_the_layout_records_deterministic_operations_and_the_random_generator(fl
   settings = devices_lib.layout(tuple(jax.devices()))["settings"]
   assert settings["deterministic_ops"] is expected
   assert settings["prng_impl"] == "threefry2x32"
+
+
+def test_the_layout_of_tpus_records_the_flags_of_their_compiler(monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--b=2 --a=1")
+  chip = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite", process_index=0)
+  assert devices_lib.layout((chip,))["settings"]["libtpu_flags"] == "--a=1 --b=2"
+  assert "libtpu_flags" not in devices_lib.layout(tuple(jax.devices()))["settings"]
 
 
 # --- the commit ----------------------------------------------------------------------------------------------------

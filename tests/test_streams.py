@@ -388,6 +388,8 @@ def test_a_part_is_where_its_box_says_and_a_draft_changes_little():
   [
     ({"view": "all"}, ConfigError, "view='all': expected one of: crops, whole"),
     ({"view": "crops"}, ConfigError, "view='crops': expected a size"),
+    ({"flip": "no"}, ConfigError, "flip='no': expected True or False"),
+    ({"name": ""}, ConfigError, "name='': expected a printable word, because it names the data set in messages"),
     ({"num_classes": None}, ConfigError, "num_classes: expected the number of classes"),
     ({"workers": -1}, ConfigError, "workers=-1: expected a whole number of at least 0"),
     ({"train_source": 7}, DataError, "source, train is of type int; expected anything with len"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ban_jax import data
-from ban_jax.data import ptb, pydoc, text
+from ban_jax.data import ptb, pydoc, reading, text
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.evaluating import Subject, measure
 from ban_jax.models.char_cnn_lstm import SYMBOLS, character_table
@@ -33,10 +33,9 @@ def group(**changes):
 
 def numbered(count, window, **changes):
   """Returns a data set whose splits are `count` different tokens, so that each shows its place."""
-  lines = [[f"w{i:03}" for i in range(count - 1)]]
-  words = text.vocabulary(lines)
+  parts = dict.fromkeys(("train", "validation", "test"), " ".join(f"w{i:03}" for i in range(count - 1)))
   options = text.Options(**{"train_examples": 0, "window": window} | changes)
-  return text.build("numbered", dict.fromkeys(("train", "validation", "test"), lines), words, options=options)
+  return reading.build("numbered", parts, reading.Reading("words", eos=True), options=options)
 
 
 def read(dataset, split, order):

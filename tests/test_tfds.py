@@ -11,8 +11,8 @@ from PIL import Image
 
 import ban_jax
 from ban_jax import config, data, feeding, job, presets, resolving
+from ban_jax.data import decoding
 from ban_jax.data import tfds as tfds_data
-from ban_jax.data import tfds_images
 from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import InputSpec
 from configs import tfds as tfds_config
@@ -155,11 +155,15 @@ def test_options_of_a_stream_that_do_not_fit_are_refused(both, changes, message)
 
 def test_resizing_smooths_and_keeps_what_has_the_size():
   board = np.indices((8, 8)).sum(0)[..., None].astype(np.uint8) % 2 * 255
-  assert np.ptp(tfds_images.resize(board, 4)) < 64, "without antialiasing, single pixels would be taken"
-  np.testing.assert_array_equal(tfds_images.resize(board, 8), board)
+
+  def resize(image, size):
+    return decoding.pixels(image, decoding.Form(size, "whole", 3))
+
+  assert np.ptp(resize(board, 4)) < 64, "without antialiasing, single pixels would be taken"
+  np.testing.assert_array_equal(resize(board, 8), board)
   two = np.concatenate([board, 255 - board], axis=-1)
-  assert tfds_images.resize(two, 5).shape == (5, 5, 2)
-  np.testing.assert_array_equal(tfds_images.resize(two, 5)[..., :1], tfds_images.resize(board, 5))
+  assert resize(two, 5).shape == (5, 5, 2)
+  np.testing.assert_array_equal(resize(two, 5)[..., :1], resize(board, 5))
 
 
 def test_long_tailed_classes_keep_their_share(both):

@@ -93,6 +93,8 @@ def test_what_is_no_writer_or_fails_is_named(tiny, tmp_path):
   for given in (to_nowhere, ["log.csv"]):
     with pytest.raises(ConfigError, match="writers must be a sequence of functions of .step, scalars., not "):
       ban_jax.run(short(), tmp_path, **tiny, **QUIET, writers=given)
+  with pytest.raises(StorageError, match="on_epoch failed: .*nowhere.*; what the run saved before is intact"):
+    ban_jax.run(short(), tmp_path, **tiny, **QUIET, on_epoch=lambda history: os.stat("/nowhere"))
   with pytest.raises(ConfigError, match="on_epoch must be a function of the history, or None, not 3"):
     ban_jax.train_generation(None, short(), **tiny, **QUIET, on_epoch=3)
 

@@ -30,8 +30,10 @@ class Source(NamedTuple):
 
 
 _ENTRIES = {
-  "cifar10": Source(cifar.load_cifar10, "images", cifar.describe_cifar10),
-  "cifar100": Source(cifar.load_cifar100, "images", cifar.describe_cifar100),
+  **{
+    name: Source(functools.partial(cifar.load, name), "images", functools.partial(cifar.describe, name))
+    for name in cifar.CLASSES
+  },
   "digits": Source(digits.load, "images", embedded=True),
   "enwik8": Source(enwik8.load, "tokens"),
   "own": Source(own.load, "images"),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32, PyTree
 
-from ban_jax.errors import DataError
+from ban_jax.errors import DataError, first_line
 
 
 def digest(splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:
@@ -31,7 +31,7 @@ def as_array(what: str, given: Any) -> np.ndarray:
   try:
     return np.asarray(given)
   except Exception as error:  # whatever another library's tensor raises: on a GPU, or with a gradient
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     raise DataError(f"{what} cannot be one array: {reason}; expected an array, or what numpy.asarray takes") from error
 
 

@@ -71,7 +71,8 @@ class Reader(NamedTuple):
     except Exception as error:  # of whatever the source is made of
       changed = "" if len(self.source) == self.records else f", of which there are {len(self.source)} by now,"
       raise DataError(f"{where}{changed} cannot be read ({type(error).__name__}: {error})") from error
-    found = [record[key] for key in self.keys] if _has(record, self.keys) else record
+    named = isinstance(record, Mapping) and all(key in record for key in self.keys)
+    found = [record[key] for key in self.keys] if named else record
     if not (isinstance(found, tuple | list) and len(found) == 2):
       raise DataError(
         f"{where} is {_kind(record)}; expected (image, label), or a mapping with {' and '.join(self.keys)}"
@@ -87,10 +88,6 @@ class Reader(NamedTuple):
       return pixels(image, self.form, draw), label
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of broken files
       raise DataError(f"{where} has an image that cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _has(record: Any, keys: tuple[str, str]) -> bool:
-  return isinstance(record, Mapping) and all(key in record for key in keys)
 
 
 def _kind(record: Any) -> str:
@@ -114,12 +111,12 @@ def pixels(given: Any, form: Form, draw: tuple[int, ...] = ()) -> UInt8[np.ndarr
     mode = {1: "L", 3: "RGB"}[form.channels]
     if form.size and form.view == "crops":
       given, part = _draft(given, mode, form.size, _box(given.size, draw))
-      return _array(_resized(given.convert(mode), form.size, part))
-    given = _array(given.convert(mode))
+      return np.atleast_3d(np.asarray(_resized(given.convert(mode), form.size, part)))
+    given = given.convert(mode)
   array = np.asarray(given)
   if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
     raise ValueError(f"{array.dtype} {list(array.shape)}; expected uint8 [H, W, C] or [H, W], or an encoded image")
-  array = array[..., None] if array.ndim == 2 else array
+  array = np.atleast_3d(array)
   if not form.size:
     return array
   box = _box((array.shape[1], array.shape[0]), draw) if form.view == "crops" else None
@@ -127,11 +124,6 @@ def pixels(given: Any, form: Form, draw: tuple[int, ...] = ()) -> UInt8[np.ndarr
     _resized(Image.fromarray(np.ascontiguousarray(array[..., c])), form.size, box) for c in range(array.shape[2])
   ]
   return np.stack([np.asarray(plane) for plane in planes], axis=-1)
-
-
-def _array(image: "Image.Image") -> UInt8[np.ndarray, "H W C"]:
-  array = np.asarray(image)
-  return array[..., None] if array.ndim == 2 else array
 
 
 def _resized(image: "Image.Image", size: int, box: Box | None) -> "Image.Image":

@@ -11,7 +11,7 @@ from ban_jax import devices as devices_lib
 from ban_jax.data import augment as augment_lib
 from ban_jax.data import images, noise
 from ban_jax.data.arrays import as_array
-from ban_jax.errors import ConfigError, DataError, check_name, check_whole, look_up
+from ban_jax.errors import ConfigError, DataError, check_name, check_whole, choices, look_up
 from ban_jax.keys import KEYS
 from ban_jax.types import Dataset
 
@@ -128,6 +128,8 @@ def augmentations(given: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> aug
   for name in given:
     own = given[name] if isinstance(given, Mapping) else {}
     options = augment_lib.AUGMENTATIONS.options(name)
+    if not isinstance(own, Mapping):
+      raise ConfigError(f"augment: {name} has {own!r}; expected its options by name, which are: {choices(options)}")
     for option, value in own.items():
       look_up(dict.fromkeys(options), option, f"option of {name}")
       if not defaults[option].rule.holds(value):

@@ -4,7 +4,7 @@ import functools
 import logging
 import pathlib
 
-from ban_jax.data import text, text_files
+from ban_jax.data import reading, text, text_files
 from ban_jax.data.tokens import EOS, UNKNOWN
 from ban_jax.errors import DataError
 from ban_jax.types import Dataset
@@ -27,22 +27,23 @@ def load(*, dir: str, options: text.Options) -> Dataset:
   or unreadable, for a word that is not in the vocabulary, and for an `<eos>` that is there already.
   """
   paths = text_files.find("ptb", dir, FILES, "the Penn Treebank in Mikolov's split")
-  lines = {split: _read_lines(path) for split, path in paths.items()}
-  words = text.vocabulary(lines["train"])
-  known = set(words)
+  contents = {split: _read(path) for split, path in paths.items()}
+  lines = {split: text.lines_of(f"ptb: {paths[split]}", content) for split, content in contents.items()}
+  known = {EOS, *(word for line in lines["train"] for word in line)}
   for split, path in paths.items():
     for number, line in enumerate(lines[split], 1):
       for word in line:
         if word not in known:
           raise DataError(
-            f"ptb: {path}, line {number}: {word!r} is not in the vocabulary, the {len(words)} words of {FILES['train']}"
+            f"ptb: {path}, line {number}: {word!r} is not in the vocabulary, the {len(known)} words of {FILES['train']}"
           )
   sizes = {split: text.count_tokens(part) for split, part in lines.items()}
   if sizes != SIZES:
     logger.warning(
       "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", dir, sizes, SIZES
     )
-  return text.build("ptb", lines, words, options=options)
+  # Perplexities of words are what is published, so nothing is said of bytes and characters.
+  return reading.build("ptb", contents, reading.Reading("words", eos=True), options=options)._replace(written={})
 
 
 def describe(options: text.Options) -> Dataset:
@@ -61,10 +62,10 @@ def made_up_words() -> tuple[str, ...]:
   return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
 
 
-def _read_lines(path: pathlib.Path) -> text.Lines:
-  """Returns the words of each line of a file; raises DataError with the file's name and, if known, the line."""
+def _read(path: pathlib.Path) -> str:
+  """Returns a file's text; raises DataError with the file's name and, if known, the line."""
   content = text_files.read("ptb", path)
-  lines = text.lines_of(f"ptb: {path}", text_files.decoded(f"ptb: {path}", content))
-  if not any(lines):
+  found = text_files.decoded(f"ptb: {path}", content)
+  if not found.strip():
     raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
-  return lines
+  return found

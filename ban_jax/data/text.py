@@ -1,8 +1,7 @@
 """What text data sets share: one stream of tokens a split, cut into windows that are read one after another."""
 
-import collections
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,28 +25,9 @@ class Options(NamedTuple):
   window: int  # tokens of a window, at least 1
 
 
-def vocabulary(lines: Lines) -> tuple[str, ...]:
-  """Returns the words and `<eos>`, the most frequent first and equally frequent ones in alphabetical order."""
-  counts = collections.Counter(word for line in lines for word in line)
-  counts[EOS] += len(lines)
-  return tuple(sorted(counts, key=lambda word: (-counts[word], word)))
-
-
 def count_tokens(lines: Lines) -> int:
   """Returns the number of tokens, one `<eos>` a line included."""
   return sum(len(line) + 1 for line in lines)
-
-
-def build(name: str, lines: Mapping[str, Lines], words: tuple[str, ...], *, options: Options) -> Dataset:
-  """Returns the Dataset of the splits' lines, all of whose words are in the vocabulary `words`.
-
-  Every split's array is `tokens` int32 [N+1]: `<eos>`, and then the split's N tokens, each of which is predicted from
-  those before it. Orders hold numbers of windows: window w predicts tokens w*T+1..(w+1)*T of the stream, with T tokens
-  a window. Raises ConfigError if there are fewer training tokens than the options ask for.
-  """
-  ids = {word: number for number, word in enumerate(words)}
-  streams = {split: _stream(part, ids) for split, part in lines.items()}
-  return of_streams(name, streams, spec_of(words, options), options=options)
 
 
 def lines_of(what: str, content: str) -> Lines:
@@ -59,11 +39,6 @@ def lines_of(what: str, content: str) -> Lines:
   return lines
 
 
-def spec_of(words: tuple[str, ...], options: Options) -> InputSpec:
-  """Returns what a network must know of text in these words."""
-  return InputSpec("tokens", (options.window,), len(words), words)
-
-
 def of_streams(
   name: str,
   streams: Mapping[str, Int32[np.ndarray, " N+1"]],
@@ -72,7 +47,11 @@ def of_streams(
   options: Options,
   written: Mapping[str, Mapping[str, int]] = {},
 ) -> Dataset:
-  """Returns the Dataset of the splits' tokens, each after a first one that is not predicted; raises as `build`.
+  """Returns the Dataset of the splits' tokens.
+
+  Every split's array is `tokens` int32 [N+1]: a first one, and then the split's N tokens, each of which is predicted
+  from those before it. Orders hold numbers of windows: window w predicts tokens w*T+1..(w+1)*T of the stream, with T
+  tokens a window. Raises ConfigError if there are fewer training tokens than the options ask for.
 
   `written` are the bytes and characters of each split (types.Dataset); those of a training text that is cut are left
   out.
@@ -92,13 +71,13 @@ def of_streams(
 
 
 def describe(name: str, *, tokens: Mapping[str, int], words: tuple[str, ...], options: Options) -> Dataset:
-  """Returns `build`'s Dataset for so many `tokens` of each split, all in the vocabulary `words`, as shapes.
+  """Returns `of_streams`' Dataset for so many `tokens` of each split, all in the vocabulary `words`, as shapes.
 
-  Raises as `build` does.
+  Raises as `of_streams` does.
   """
   sizes = {**tokens, "train": _train_tokens(name, tokens["train"], options)}
   splits = {split: {"tokens": jax.ShapeDtypeStruct((size + 1,), np.int32)} for split, size in sizes.items()}
-  return assemble(name, splits, sizes, spec_of(words, options))
+  return assemble(name, splits, sizes, InputSpec("tokens", (options.window,), len(words), words))
 
 
 def assemble(name: str, splits: Any, sizes: Mapping[str, int], spec: InputSpec) -> Dataset:
@@ -127,11 +106,6 @@ def _train_tokens(name: str, available: int, options: Options) -> int:
   if options.window > chosen:
     raise ConfigError(f"data.window={options.window}: expected at most {chosen}, the tokens that {name} is trained on")
   return chosen
-
-
-def _stream(lines: Iterable[list[str]], ids: Mapping[str, int]) -> Int32[np.ndarray, " N+1"]:
-  """Returns `<eos>` and then the ids of the lines' words, with an `<eos>` after each line."""
-  return np.array([ids[EOS], *(ids[word] for line in lines for word in (*line, EOS))], np.int32)
 
 
 @maker

@@ -212,7 +212,8 @@ def unpack(name: str, archive: pathlib.Path) -> Contents:
           f"{name}: {archive} has a {label.feature} of {largest} in {split}, expected less than {label.count}. {advice}"
         )
 
-  sha256 = _sha256(archive)
+  with open(archive, "rb") as opened:
+    sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
   if sha256 != official.sha256:
     logger.warning(
       "%s: %s is not the official archive (SHA-256 %s); preparing the %d training and %d test images it holds",
@@ -316,8 +317,3 @@ def _download(name: str, root: pathlib.Path, staging: pathlib.Path) -> pathlib.P
   place.parent.mkdir(parents=True, exist_ok=True)
   os.rename(downloaded, place)
   return place
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

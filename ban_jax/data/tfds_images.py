@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
-from PIL import Image
 from tensorflow_datasets.core import naming, read_only_builder, registered
 
-from ban_jax.data import tfds_files
+from ban_jax.data import decoding, tfds_files
 from ban_jax.data.arrays import make_read_only
 from ban_jax.data.images import Examples
 from ban_jax.errors import BanError, ConfigError, DataError, choices
@@ -188,9 +186,10 @@ def _check_splits(dataset: str, info: tfds.core.DatasetInfo, wanted: Mapping[str
 def _examples(dataset: str, size: int, source: Sequence[Any], keys: tuple[str, str]) -> Examples:
   image_key, label_key = keys
   images: Any = None
+  form = decoding.Form(size, "whole", 3)
   labels, ordered = np.empty(len(source), np.int32), []
   for i, example in enumerate(tfds_files.examples(source)):
-    image = resize(example[image_key], size) if size else example[image_key]
+    image = decoding.pixels(example[image_key], form)
     if images is None:
       images = np.empty((len(source), *image.shape), np.uint8)
     if image.shape != images.shape[1:]:
@@ -201,15 +200,6 @@ def _examples(dataset: str, size: int, source: Sequence[Any], keys: tuple[str, s
   # order of the pixels' digests is the same wherever the set was prepared, so that a seed means the same mini-batches.
   order = [i for _, _, i in sorted(ordered)]
   return Examples(images[order], labels[order])
-
-
-def resize(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "S S C"]:
-  """Returns the image at size x size pixels, whatever its shape: bilinear, with antialiasing where it gets smaller."""
-  channels = [
-    Image.fromarray(np.ascontiguousarray(image[..., c])).resize((size, size), Image.Resampling.BILINEAR)
-    for c in range(image.shape[-1])
-  ]
-  return np.stack([np.asarray(channel) for channel in channels], axis=-1)
 
 
 def _prepare(dataset: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:

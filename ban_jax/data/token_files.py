@@ -8,7 +8,7 @@ import numpy as np
 from ban_jax import devices as devices_lib
 from ban_jax.data import text
 from ban_jax.data.arrays import digest
-from ban_jax.errors import ConfigError, DataError, check_whole
+from ban_jax.errors import ConfigError, DataError, check_name, check_whole
 from ban_jax.types import Dataset, InputSpec, Stream
 
 # Windows of each split that stand for all of them in the digest.
@@ -75,6 +75,7 @@ def from_tokens(
     >>> ban_jax.from_tokens(np.arange(900) % 7, np.arange(90) % 7, vocabulary=7, window=8).sizes["train"]
     900
   """
+  check_name(name, "names the data set in messages")
   vocabulary, window = check_whole("vocabulary", vocabulary, 2), check_whole("window", window, 1)
   given = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
   for split, tokens in given.items():

@@ -16,12 +16,7 @@ from ban_jax.models.char_cnn_lstm import CharCNNLSTMOptions, char_cnn_lstm
 from ban_jax.models.densenet import DenseNetOptions, densenet
 from ban_jax.models.gpt import GPTOptions, gpt
 from ban_jax.models.lstm import LSTMOptions, lstm
-from ban_jax.models.matched_resnet import (
-  MatchedPreResNetOptions,
-  MatchedWideResNetOptions,
-  matched_pre_resnet,
-  matched_wide_resnet,
-)
+from ban_jax.models.matched_resnet import MatchedPreResNetOptions, MatchedWideResNetOptions, matched_resnet
 from ban_jax.models.mlp import MLPOptions, mlp
 from ban_jax.models.own import OwnOptions, own
 from ban_jax.models.resnet import ResNetOptions, resnet
@@ -43,8 +38,8 @@ _ENTRIES = {
   "densenet": ModelKind(DenseNetOptions, densenet),
   "gpt": ModelKind(GPTOptions, gpt),
   "lstm": ModelKind(LSTMOptions, lstm),
-  "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_pre_resnet),
-  "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_wide_resnet),
+  "matched_pre_resnet": ModelKind(MatchedPreResNetOptions, matched_resnet),
+  "matched_wide_resnet": ModelKind(MatchedWideResNetOptions, matched_resnet),
   "mlp": ModelKind(MLPOptions, mlp),
   "own": ModelKind(OwnOptions, own),
   "resnet": ModelKind(ResNetOptions, resnet),

@@ -37,7 +37,8 @@ class CharCNNLSTMOptions(recurrent.StackOptions):
 
   def __post_init__(self):
     super().__post_init__()
-    common.check_positive(
+    common.check_at_least(
+      1,
       char_embedding=self.char_embedding,
       max_width=self.max_width,
       filters_per_width=self.filters_per_width,

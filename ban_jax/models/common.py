@@ -203,11 +203,6 @@ def check_cudnn(dtype: Any, computes: Any, devices: Sequence[Any]) -> None:
     )
 
 
-def check_positive(**options: Any) -> None:
-  """Raises a ConfigError unless every option is an integer of at least 1."""
-  check_at_least(1, **options)
-
-
 def check_at_least(least: int, **options: Any) -> None:
   """Raises a ConfigError unless every option is an integer of at least `least`."""
   for key, value in options.items():

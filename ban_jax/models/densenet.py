@@ -26,11 +26,11 @@ class DenseNetOptions:
   remat: bool  # recompute units and transitions in the backward pass: the same values, less memory, more time
 
   def __post_init__(self):
-    common.check_positive(units=self.units, stem=self.stem)
+    common.check_at_least(1, units=self.units, stem=self.stem)
     if len(self.growths) != STAGES:
       raise ConfigError(f"model.growth={self.growth}: one number, or {STAGES}, one for each stage, are expected")
     for growth in self.growths:
-      common.check_positive(growth=growth)
+      common.check_at_least(1, growth=growth)
     if not 0 < self.compression <= 1:
       raise ConfigError(f"model.compression={self.compression}: the share of channels kept lies in (0, 1]")
     if int(self.stem * self.compression) < 1:

@@ -30,11 +30,11 @@ class MatchedOptions:
   stages: tuple[int, ...]  # the teacher's channels at the end of each of its three stages
 
   def __post_init__(self):
-    common.check_positive(units=self.units, stem=self.stem)
+    common.check_at_least(1, units=self.units, stem=self.stem)
     if not isinstance(self.stages, tuple) or len(self.stages) != 3:
       raise ConfigError(f"model.stages={self.stages}: the teacher's three stage widths are expected")
     for width in self.stages:
-      common.check_positive(stages=width)
+      common.check_at_least(1, stages=width)
     if not math.isfinite(self.ratio):
       raise ConfigError(f"model.ratio={self.ratio}: a ratio is expected to be finite")
 
@@ -45,13 +45,13 @@ class MatchedPreResNetOptions(MatchedOptions):
 
   def __post_init__(self):
     super().__post_init__()
-    if min(self.inner_widths) < 1:
+    if min(self.widths) < 1:
       raise ConfigError(
         f"model.ratio={self.ratio}: a ratio that leaves at least 1 of {min(self.stages)} / 4 channels is expected"
       )
 
   @property
-  def inner_widths(self) -> tuple[int, ...]:
+  def widths(self) -> tuple[int, ...]:
     """The channels between the two 1x1 convolutions of a unit, for each stage."""
     return tuple(int(round(self.ratio * width / 4, 6)) for width in self.stages)
 
@@ -64,7 +64,7 @@ class MatchedWideResNetOptions(MatchedOptions):
 
   def __post_init__(self):
     super().__post_init__()
-    for stage, width in zip(self.stages, self.block_widths, strict=True):
+    for stage, width in zip(self.stages, self.widths, strict=True):
       if width < 1 or abs(width - self.ratio * stage) > 1e-6:
         raise ConfigError(
           f"model.ratio={self.ratio}: a ratio is expected that makes a whole number of channels, at least 1, of each "
@@ -73,7 +73,7 @@ class MatchedWideResNetOptions(MatchedOptions):
     common.check_dropout(self.dropout)
 
   @property
-  def block_widths(self) -> tuple[int, ...]:
+  def widths(self) -> tuple[int, ...]:
     """The channels of the blocks of each stage."""
     return tuple(round(self.ratio * width) for width in self.stages)
 
@@ -106,36 +106,13 @@ class PreUnit(nn.Module):
     return shortcut + conv(self.width, 1, "conv3")(y)
 
 
-class MatchedPreResNet(nn.Module):
-  """The teacher's stem, three stages of bottleneck units with the teacher's pooling, BN-ReLU, mean, its classifier."""
+class MatchedResNet(nn.Module):
+  """The teacher's stem, three stages of units with the teacher's pooling, BN-ReLU, mean, its classifier.
 
-  options: MatchedPreResNetOptions
-  num_classes: int
-  dtype: Any
-  axis_name: str | None
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "B H W C"], *, train: bool, positions: Int[Array, " B"] | None
-  ) -> Float[Array, "B n"]:
-    del positions  # no dropout
-    options = self.options
-    x = common.conv(options.stem, 3, dtype=self.dtype, name="stem")(x)
-    for stage, (width, inner) in enumerate(zip(options.stages, options.inner_widths, strict=True), 1):
-      for number in range(1, options.units + 1):
-        x = PreUnit(width, inner, self.dtype, self.axis_name, name=f"stage{stage}_unit{number}")(x, train=train)
-      x = common.avg_pool_2x2(x) if stage < len(options.stages) else x
-    x = common.norm_relu(x, train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
-    return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
-
-
-class MatchedWideResNet(nn.Module):
-  """The teacher's stem, three stages of wide blocks with the teacher's pooling, BN-ReLU, mean, its classifier.
-
-  A 1x1 convolution at the end of each stage maps the blocks' width to the teacher's.
+  After the wide blocks of a stage a 1x1 convolution maps their width to the teacher's.
   """
 
-  options: MatchedWideResNetOptions
+  options: MatchedPreResNetOptions | MatchedWideResNetOptions
   num_classes: int
   dtype: Any
   axis_name: str | None
@@ -145,34 +122,28 @@ class MatchedWideResNet(nn.Module):
     self, x: Float[Array, "B H W C"], *, train: bool, positions: Int[Array, " B"] | None
   ) -> Float[Array, "B n"]:
     options = self.options
+    norms = {"dtype": self.dtype, "axis_name": self.axis_name}
     x = common.conv(options.stem, 3, dtype=self.dtype, name="stem")(x)
-    for stage, (width, matched) in enumerate(zip(options.block_widths, options.stages, strict=True), 1):
-      for number in range(1, options.units + 1):
-        block = WideBlock(width, 1, options.dropout, self.dtype, self.axis_name, name=f"stage{stage}_unit{number}")
-        x = block(x, train=train, positions=positions)
-      x = common.conv(matched, 1, dtype=self.dtype, name=f"match{stage}")(x)
+    for stage, (matched, width) in enumerate(zip(options.stages, options.widths, strict=True), 1):
+      for name in [f"stage{stage}_unit{number}" for number in range(1, options.units + 1)]:
+        if isinstance(options, MatchedWideResNetOptions):
+          x = WideBlock(width, 1, options.dropout, **norms, name=name)(x, train=train, positions=positions)
+        else:
+          x = PreUnit(matched, width, **norms, name=name)(x, train=train)
+      if isinstance(options, MatchedWideResNetOptions):
+        x = common.conv(matched, 1, dtype=self.dtype, name=f"match{stage}")(x)
       x = common.avg_pool_2x2(x) if stage < len(options.stages) else x
-    x = common.norm_relu(x, train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
+    x = common.norm_relu(x, train=train, **norms, name="norm")
     return common.classifier(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 
-def matched_pre_resnet(
-  spec: InputSpec, options: MatchedPreResNetOptions, *, dtype: Any, axis_name: str | None
+def matched_resnet(
+  spec: InputSpec, options: MatchedPreResNetOptions | MatchedWideResNetOptions, *, dtype: Any, axis_name: str | None
 ) -> Model:
-  """Returns a student of bottleneck units; raises a ConfigError for a data set of text."""
-  name = f"matched_pre_resnet_{options.units}_{options.ratio:g}"
+  """Returns a student of the kind that the options are of; raises a ConfigError for a data set of text."""
+  kind = "wide" if isinstance(options, MatchedWideResNetOptions) else "pre"
+  name = f"matched_{kind}_resnet_{options.units}_{options.ratio:g}"
   common.require_kind(name, "images", spec)
-  module = MatchedPreResNet(options, spec.num_classes, dtype, axis_name)
-  model = common.from_module(name, module, spec, poolings=len(options.stages) - 1)
-  return model._replace(inherits=INHERITS)
-
-
-def matched_wide_resnet(
-  spec: InputSpec, options: MatchedWideResNetOptions, *, dtype: Any, axis_name: str | None
-) -> Model:
-  """Returns a student of wide blocks; raises a ConfigError for a data set of text."""
-  name = f"matched_wide_resnet_{options.units}_{options.ratio:g}"
-  common.require_kind(name, "images", spec)
-  module = MatchedWideResNet(options, spec.num_classes, dtype, axis_name)
+  module = MatchedResNet(options, spec.num_classes, dtype, axis_name)
   model = common.from_module(name, module, spec, poolings=len(options.stages) - 1)
   return model._replace(inherits=INHERITS)

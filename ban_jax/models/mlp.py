@@ -19,7 +19,7 @@ class MLPOptions:
   dropout: float  # rate after each hidden layer, in [0, 1)
 
   def __post_init__(self):
-    common.check_positive(units=self.units, layers=self.layers)
+    common.check_at_least(1, units=self.units, layers=self.layers)
     common.check_dropout(self.dropout)
 
 

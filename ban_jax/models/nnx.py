@@ -1,5 +1,6 @@
 """Networks of one's own in Flax NNX: a module's constructor as a Model, and a module as a fixed teacher."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ban_jax import devices, trees
-from ban_jax.errors import ConfigError
+from ban_jax.errors import ConfigError, first_line
 from ban_jax.models.own import check_call, check_name, check_rows, examine, logits_of, random_variables
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Recipe
 
@@ -94,16 +96,13 @@ def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None)
   model = model._replace(program=examine(model, "" if given else f"called as module(x), {how}"))
   if not given:
     check_rows(model, random_variables(model.shapes))
-    return model._replace(recipe=Recipe(_again, module, spec, name))
+    again: Any = functools.partial(from_nnx, name=name)
+    return model._replace(recipe=Recipe(again, module, spec))
   params = trees.to_host(init(jax.random.key(0)), 0)
   check_rows(model, trees.to_plain(params))
   return Generation(
     0, params, {}, (), Network({"name": "own", "own": name}, "float32", spec, scaling, model.program, model)
   )
-
-
-def _again(constructor: Callable[..., nnx.Module], spec: InputSpec, name: str) -> Model:
-  return from_nnx(constructor, spec, name=name)
 
 
 def _construct(constructor: Callable[..., Any], rngs: nnx.Rngs) -> nnx.Module:
@@ -132,7 +131,7 @@ def _shapes(constructor: Callable[..., Any], name: str | None) -> tuple[type, Pa
   except ConfigError:
     raise
   except Exception as error:  # whatever the caller's code raises
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     raise ConfigError(f"the constructor cannot make a module from rngs: {reason}") from error
   kind, parts = found
   return kind, parts._replace(params=params, statistics=statistics, streams=streams)
@@ -160,25 +159,14 @@ def _split(module: nnx.Module, name: str | None) -> Parts:
 
 def _arrays(state: nnx.State) -> dict[str, Any]:
   """Returns a state's arrays as plain dicts, in which the places of a list are words: "0", "1"."""
-  tree: dict[str, Any] = {}
-  for path, variable in nnx.to_flat_state(state):
-    *parents, last = map(str, path)
-    node = tree
-    for part in parents:
-      node = node.setdefault(part, {})
-    node[last] = variable.get_value()
-  return tree
+  return unflatten_dict({tuple(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)})
 
 
 def _filled(state: nnx.State, tree: Mapping[str, Any]) -> nnx.State:
   """Returns a state with the arrays of a tree that `_arrays` made."""
-  found = {}
-  for path, variable in nnx.to_flat_state(state):
-    leaf: Any = tree
-    for part in path:
-      leaf = leaf[str(part)]
-    found[path] = variable.replace(leaf)
-  return nnx.from_flat_state(found)
+  leaves = flatten_dict(tree)
+  flat = nnx.to_flat_state(state)
+  return nnx.from_flat_state({path: value.replace(leaves[tuple(map(str, path))]) for path, value in flat})
 
 
 def _seeded(streams: nnx.State, key: jax.Array) -> nnx.State:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from ban_jax import devices, errors, trees
-from ban_jax.errors import ConfigError
+from ban_jax.errors import ConfigError, first_line
 from ban_jax.models import common, program
 from ban_jax.types import Dataset, Generation, InputSpec, Model, Network, Program, Recipe
 
@@ -82,7 +82,8 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
   model, called = _of_module(module, spec, name)
   with _momenta() as momenta:
     found = examine(model, called)
-  model = model._replace(program=found, momentum=max(momenta), recipe=Recipe(_again, module, spec, name))
+  recipe = Recipe(functools.partial(from_flax, name=name), module, spec)
+  model = model._replace(program=found, momentum=max(momenta), recipe=recipe)
   try:
     same = _same(module, spec, name, model.program)
   except TypeError:  # a field of the module cannot be hashed: equal modules then compile again
@@ -91,10 +92,6 @@ def from_flax(module: nn.Module, spec: InputSpec | Dataset, *, name: str | None 
     check_rows(model, random_variables(model.shapes))
     same.append(model)
   return same[0]
-
-
-def _again(module: nn.Module, spec: InputSpec, name: str) -> Model:
-  return from_flax(module, spec, name=name)
 
 
 @functools.lru_cache
@@ -244,7 +241,7 @@ def examine(model: Model, called: str = "") -> Program:
 
 
 def _failed(model: Model, doing: str, error: Exception) -> ConfigError:
-  size, reason = "x".join(map(str, model.spec.shape)), (str(error) or type(error).__name__).splitlines()[0]
+  size, reason = "x".join(map(str, model.spec.shape)), first_line(error)
   hint = f'; batch statistics are synchronised by axis_name="{devices.AXIS}"' if "unbound axis" in reason else ""
   read = f"{_noun(model)}s of {size}{' tokens' * (model.spec.kind == 'tokens')}"
   return ConfigError(f"model {model.name!r} cannot be {doing} {read}: {reason}{hint}")

@@ -29,7 +29,7 @@ class StackOptions:
   cudnn_dtype: ClassVar[Any] = jnp.float32
 
   def __post_init__(self):
-    common.check_positive(units=self.units, layers=self.layers)
+    common.check_at_least(1, units=self.units, layers=self.layers)
     common.check_dropout(self.dropout)
     common.check_finite_positive(init_scale=self.init_scale)
     common.check_bool(cudnn=self.cudnn)

@@ -35,8 +35,8 @@ class ResNetOptions:
     if not isinstance(self.blocks, tuple) or not self.blocks:
       raise ConfigError(f"model.blocks={self.blocks}: the number of blocks of each stage is expected")
     for blocks in self.blocks:
-      common.check_positive(blocks=blocks)
-    common.check_positive(width=self.width)
+      common.check_at_least(1, blocks=blocks)
+    common.check_at_least(1, width=self.width)
     common.check_bool(bottleneck=self.bottleneck, projection=self.projection, zero_scale=self.zero_scale)
     common.check_bool(preactivation=self.preactivation)
     if self.preactivation and (self.bottleneck, self.projection, self.zero_scale) != (False, True, False):

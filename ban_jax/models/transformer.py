@@ -25,7 +25,7 @@ class TransformerOptions:
   cudnn_dtype: ClassVar[Any] = jnp.bfloat16
 
   def __post_init__(self):
-    common.check_positive(width=self.width, layers=self.layers, heads=self.heads)
+    common.check_at_least(1, width=self.width, layers=self.layers, heads=self.heads)
     if self.width % self.heads:
       raise ConfigError(f"model.width={self.width}: a multiple of model.heads={self.heads} is expected")
     common.check_dropout(self.dropout)

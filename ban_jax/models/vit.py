@@ -24,7 +24,7 @@ class ViTOptions(transformer.TransformerOptions):
 
   def __post_init__(self):
     super().__post_init__()
-    common.check_positive(patch=self.patch)
+    common.check_at_least(1, patch=self.patch)
 
 
 class ViT(nn.Module):

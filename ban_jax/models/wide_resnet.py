@@ -27,7 +27,7 @@ class WideResNetOptions:
       )
     if self.width < 1:
       raise ConfigError(f"model.width={self.width}: a Wide-ResNet's width factor is at least 1")
-    common.check_positive(depth=self.depth, width=self.width)
+    common.check_at_least(1, depth=self.depth, width=self.width)
     common.check_dropout(self.dropout)
 
 

@@ -393,12 +393,10 @@ def of_record(values: Mapping[str, Any]) -> ConfigDict:
   config = base.get_config()
   if values["data.name"] == "own":
     _own(config)
-  config.teacher.model = None
-  with config.unlocked():
-    for group, name in ((config, "model"), (config.teacher, "teacher.model")):
-      options = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-      if options:
-        group.model = ConfigDict({"name": "own"} if options["name"] == "own" else _tuples(options))
+  for group, name in ((config, "model"), (config.teacher, "teacher.model")):
+    options = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+    if options:
+      group.model = ConfigDict({"name": "own"} if options["name"] == "own" else _tuples(options))
   known = flatten_dict(config.to_dict(), sep=".")
   given = ("model.", "teacher.model", "dataset.", "optim.own")
   plain = {key: value for key, value in values.items() if not key.startswith(given)}

@@ -25,7 +25,6 @@ from ban_jax.storage.files import (
   storage_errors,
   write_bytes,
   write_json,
-  write_text,
 )
 from ban_jax.storage.finished import (
   check_lineage,
@@ -39,30 +38,3 @@ from ban_jax.storage.finished import (
 )
 from ban_jax.storage.steps import open_steps, restore_newest, save_step
 from ban_jax.storage.workdir import begin, open_workdir, resolve_workdir
-
-__all__ = [
-  "begin",
-  "check_lineage",
-  "damage",
-  "finish",
-  "first_line",
-  "load",
-  "load_together",
-  "network_record",
-  "numbers",
-  "open_steps",
-  "open_workdir",
-  "provenance",
-  "read_json",
-  "read_records",
-  "remove_leftovers",
-  "remove_partial",
-  "resolve_workdir",
-  "restore_newest",
-  "save_step",
-  "standard",
-  "storage_errors",
-  "write_bytes",
-  "write_json",
-  "write_text",
-]

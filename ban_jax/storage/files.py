@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ban_jax.errors import BanError, StorageError
+from ban_jax.errors import BanError, StorageError, first_line
 from ban_jax.trees import standard
 
 # How a file is called until it is whole.
@@ -39,14 +39,10 @@ def remove_partial(directory: epath.Path, seconds: float = 0.0) -> None:
           path.unlink()
 
 
-def write_text(path: epath.Path, text: str) -> None:
-  """Writes a text as UTF-8, whole or not at all."""
-  write_bytes(path, text.encode())
-
-
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes a value as `trees.standard` JSON, whole or not at all."""
-  write_text(path, json.dumps(standard(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+  text = json.dumps(standard(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
+  write_bytes(path, text.encode())
 
 
 def read_json(path: epath.Path) -> Any:
@@ -87,14 +83,9 @@ def storage_error(directory: epath.Path, error: Exception) -> StorageError:
 
 
 def damage(error: Exception) -> str:
-  """Returns what an error of reading says about a damaged file; raises it again where the file may be sound."""
+  """Describes a damaged file by the error of reading it; raises the error again where the file may be sound."""
   missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
   failing = isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError) or "Gloo" in str(error)
   if failing and not missing:
     raise error
   return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-  """Returns an error's first line, cut short."""
-  return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -22,8 +22,8 @@ from ban_jax.storage.files import (
   remove_partial,
   standard,
   storage_errors,
+  write_bytes,
   write_json,
-  write_text,
 )
 from ban_jax.types import Generation, InputSpec, Network, Program
 from ban_jax.version import __version__
@@ -42,7 +42,7 @@ def finish(directory: epath.Path, generation: Generation, manifest: Mapping[str,
     metrics, history = dict(generation.metrics), list(generation.history)
     write_json(directory / "metrics.json", metrics)
     lines = (json.dumps(standard(row), allow_nan=False) + "\n" for row in history)
-    write_text(directory / "history.jsonl", "".join(lines))
+    write_bytes(directory / "history.jsonl", "".join(lines).encode())
     digests = {"digest": trees.digest(generation.params), "records_digest": trees.json_digest([metrics, history])}
     if generation.network is not None:
       network = network_record(generation.network)

@@ -152,8 +152,9 @@ def begin(workdir: epath.Path, generation: int, teachers: Sequence[str]) -> None
 def _beginning(workdir: epath.Path) -> tuple[int | None, list[str] | None, list[str] | None]:
   """Returns a run's first generation, or None; its teachers' digests; and those of the generations that it holds.
 
-  Digests are None where they are not known: a manifest that cannot be read is reported where it is loaded. An earlier
-  version kept no record: then it is the first that is there, unless 0 may have been removed to be trained again.
+  Digests are None where they are not known: a manifest that cannot be read is reported where it is loaded.
+  `train_generation` keeps no record: then it is the first that is there, unless 0 may have been removed to be trained
+  again.
   """
   begun = {int(path.name[4:]): path for path in workdir.glob("gen_*") if path.name[4:].isdecimal()}
   digests: list[str] | None = None

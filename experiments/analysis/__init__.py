@@ -1,1 +1,1 @@
-"""What can be counted on a step without running it: operations, memory, exchanged bytes."""
+"""What bench.py and parameters.py measure and count: cases, sizes, readers, and their PyTorch equivalents."""

@@ -115,20 +115,17 @@ def _synthetic(group: tuple[tuple[str, Any], ...]) -> Dataset:
     options = images.Options(**{key: group[key] for key in images.Options._fields})
     options = options._replace(augment=augment.choose(options.augment, group))
     return images.build(group["name"], pool, images.take(pool, np.arange(1)), num_classes=classes, options=options)
-  words = known.spec.words
-  # A line's end is a token, too.
-  line = [words[number] for number in rng.integers(0, classes, known.splits["train"]["tokens"].shape[0] - 2)]
-  window = line[: group["window"] - 1]
-  lines = {"train": [line], "validation": [window], "test": [window]}
+  tokens = rng.integers(0, classes, known.splits["train"]["tokens"].shape, np.int32)
+  window = tokens[: group["window"] + 1]
   options = text.Options(**{key: group[key] for key in text.Options._fields})
-  return text.build(group["name"], lines, words, options=options)
+  return text.of_streams(
+    group["name"], {"train": tokens, "validation": window, "test": window}, known.spec, options=options
+  )
 
 
 def setup_of(cfg: ConfigDict, devices: Devices) -> Setup:
   """Returns a configuration's Setup on synthetic data."""
-  config.check_batch_size(cfg.train.batch_size, devices)
-  dataset = synthetic(cfg.data)
-  return Setup(cfg, dataset, resolving.make_models(cfg, dataset.spec, devices=devices), devices)
+  return resolving.resolve(cfg, devices, load=synthetic)
 
 
 def job_of(kind: Kind, setup: Setup) -> Job:

@@ -114,7 +114,7 @@ def _claim(
 
 
 def _stream(node: Node) -> tuple:
-  """Returns what students share that can learn from one recording: teacher, seed and generation; None: nothing."""
+  """Returns what students share that can learn from one recording: teacher, seed, generation and batch."""
   cfg = node.cfg
   if node.teacher is None or cfg.data.window or not losses.make_loss(cfg.loss).needs_teacher:
     return (node.path,)  # of its own; recorded logits over all words would take more room than they save time
