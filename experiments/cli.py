@@ -45,6 +45,14 @@ ONEDNN = flags.DEFINE_bool(
   "Use oneDNN's convolutions on CPU: from JAX 0.12 on, steps of narrow networks are 15% faster, but programs cannot be "
   "kept in the compilation cache. XLA_FLAGS that name oneDNN win.",
 )
+VMEM = flags.DEFINE_integer(
+  "vmem_kib",
+  0,
+  "On TPUs, KiB of a chip's vector memory that one fused operation may use; 0: the compiler's own limit. By the "
+  "compiler's estimate 65536 makes steps of Wide-ResNets up to 18% cheaper, those of DenseNets and LSTMs 5% dearer. "
+  "LIBTPU_INIT_ARGS that name the limit win.",
+  lower_bound=0,
+)
 PROFILE = flags.DEFINE_string(
   "profile", None, "Directory for a profiler's trace of a few steps, after those that compile and warm up."
 )
@@ -73,9 +81,10 @@ def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   _check_processes()
   chips.describe_host()
   memory.keep_programs()
-  _add_xla_flags("xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
+  limit_vmem()
+  _add_flags("XLA_FLAGS", "xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
   if ONEDNN.value:
-    _add_xla_flags("onednn", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true")
+    _add_flags("XLA_FLAGS", "onednn", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true")
   if KEEP_MEMORY.value:
     memory.keep_freed_memory()
   if DEVICES.value < 0:
@@ -98,11 +107,17 @@ def start_jax(*, side_by_side: bool = False) -> tuple[jax.Device, ...]:
   return tuple(devices)
 
 
-def _add_xla_flags(word: str, added: str) -> None:
-  """Adds flags to XLA_FLAGS, unless the user's own contain the word."""
-  own = os.environ.get("XLA_FLAGS", "")
+def limit_vmem() -> None:
+  """Tells libtpu, before it is loaded, how much of a chip's vector memory one fused operation may use."""
+  if VMEM.value:
+    _add_flags("LIBTPU_INIT_ARGS", "xla_tpu_scoped_vmem_limit_kib", f"--xla_tpu_scoped_vmem_limit_kib={VMEM.value}")
+
+
+def _add_flags(variable: str, word: str, added: str) -> None:
+  """Adds flags to an environment variable, unless the user's own contain the word."""
+  own = os.environ.get(variable, "")
   if word not in own:
-    os.environ["XLA_FLAGS"] = f"{own} {added}".strip()
+    os.environ[variable] = f"{own} {added}".strip()
 
 
 def _check_processes() -> None:

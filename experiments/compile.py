@@ -125,6 +125,7 @@ def main() -> None:
   if unknown := set(PROGRAMS.value) - set(known):
     raise ConfigError(f"--programs: {choices(unknown)}: expected some of {choices(known)}")
   jax.config.update("jax_platforms", "cpu")
+  cli.limit_vmem()
   where = chips.find(TOPOLOGY.value)
   setup = resolving.resolve(CONFIG.value, where.devices, load=data.describe)
   check_lstms(setup.cfg)

@@ -93,10 +93,13 @@ def test_what_a_program_takes_of_a_chip_is_told_by_kind(looked, run, name):
 
 @needs_libtpu
 def test_bytes_by_kind_add_up_to_the_compiler_s_own_number(tmp_path):
-  given = [*TEXT, "--programs=student", f"--out={tmp_path}/out.json", f"--cache={tmp_path}/cache"]
+  given = [*TEXT, "--programs=student", f"--out={tmp_path}/out.json", f"--cache={tmp_path}/cache", "--vmem_kib=65536"]
   done = compile_py("v5e:1x1", *given)
   assert done.returncode == 0, done.stderr
-  (report,) = json.loads((tmp_path / "out.json").read_text())["programs"]
+  answer = json.loads((tmp_path / "out.json").read_text())
+  (report,) = answer["programs"]
+  assert answer["libtpu_flags"] == "--xla_tpu_scoped_vmem_limit_kib=65536"
+  assert f"LIBTPU_INIT_ARGS={answer['libtpu_flags']}" in done.stdout
   (kept,) = (tmp_path / "cache").iterdir()
   size = json.loads(gzip.decompress(kept.read_bytes()))["memory"]
   total = size["argument"] + size["output"] - size["alias"] + size["temp"] + size["generated_code"]
@@ -285,6 +288,19 @@ def test_a_compiler_that_trades_time_for_memory_is_followed():
 
 
 HOURS = 3 * 3600
+
+
+@needs_libtpu
+@pytest.mark.compiler
+def test_a_wide_resnet_takes_fewer_cycles_where_fusions_may_use_more_of_the_chip_s_memory(tmp_path):
+  options = ["model.width=4", "model.dropout=0.3", "compute_dtype=bfloat16", "train.steps_per_dispatch=1"]
+  config = ["configs/cifar.py:cifar10,wrn_16_1,paper", *(f"--config.{option}" for option in options)]
+  done = compile_py(
+    "v5e:1x1", *config, "--programs=student", "--vmem_kib=65536", f"--out={tmp_path}/out.json", timeout=HOURS
+  )
+  assert done.returncode == 0, done.stderr
+  (report,) = json.loads((tmp_path / "out.json").read_text())["programs"]
+  assert report["cycles"] < 6.9e6
 
 
 @needs_libtpu
