@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from scipy import stats
 
 from ban_jax import storage
 from ban_jax.errors import ConfigError
@@ -107,6 +106,8 @@ def _card(generations: Sequence[Generation], manifests: Sequence[Mapping[str, An
 
 
 def _table(generations: Sequence[Generation]) -> str:
+  from scipy import stats  # takes a second to import
+
   columns = {key: title for key, title in COLUMNS.items() if any(key in one.metrics for one in generations)}
   rows = [["", "error %", *columns.values(), "examples"]]
   rows.append(["---"] * len(rows[0]))

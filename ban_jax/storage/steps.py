@@ -110,7 +110,7 @@ def _restore(
   if record.pop("structure") != trees.structure(target):
     raise CheckpointError(
       f"checkpoint {manager.directory}/{step} holds a tree of another structure, as another version of the program or "
-      "of a package would save it; resume with that version, or give another workdir"
+      "of a package would save it; go on with that version, or give another workdir"
     )
   try:
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
