@@ -4,6 +4,8 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -78,6 +80,13 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
   except ValueError as error:
     raise ConfigError(f"{name}: expected True or False, not {type(value).__name__}") from error
+
+
+def check_bool(name: str, value: Any) -> bool:
+  """Returns True or False as a bool, NumPy's too; raises a ConfigError for anything else."""
+  if not isinstance(value, bool | np.bool_):
+    raise ConfigError(f"{name}={value!r}: expected True or False")
+  return bool(value)
 
 
 def check_whole(name: str, value: Any, least: int, note: str = "") -> int:

@@ -26,6 +26,15 @@ GROUPED = ("loss", "error", "nll", "ece", "brier", "perplexity", "bits_per_byte"
 Writer = Callable[[int, Mapping[str, float]], Any]
 
 
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+  """Turns an OSError of the caller's function into a StorageError that names it: the workdir is sound."""
+  try:
+    yield
+  except OSError as error:
+    raise StorageError(f"{what} failed: {error}; what the run saved before is intact") from error
+
+
 class Watch(NamedTuple):
   """The caller's functions that a training calls after each epoch, in the first process of several."""
 
@@ -35,11 +44,8 @@ class Watch(NamedTuple):
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Calls the writers; raises a StorageError if one of them cannot write."""
     for writer in self.writers:
-      try:
+      with _named(f"the writer {getattr(writer, '__name__', type(writer).__name__)}"):
         writer(step, dict(scalars))
-      except OSError as error:
-        name = getattr(writer, "__name__", type(writer).__name__)
-        raise StorageError(f"the writer {name} failed: {error}; what the run saved before is intact") from error
 
   def stops(self, history: Sequence[Mapping[str, float]]) -> bool:
     """Returns whether `on_epoch` asks to end the training, the same in all processes."""
@@ -47,10 +53,8 @@ class Watch(NamedTuple):
       return False
     asked = False
     if processes.is_primary():
-      try:
+      with _named("on_epoch"):
         asked = bool(self.on_epoch(tuple(map(dict, history))))
-      except OSError as error:
-        raise StorageError(f"on_epoch failed: {error}; what the run saved before is intact") from error
     return processes.on_any_process(asked)
 
 

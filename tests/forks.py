@@ -60,7 +60,7 @@ class Fork:
     return self.returncode
 
 
-def run(arguments: list[str], cwd: str | os.PathLike = "/", timeout: int = 900) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], cwd: str | os.PathLike = "/", timeout: int = 300) -> subprocess.CompletedProcess[str]:
   """Runs a command line that begins with `sys.executable`, like `subprocess.run` with the output as text."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)

@@ -54,7 +54,7 @@ CYCLES = {
 }
 
 
-def compile_py(topology, config, *more, timeout=900):
+def compile_py(topology, config, *more, timeout=300):
   command = [sys.executable, str(ROOT / "experiments" / "compile.py"), f"--config={ROOT}/{config}"]
   return forks.run([*command, f"--topology={topology}", "--noprogress", *more], timeout=timeout)
 

@@ -55,7 +55,7 @@ def start(workdir, *flags, command=COMMAND):
 
 
 def finish(process):
-  out, err = process.communicate(timeout=900)
+  out, err = process.communicate(timeout=300)
   return process.returncode, out, err
 
 
@@ -345,7 +345,7 @@ def test_a_full_disk_ends_with_an_error_and_the_run_goes_on_once_there_is_room(t
   command = [*with_one_cache(COMMAND), f"--workdir={disk}/run", "--config.train.checkpoint_every=1", wide]
   done = subprocess.run(
     ["unshare", "-rm", "bash", "-c", FULL_DISK, "full", str(disk), *command],
-    capture_output=True, text=True, timeout=900, check=False,
+    capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   read = lambda name: pathlib.Path(f"{disk}.{name}").read_text()  # noqa: E731
@@ -385,7 +385,7 @@ def test_a_disk_that_events_fill_ends_the_run_and_nothing_is_printed_after_the_m
   code = EVENTS.replace("DISK", repr(str(tmp_path)))
   done = subprocess.run(
     ["unshare", "-rm", "bash", "-c", script, "full", tmp_path, sys.executable, code],
-    capture_output=True, text=True, timeout=600, check=False, cwd=ROOT,
+    capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
   )  # fmt: skip
   assert done.returncode == 74, done.stderr
   assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} cannot be read or written: [Errno 28] No space")

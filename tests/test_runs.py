@@ -229,7 +229,7 @@ def test_home_directories_and_a_broken_table_cache(finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "run")
   (tmp_path / "run" / "evaluations.json").write_text("garbage")
   done = subprocess.run(
-    [*COMMAND, "--workdir=~/run", "--config.train.epochs=4"], cwd="/", capture_output=True, text=True, timeout=900,
+    [*COMMAND, "--workdir=~/run", "--config.train.epochs=4"], cwd="/", capture_output=True, text=True, timeout=300,
     env={**os.environ, "HOME": str(tmp_path)},
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

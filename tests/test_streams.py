@@ -191,7 +191,7 @@ def in_processes(folder, count, *arguments):
     subprocess.Popen([sys.executable, "-c", PROCESSES, *one], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for one in given
   ]
-  answers = [process.communicate(timeout=900)[0].splitlines()[-1].split() for process in started]
+  answers = [process.communicate(timeout=300)[0].splitlines()[-1].split() for process in started]
   assert [process.returncode for process in started] == [0] * count
   return answers
 

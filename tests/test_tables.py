@@ -253,7 +253,7 @@ def test_two_processes_on_one_workdir_divide_a_table(made, workdir, tmp_path):
     )
     for number in (1, 2)
   ]
-  outputs = [shard.communicate(timeout=900) for shard in shards]
+  outputs = [shard.communicate(timeout=300) for shard in shards]
   for shard, (_, errors) in zip(shards, outputs, strict=True):
     assert shard.returncode == 0, errors
   trained = [int(out.split(" generations were trained")[0].split("\n")[-1].split(" of ")[0]) for out, _ in outputs]

@@ -11,7 +11,7 @@ from ban_jax import devices as devices_lib
 from ban_jax.data import augment as augment_lib
 from ban_jax.data import images, noise
 from ban_jax.data.arrays import as_array
-from ban_jax.errors import ConfigError, DataError, check_name, check_whole, choices, look_up
+from ban_jax.errors import ConfigError, DataError, check_bool, check_name, check_whole, choices, look_up
 from ban_jax.keys import KEYS
 from ban_jax.types import Dataset
 
@@ -106,8 +106,7 @@ def _options(
   look_up(noise.KINDS, noise_kind, "noise_kind")
   if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise < 1:
     raise ConfigError(f"label_noise={label_noise!r}: expected a share in [0, 1)")
-  if not isinstance(flip, bool | np.bool_):
-    raise ConfigError(f"flip={flip!r}: expected True or False")
+  check_bool("flip", flip)
   return images.Options(
     validation=share,
     train_examples=check_whole("train_examples", train_examples, 0),

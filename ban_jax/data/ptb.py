@@ -27,8 +27,7 @@ def load(*, dir: str, options: text.Options) -> Dataset:
   or unreadable, for a word that is not in the vocabulary, and for an `<eos>` that is there already.
   """
   paths = text_files.find("ptb", dir, FILES, "the Penn Treebank in Mikolov's split")
-  contents = {split: _read(path) for split, path in paths.items()}
-  lines = {split: text.lines_of(f"ptb: {paths[split]}", content) for split, content in contents.items()}
+  lines = {split: _read_lines(path) for split, path in paths.items()}
   known = {EOS, *(word for line in lines["train"] for word in line)}
   for split, path in paths.items():
     for number, line in enumerate(lines[split], 1):
@@ -42,8 +41,7 @@ def load(*, dir: str, options: text.Options) -> Dataset:
     logger.warning(
       "ptb: %s holds %s tokens, not the %s of Mikolov's split: results are not the paper's", dir, sizes, SIZES
     )
-  # Perplexities of words are what is published, so nothing is said of bytes and characters.
-  return reading.build("ptb", contents, reading.Reading("words", eos=True), options=options)._replace(written={})
+  return reading.build("ptb", lines, reading.Reading("words", eos=True), options=options)
 
 
 def describe(options: text.Options) -> Dataset:
@@ -62,10 +60,10 @@ def made_up_words() -> tuple[str, ...]:
   return words + tuple(characters[0] * 2 + str(number) for number in range(WORDS - len(words)))
 
 
-def _read(path: pathlib.Path) -> str:
-  """Returns a file's text; raises DataError with the file's name and, if known, the line."""
+def _read_lines(path: pathlib.Path) -> text.Lines:
+  """Returns the words of each line of a file; raises DataError with the file's name and, if known, the line."""
   content = text_files.read("ptb", path)
-  found = text_files.decoded(f"ptb: {path}", content)
-  if not found.strip():
+  lines = text.lines_of(f"ptb: {path}", text_files.decoded(f"ptb: {path}", content))
+  if not any(lines):
     raise DataError(f"ptb: {path}: expected text, but there is no word in the file's {len(content)} bytes")
-  return found
+  return lines

@@ -45,19 +45,18 @@ def load(options: Options) -> Dataset:
     raise DataError("pydoc: this Python comes without its manual (module pydoc_data.topics)") from error
   lines = {split: [line for part in parts.values() for line in part] for split, parts in split_topics(topics).items()}
   read = text.Options(options.train_examples, options.window)
-  if options.tokens == "words":
-    counts = collections.Counter(word for line in lines["train"] for word in line)
-    lines = {
-      split: [[word if counts[word] >= RAREST else UNKNOWN for word in line] for line in part]
-      for split, part in lines.items()
-    }
-  parts = {split: "".join(f"{' '.join(line)}\n" for line in part) for split, part in lines.items()}
-  if options.tokens == "words":
-    return reading.build("pydoc", parts, reading.Reading("words", eos=True), options=read)._replace(written={})
-  if options.tokens == "characters":
-    return reading.build("pydoc", parts, reading.Reading("characters", unknown=True), options=read)
-  content = {split: part.encode() for split, part in parts.items()}
-  return reading.build("pydoc", content, reading.Reading("bytes"), options=read)
+  if options.tokens != "words":
+    parts = {split: "".join(f"{' '.join(line)}\n" for line in part) for split, part in lines.items()}
+    if options.tokens == "characters":
+      return reading.build("pydoc", parts, reading.Reading("characters", unknown=True), options=read)
+    content = {split: part.encode() for split, part in parts.items()}
+    return reading.build("pydoc", content, reading.Reading("bytes"), options=read)
+  counts = collections.Counter(word for line in lines["train"] for word in line)
+  lines = {
+    split: [[word if counts[word] >= RAREST else UNKNOWN for word in line] for line in part]
+    for split, part in lines.items()
+  }
+  return reading.build("pydoc", lines, reading.Reading("words", eos=True), options=read)
 
 
 def split_topics(topics: Mapping[str, str]) -> dict[str, dict[str, text.Lines]]:

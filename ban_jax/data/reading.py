@@ -13,7 +13,7 @@ from ban_jax.errors import ConfigError, DataError
 from ban_jax.types import Dataset, InputSpec
 
 UNITS = ("words", "characters", "bytes")
-Content = str | bytes | np.ndarray  # a text, its bytes, or its tokens
+Content = str | text.Lines | bytes | np.ndarray  # a text, the words of its lines, its bytes, or its tokens
 
 
 class Reading(NamedTuple):
@@ -35,8 +35,9 @@ class Reading(NamedTuple):
 def build(name: str, parts: Mapping[str, Content], how: Reading, *, options: text.Options) -> Dataset:
   """Returns the Dataset of the splits' texts: str of words and characters, bytes, or whole numbers [N].
 
-  A tokenizer reads str; its tokens may also be given. Raises a DataError for a text without a token and for what the
-  vocabulary or tokenizer does not know, and a ConfigError for options that do not fit the text.
+  With `how.eos` also the words of each line. A tokenizer reads str; its tokens may also be given. Raises a DataError
+  for a text without a token and for what the vocabulary or tokenizer does not know, and a ConfigError for options that
+  do not fit the text.
   """
   if how.unit in ("words", "characters"):
     streams, words = _by_vocabulary(name, parts, how)
@@ -82,12 +83,10 @@ def _by_vocabulary(
 
 def _units(what: str, part: Content, how: Reading) -> Sequence[str]:
   """Returns a text's characters, or words."""
-  assert isinstance(part, str), "what words and characters are read from"
-  if how.unit == "characters":
-    return part
-  if not how.eos:
-    return part.split()
-  lines = text.lines_of(what, part)
+  assert isinstance(part, str | list), "what words and characters are read from"
+  if isinstance(part, str) and not how.eos:
+    return part if how.unit == "characters" else part.split()
+  lines = text.lines_of(what, part) if isinstance(part, str) else part
   return [word for line in lines for word in (*line, EOS)] if any(lines) else []
 
 
@@ -95,6 +94,7 @@ def _numbers(what: str, part: Content, how: Reading) -> Int32[np.ndarray, " N"]:
   """Returns a text's bytes, or what a tokenizer makes of it; tokens as they are."""
   if isinstance(part, bytes):
     return np.frombuffer(part, np.uint8).astype(np.int32)
+  assert not isinstance(part, list), "words, which have a vocabulary"
   found = tokens.encoded(what, tokens.tokenizer(how.own), part) if isinstance(part, str) else part
   return tokens.checked(what, found, how.most or None)
 
@@ -103,7 +103,7 @@ def _written(part: Content) -> dict[str, int]:
   """Returns the bytes and characters that a text is written in, as far as they are known."""
   if isinstance(part, str):
     return {"byte": len(part.encode()), "character": len(part)}
-  if isinstance(part, np.ndarray):
+  if isinstance(part, list | np.ndarray):
     return {}
   try:
     return {"byte": len(part), "character": len(part.decode())}

@@ -16,7 +16,7 @@ from ban_jax import workers as workers_lib
 from ban_jax.data import images, own
 from ban_jax.data.arrays import digest, make_read_only
 from ban_jax.data.decoding import VIEWS, Form, Reader
-from ban_jax.errors import ConfigError, DataError, check_name, check_whole, choices
+from ban_jax.errors import ConfigError, DataError, check_bool, check_name, check_whole, choices
 from ban_jax.types import Dataset, InputSpec, Stream
 
 # Decoded bytes of the training examples, evenly spaced, that the mean and the deviation are of; of all if there are no
@@ -124,8 +124,6 @@ def from_source(
     200
   """
   check_name(name, "names the data set in messages")
-  if not isinstance(flip, bool | np.bool_):
-    raise ConfigError(f"flip={flip!r}: expected True or False")
   if view not in VIEWS:
     raise ConfigError(f"view={view!r}: expected one of: {choices(VIEWS)}")
   if view == "crops" and not size:
@@ -137,7 +135,7 @@ def from_source(
   classes = _num_classes(name, sources) if num_classes is None else check_whole("num_classes", num_classes, 2)
   form = Form(check_whole("size", size, 0), view, channels)
   chosen = own.augmentations(augment)
-  options = images.Options(0.0, 0, check_whole("pad", pad, 0), bool(flip), augment=chosen)
+  options = images.Options(0.0, 0, check_whole("pad", pad, 0), check_bool("flip", flip), augment=chosen)
   dataset = build(name, sources, classes, form, options, keys=keys, workers=check_whole("workers", workers, 0))
   kept = {"name": name, "pad": options.pad, "flip": options.flip, **form._asdict(), "stream": True}
   return dataset._replace(options=kept | ({"augment": chosen} if chosen else {}))

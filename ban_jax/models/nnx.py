@@ -1,6 +1,5 @@
 """Networks of one's own in Flax NNX: a module's constructor as a Model, and a module as a fixed teacher."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
@@ -96,13 +95,16 @@ def from_nnx(module: Any, spec: InputSpec | Dataset, *, name: str | None = None)
   model = model._replace(program=examine(model, "" if given else f"called as module(x), {how}"))
   if not given:
     check_rows(model, random_variables(model.shapes))
-    again: Any = functools.partial(from_nnx, name=name)
-    return model._replace(recipe=Recipe(again, module, spec))
+    return model._replace(recipe=Recipe(_again, module, spec, name))
   params = trees.to_host(init(jax.random.key(0)), 0)
   check_rows(model, trees.to_plain(params))
   return Generation(
     0, params, {}, (), Network({"name": "own", "own": name}, "float32", spec, scaling, model.program, model)
   )
+
+
+def _again(constructor: Callable[..., nnx.Module], spec: InputSpec, name: str) -> Model:
+  return from_nnx(constructor, spec, name=name)
 
 
 def _construct(constructor: Callable[..., Any], rngs: nnx.Rngs) -> nnx.Module:
