@@ -29,6 +29,11 @@ class Chip(NamedTuple):
   flops_per_cycle: int = 0
   axes: int = 0  # of the torus that the chips of a pod are joined in
 
+  @property
+  def clock(self) -> float:
+    """Cycles a second, of TPUs."""
+    return self.peak / self.flops_per_cycle
+
 
 # Peaks from https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, and NVIDIA's data sheet (H100 SXM, dense).
 # Of a v4's 32 GiB, a v5e's 16, a v5p's 95 and a v6e's 32, the compiler keeps a part for itself.
@@ -38,6 +43,11 @@ CHIPS = {
   "v5p": Chip(int(95.74 * 2**30), 459e12, 2**18, 3),
   "v6e": Chip(int(31.25 * 2**30), 918e12, 2**19, 2),
   "h100": Chip(84_942_979_072, 989e12),
+}
+# What JAX calls the chips that it finds.
+DEVICE_KINDS = {
+  **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+  **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100"},
 }
 EXPECTED = "expected CHIPS:SHAPE as v5e:4x4, or CHIPS-NUMBER as v5e-16, with v4, v5e, v5p or v6e; or h100, or h100x8"
 # What keeps libtpu from asking a TPU machine about itself, and lets other processes compile at the same time.
@@ -94,6 +104,11 @@ def find(name: str) -> Slice:
   if chip.axes:
     return Slice(kind, chip, shape, _tpus(name, kind, shape), f"libtpu {version('libtpu')}")
   return Slice(kind, chip, shape, _gpus(shape[0]), f"XLA for GPUs of jaxlib {version('jaxlib')}")
+
+
+def of_device(device: jax.Device) -> Chip | None:
+  """Returns what is known of the chip that a device is; None for one that is not in CHIPS."""
+  return CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:

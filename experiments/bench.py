@@ -14,7 +14,10 @@ Sections:
   replay  the kinds of taught steps beside the supervised one: by one teacher and by three, live and recorded
   floor   a step beside the least time that it could take: its operations at the rate of a large matrix product, or the
           bytes that XLA's instructions read and write at the rate of a copy, whichever is more; both rates are measured
-          first. The bytes of a loop, as over an LSTM's window, are those of one turn
+          first. The bytes of a loop, as over an LSTM's window, are those of one turn. On TPUs also the cycles that
+          their compiler expects, at the chip's clock
+  memory  the MiB that the compiler says a step needs, and the most that were in use on a device until it ended: in the
+          first case of a command nothing else was. Not on CPUs, which do not say
   epoch   a step of an epoch of ban_jax.train, evaluation of one example included where a plateau schedule decides by
           it, and the same step on one mini-batch again and again
   feed    a mini-batch of images of 224 pixels as a stream brings them to the devices: JPEGs of many sizes in an
@@ -49,8 +52,10 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
-from ban_jax import data, storage, summary, train
+from ban_jax import chips, data, storage, summary, train
+from ban_jax import compiled as compiled_lib
 from ban_jax import devices as devices_lib
 from ban_jax.errors import ConfigError, look_up
 from ban_jax.job import Job
@@ -87,6 +92,7 @@ class Options(NamedTuple):
   torch: bool = True
   torch_compile: bool = True
   peak_tflops: float = 0.0
+  changes: Mapping[str, Any] = {}
   progress: bool = False
 
   @property
@@ -152,9 +158,15 @@ def release_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def configuration(options: Options, case: Case, changes: Mapping[str, Any] = {}, **more: Any) -> ConfigDict:
+  """Returns the configuration of a case, changed by the flags and by `changes`; `more` as `cases.configuration`'s."""
+  changes = {**options.changes, **changes}
+  return cases.configuration(case.row, batch=options.batch, dtype=case.dtype, changes=changes, **more)
+
+
 def job_of(options: Options, place: Place, case: Case, **changes: Any) -> Job:
   """Returns the job of a case, with changes of the configuration as `configuration` takes them."""
-  cfg = cases.configuration(case.row, batch=options.batch, dtype=case.dtype, **changes)
+  cfg = configuration(options, case, **changes)
   return cases.job_of(KINDS[case.kind], cases.setup_of(cfg, place.devices))
 
 
@@ -199,7 +211,7 @@ def torch_sides(options: Options, place: Place, case: Case) -> dict[str, Run]:
 
   if case.kind not in torch_networks.KINDS:
     return {}
-  cfg = cases.configuration(case.row, batch=options.batch, dtype=case.dtype)
+  cfg = configuration(options, case)
   ours, sides = make_models(cfg, data.describe(cfg.data).spec)[1], {}
   for name, compiled in {"PyTorch": False, "PyTorch, compiled": True}.items():
     if not compiled or options.torch_compile:
@@ -251,16 +263,44 @@ def floor(options: Options, place: Place) -> Iterator[Measurement]:
     job, kind, devices = job_of(options, place, case), KINDS[case.kind], len(place.devices)
     program = kind.program(job)
     compiled = program.step.lower(*program.arguments).compile()
+    estimate = _estimate(compiled.as_text(), place.devices[0])
     work = {"operations": count_flops(program), "bytes": compiled.cost_analysis()["bytes accessed"]}
     least = {
       what: 1e3 * amount * devices / rate for (what, amount), rate in zip(work.items(), rates[case.dtype], strict=True)
     }
     bound = max(least, key=least.get)
     seconds = take_turns({"ours": kind.run(job)}, options, steps_of(options, place))["ours"]
-    shown = ", ".join(f"{what} {number(milliseconds)} ms" for what, milliseconds in least.items())
+    shown = ", ".join(f"{what} {number(milliseconds)} ms" for what, milliseconds in (least | estimate).items())
     times = [1e3 * each for each in seconds]
     flops = work["operations"] * devices
     yield Measurement("floor", case, f"ms a step; {shown}", times, bound, [least[bound]] * len(times), flops)
+
+
+def _estimate(text: str, device: jax.Device) -> dict[str, float]:
+  """Returns the milliseconds of a compiled step by its compiler's estimate, which only those of TPUs give."""
+  chip = chips.of_device(device)
+  cycles = sum(each.cycles * each.times for each in compiled_lib.instructions(text))
+  return {"compiler's cycles": 1e3 * cycles / chip.clock} if chip and chip.flops_per_cycle and cycles else {}
+
+
+def memory(options: Options, place: Place) -> Iterator[Measurement]:
+  """Yields the MiB in use on a device beside those that the compiler expects of a step."""
+  for case in cases_of(options, place):
+    job, kind = job_of(options, place, case), KINDS[case.kind]
+    kind.run(job)(steps_of(options, place))
+    used = _most_used(place.devices[0])
+    if not used:
+      continue
+    program = kind.program(job, steps=0)
+    found = program.step.lower(*program.arguments).compile().memory_analysis()
+    sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, -found.alias_size_in_bytes)
+    expected = sum(sizes) + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+    yield Measurement("memory", case, "MiB", [used / 2**20], "compiler", [expected / 2**20])
+
+
+def _most_used(device: jax.Device) -> int:
+  """Returns the most bytes that were ever in use on a device; 0 for one that does not count them, as a CPU."""
+  return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def peak_rates(options: Options, place: Place, dtype: str) -> tuple[float, float]:
@@ -349,7 +389,8 @@ def feed(options: Options, place: Place) -> Iterator[Measurement]:
   yield Measurement("feed", Case("resident", "", "uint8"), f"ms for {batch} images", [1e3 * passed.seconds])
 
 
-SECTIONS = {"steps": steps, "replay": replay, "floor": floor, "epoch": epoch, "feed": feed}
+# The first one is that of memory, whose use does not fall again.
+SECTIONS = {"memory": memory, "steps": steps, "replay": replay, "floor": floor, "epoch": epoch, "feed": feed}
 
 
 def start_jax() -> Devices:
@@ -399,6 +440,7 @@ def describe(options: Options, place: Place, load: float) -> dict[str, Any]:
     "load": round(load, 2),
     "python": platform.python_version(),
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    "changes": dict(options.changes),
   }
 
 
@@ -411,6 +453,8 @@ def heading(settings: Mapping[str, Any]) -> str:
     f"Medians of {settings['turns']} turns of {settings['steps']} steps, {settings['clock']}; ratios are medians over "
     "turns, below 1 where ours takes less.",
   ]
+  if settings["changes"]:
+    lines.append("Changed: " + ", ".join(f"{key}={value}" for key, value in settings["changes"].items()) + ".")
   if settings["load"] > BUSY:
     lines.append(
       f"warning: the load average is above {BUSY}: other programs run. Wall times then say little; --processor_time is "
@@ -455,6 +499,7 @@ def define_flags() -> None:
   flags.DEFINE_float("feed_gb", default.feed_gb, "10^9 bytes of the memory map that is read.", lower_bound=0.0)
   flags.DEFINE_integer("feed_images", default.feed_images, "JPEGs of the file that is read.", lower_bound=1)
   flags.DEFINE_integer("batch", default.batch, f"Mini-batch; 0: {cases.IMAGES} images, or the preset's.", lower_bound=0)
+  flags.DEFINE_string("changes", "{}", "Values of the configuration to change, as JSON: dotted key -> value.")
   flags.DEFINE_bool("processor_time", default.processor_time, "Measure processor time, on one core and thread.")
   flags.DEFINE_bool("torch", default.torch, "Compare with PyTorch, and readers with Grain, where they are installed.")
   flags.DEFINE_bool("torch_compile", default.torch_compile, "Also compare with torch.compile.")
@@ -466,6 +511,7 @@ def read_flags() -> Options:
   """Returns the values of the flags; raises a ConfigError that lists the choices for a wrong name."""
   values = {name: getattr(flags.FLAGS, name) for name in Options._fields}
   values |= {name: tuple(dict.fromkeys(value)) for name, value in values.items() if isinstance(value, list)}
+  values["changes"] = cli.read_changes("--changes", values["changes"])
   for name, known in {"rows": ROWS, "kinds": KINDS, "sections": SECTIONS, "dtypes": DTYPES}.items():
     for value in values[name]:
       look_up(known, value, name.removesuffix("s"))

@@ -1,5 +1,6 @@
 """What the entry points share: starting JAX, parsing flags, and reporting a user's mistake without a traceback."""
 
+import json
 import logging
 import os
 import re
@@ -11,15 +12,15 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from ban_jax import chips, memory, processes, profiling
+from ban_jax import chips, config, memory, processes, profiling
 from ban_jax import devices as devices_lib
 from ban_jax.errors import BanError, ConfigError, PeerError, Preempted, StorageError, choices, first_line
 from experiments import interrupts
@@ -111,6 +112,29 @@ def limit_vmem() -> None:
   """Tells libtpu, before it is loaded, how much of a chip's vector memory one fused operation may use."""
   if VMEM.value:
     _add_flags("LIBTPU_INIT_ARGS", "xla_tpu_scoped_vmem_limit_kib", f"--xla_tpu_scoped_vmem_limit_kib={VMEM.value}")
+
+
+def read_changes(flag: str, text: str) -> dict[str, Any]:
+  """Returns configuration values by dotted key, which a flag gives as JSON; raises a ConfigError for anything else."""
+  try:
+    values = json.loads(text)
+  except ValueError as error:
+    raise ConfigError(f"{flag}: {error}") from error
+  if not isinstance(values, dict):
+    raise ConfigError(f'{flag}={text}: expected an object of values by key, as {{"train.epochs": 30}}')
+  return values
+
+
+def change(cfg: ConfigDict, changes: Mapping[str, Any], flag: str) -> None:
+  """Changes a configuration's values by dotted key; raises a ConfigError for a key or a type that it does not have."""
+  known = config.record(cfg)
+  for key, value in changes.items():
+    if key not in known:
+      raise ConfigError(f"{flag}: unknown configuration key {key!r}; choose one of: {choices(known)}")
+    try:
+      cfg.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    except (TypeError, ValueError) as error:
+      raise ConfigError(f"{flag}: {key}={json.dumps(value)}: expected a value like {known[key]!r}") from error
 
 
 def _add_flags(variable: str, word: str, added: str) -> None:

@@ -56,10 +56,7 @@ def settings(base: ConfigDict) -> Iterator[tuple[ConfigDict, dict[str, Any]]]:
   for seed in seeds():
     for changes in combinations(GRID.value):
       cfg = base.copy_and_resolve_references()
-      try:
-        cfg.update_from_flattened_dict(changes)
-      except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--grid={GRID.value}: {error}") from error
+      cli.change(cfg, changes, "--grid")
       cfg.seed = seed
       if cfg.data.label_noise:
         cfg.data.noise_seed = seed

@@ -40,7 +40,9 @@ def test_every_part_runs_and_is_reported(finished):
   assert "| steps   | lstm_200 | supervised | float32 |" in text
   found = json.loads((workdir / "accelerator.json").read_text())
   assert set(found["states"].values()) == {"finished"}
-  assert [(row["kind"], row["values"]) for row in found["numerics"]] == [("images", 6), ("text", 6)]
+  assert [(row["kind"], row["values"], row["repeated"]) for row in found["numerics"]] == [
+    ("images", 6, True), ("text", 6, None)
+  ]  # fmt: skip
   assert found["bench"]["lstm_200"]["measurements"][0]["ours"][0] > 0
   for number in (1, 3):
     lines = found["tables"][f"table{number}"].splitlines()
@@ -84,13 +86,13 @@ cli.run(accelerator.main)
 @pytest.mark.soak  # it waits for a slice of time
 def test_a_slice_ends_with_what_is_trained_saved(tmp_path):
   change = (
-    "found = found[:1]; found[0].commands[0].append('--config.train.epochs=100000'); "
+    "found = found[:1]; found[0].commands[0].line.append('--config.train.epochs=100000'); "
     "accelerator.GRACE, accelerator.LEAST = 60.0, 0.0"
   )
   workdir = tmp_path / "run"
   done = changed(change, "--minutes=1.6", workdir=workdir)
   assert done.returncode == 75, done.stderr
-  log = (workdir / "logs" / "numerics_images_cpu_0.log").read_text()
+  log = (workdir / "logs" / "numerics_images_cpu.log").read_text()
   assert "asked to end by SIGTERM or Ctrl-C: generation 0 is saved at step" in log
   assert any((workdir / "numerics" / "images_cpu" / "gen_0" / "steps").iterdir())
 
@@ -112,10 +114,24 @@ def test_numbers_that_differ_from_the_cpu_s_end_the_command(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_check_that_may_fail_is_named_and_the_others_go_on(tmp_path):
+  workdir = tmp_path / "run"
+  change = (
+    "command, *others = found[0].commands; command.line.append('--config.seed=-1'); "
+    "found = [found[0]._replace(commands=[command._replace(may_fail=True), *others], side_by_side=2)]"
+  )
+  done = changed(change, "--parts=numerics", workdir=workdir)
+  assert done.returncode == 0, done.stderr
+  text = (workdir / "accelerator.md").read_text()
+  assert f"- numerics, images, cpu failed with status 2: see {workdir}/logs/numerics_images_cpu.log" in text
+  assert [row["kind"] for row in json.loads((workdir / "accelerator.json").read_text())["numerics"]] == ["text"]
+
+
+@pytest.mark.slow
 def test_a_part_that_fails_names_its_log(tmp_path):
   workdir = tmp_path / "run"
-  done = changed("found[0].commands[0].append('--config.seed=-1')", workdir=workdir)
+  done = changed("found[0].commands[0].line.append('--config.seed=-1')", workdir=workdir)
   assert done.returncode == 3
-  log = workdir / "logs" / "numerics_images_cpu_0.log"
+  log = workdir / "logs" / "numerics_images_cpu.log"
   assert f"error: numerics, images, cpu failed with status 2: see {log}" in done.stderr
   assert "seed" in log.read_text()

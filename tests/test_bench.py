@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import types
 
 import forks
 import jax
@@ -110,6 +111,41 @@ def test_a_step_is_set_beside_the_least_that_its_work_takes(place):
   assert found.flops == 2 * count_flops(supervised.program(cases.job_of(supervised, setup)))
 
 
+def test_what_a_step_has_in_use_is_set_beside_what_its_compiler_expects(place, monkeypatch):
+  options = OPTIONS._replace(kinds=("supervised",))
+  assert not list(bench.memory(options, place))  # CPUs do not count
+  monkeypatch.setattr(bench, "_most_used", lambda device: 3 * 2**20)
+  (found,) = bench.memory(options, place)
+  assert (found.ours, found.against) == ([3.0], "compiler")
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(cases.job_of(
+    KINDS["supervised"], cases.setup_of(cases.configuration("tiny_lstm", batch=2), place.devices)).student.shapes
+  ))  # fmt: skip
+  assert found.other[0] > 4 * parameters / 2**20
+
+
+def test_a_compiler_s_cycles_are_shown_as_time_on_the_chips_that_have_a_known_clock():
+  text = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} fusion(%a), kind=kLoop, calls=%c, backend_config={"estimated_cycles":"1503000"}
+}"""
+  found = {
+    kind: bench._estimate(text, types.SimpleNamespace(device_kind=kind))
+    for kind in ("TPU v5 lite", "TPU v4", "NVIDIA H100 80GB HBM3", "cpu")
+  }
+  assert found["TPU v5 lite"] == {"compiler's cycles": pytest.approx(1.0, rel=1e-3)}  # 1.503 GHz
+  assert found["TPU v4"] == {"compiler's cycles": pytest.approx(1.503 / 1.049, rel=1e-3)}
+  assert found["cpu"] == {}
+  assert bench._estimate(text.replace("estimated_cycles", "none"), types.SimpleNamespace(device_kind="TPU v4")) == {}
+
+
+def test_a_changed_key_is_measured_and_shown(place):
+  options = OPTIONS._replace(changes={"model.units": 3, "data.augment": []})
+  case = bench.Case("tiny_lstm", "supervised", "float32")
+  assert bench.configuration(options, case).model.units == 3
+  assert bench.job_of(options, place, case).student.name == "lstm_2x3"
+  assert "Changed: model.units=3, data.augment=[]." in bench.heading(bench.describe(options, place, 0.0))
+
+
 def test_synthetic_data_have_the_shapes_of_the_real_ones():
   cfg = cases.configuration("wrn_16_1", batch=4, batches=3)
   dataset = cases.synthetic(cfg.data)
@@ -161,7 +197,14 @@ def test_an_unknown_row_is_refused_with_the_choices():
   [
     ("--rows=wrn", "unknown row 'wrn'; choose one of: cnn_lstm, densenet_40_12, "),
     ("--kinds=training", "unknown kind 'training'; choose one of: distilled, distilled_3, evaluation, replayed, "),
-    ("--sections=step", "unknown section 'step'; choose one of: epoch, feed, floor, replay, steps"),
+    ("--changes=[1]", '--changes=[1]: expected an object of values by key, as {"train.epochs": 30}'),
+    ("--changes={", "--changes: Expecting property name"),
+    (
+      '--changes={"model.unit": 3}',
+      "--changes: unknown configuration key 'model.unit'; choose one of: compute_dtype, ",
+    ),
+    ('--changes={"model.width": "wide"}', '--changes: model.width="wide": expected a value like 1'),
+    ("--sections=step", "unknown section 'step'; choose one of: epoch, feed, floor, memory, replay, steps"),
   ],
 )
 def test_an_unknown_choice_ends_with_a_line_and_no_table(flag, message):

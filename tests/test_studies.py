@@ -129,7 +129,7 @@ def test_a_search_keeps_every_setting_once(tmp_path):
   [
     (("--seeds=100,3",), "--seeds=100,3: expected whole numbers from 100 on"),
     (('--grid={"train.epochs": 3}',), "--grid: expected an object of lists"),
-    (('--grid={"train.epoch": [3]}',), "--grid="),
+    (('--grid={"train.epoch": [3]}',), "--grid: unknown configuration key 'train.epoch'; choose one of: "),
     (("--grid=[",), "--grid: "),
     ((f"--config={ROOT}/configs/digits.py",), "name its words"),
   ],

@@ -582,6 +582,12 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
     (("--seeds=0",), "--seeds must be from 1 to 1000, not 0"),
     (("--shard=3/2",), "--shard=3/2: K/N is expected, with K from 1 to N, as 2/4"),
     (("--shard=half",), "--shard=half: K/N is expected"),
+    (
+      ('--changes={"model.unit": 3}',),
+      "--changes: unknown configuration key 'model.unit'; choose one of: compute_dtype, ",
+    ),
+    (('--changes={"train.epochs": 0}',), "train.epochs=0"),
+    (("--changes=3",), "--changes=3: expected an object of values by key"),
     (("--workdir=",), "the workdir is empty"),
     (("--devices=3",), "train.batch_size=20 cannot be shared equally by 3 devices"),
     (("extra",), "unexpected arguments: extra"),
@@ -594,6 +600,22 @@ def test_what_a_table_has_not_is_refused_in_words(flags, message, tmp_path):
   assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
   assert done.stderr.startswith(f"error: {message}")
   assert not workdir.exists()
+
+
+def test_changed_values_make_networks_of_their_own_and_stand_in_the_heading(tmp_path):
+  done = [make(1, tmp_path / name, "--dry_run", "--seeds=1", *given) for name, given in (
+    ("plain", ()), ("changed", ('--changes={"train.epochs": 4, "train.checkpoint_every": 7}',)),
+    ("kept", ('--changes={"train.checkpoint_every": 7}',)),
+  )]  # fmt: skip
+  plain, changed, kept = (re.findall(r"runs/\S+", each.stdout) for each in done)
+  assert len(plain) == len(changed) == 2
+  assert not set(plain) & set(changed)
+  assert plain == kept  # how often a checkpoint is written changes no network
+  table = TABLES[1]._replace(changes={"train.epochs": 4})
+  cells = table.cells("smoke", 1, "", controls=False)
+  assert {node.cfg.train.epochs for cell in cells for members in cell.members for node in members} == {4}
+  text = report.Output(table, "smoke", epath.Path(tmp_path)).write(cells, 1, plot=False)
+  assert "4 epochs, batch 20, train.epochs=4; test error" in text
 
 
 @pytest.mark.slow

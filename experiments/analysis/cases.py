@@ -24,6 +24,7 @@ from ban_jax.job import Job
 from ban_jax.programs import Program
 from ban_jax.resolving import Setup
 from ban_jax.types import Dataset, Devices, Model, Variables
+from experiments import cli
 
 Run = Callable[[int], None]
 
@@ -50,6 +51,7 @@ ROWS = {
   "densenet_40_12": Row("cifar10,densenet_40_12"),
   "lstm_200": Row("ptb,lstm_200"),
   "lstm_650": Row("ptb,lstm_200", {"model.units": 650, "model.dropout": 0.5, "model.init_scale": 0.05}),
+  "lstm_1500": Row("ptb,lstm", large=True),  # of Table 6
   "cnn_lstm": Row("ptb,cnn_lstm"),
   "wrn_28_1": Row("cifar10,wrn_28_1", {"model.dropout": 0.0}, large=True),
   "wrn_28_10": Row("cifar10,wrn_28_10", {"model.dropout": 0.0}, large=True),
@@ -58,15 +60,15 @@ ROWS = {
 
 
 class Kind(NamedTuple):
-  """A kind of step: how its job is prepared, how a job's steps are run, and the program whose operations are counted.
+  """A kind of step: how its job is prepared, how a job's steps are run, and the program that they are.
 
-  `prepare(setup, parent)` takes the variables of an untrained network, which may teach. The program takes one
-  mini-batch a call.
+  `prepare(setup, parent)` takes the variables of an untrained network, which may teach. `program(job)` takes one
+  mini-batch a call, so that its operations can be counted, and `program(job, steps=0)` as many as `run`'s.
   """
 
   prepare: Callable[[Setup, Variables], Job]
   run: Callable[[Job], Run]
-  program: Callable[[Job], Program] = functools.partial(programs.training, steps=1)
+  program: Callable[..., Program] = functools.partial(programs.training, steps=1)
   trains: bool = True
   images_only: bool = False
 
@@ -80,7 +82,8 @@ def configuration(
   """
   words, own, _ = look_up(ROWS, row, "row")
   cfg = presets.compose(f"{words},paper")
-  cfg.update_from_flattened_dict({"optim.learning_rate": RATE, **own, **(changes or {}), "compute_dtype": dtype})
+  cfg.update_from_flattened_dict({"optim.learning_rate": RATE, **own, "compute_dtype": dtype})
+  cli.change(cfg, changes or {}, "--changes")
   cfg.train.batch_size = batch or (cfg.train.batch_size if cfg.data.window else IMAGES)
   cfg.data.train_examples = batches * cfg.train.batch_size * max(1, cfg.data.window)
   cfg.evaluate.update(batch_size=1, training_batch_size=1)
@@ -199,9 +202,9 @@ def recordings() -> tempfile.TemporaryDirectory:
   return tempfile.TemporaryDirectory(prefix="ban_jax_bench")
 
 
-def evaluation_program(job: Job) -> Program:
+def evaluation_program(job: Job, steps: int = 1) -> Program:
   """Returns the program of `evaluation`'s steps."""
-  return programs.evaluation(job, job.cfg.train.batch_size, 1, "train")
+  return programs.evaluation(job, job.cfg.train.batch_size, steps, "train")
 
 
 def prepare_supervised(setup: Setup, parent: Variables) -> Job:

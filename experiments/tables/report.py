@@ -86,6 +86,7 @@ class Output(NamedTuple):
     table, cells = self.table, [entry.cell for entry in entries]
     minus = f"minus {table.reference}"
     source = table.heading
+    changed = "".join(f", {key}={value}" for key, value in table.changes.items())
     rows = [["", "", source, f"ours, {self.scale}", "difference", f"{source} {minus}", f"ours {minus}"]]
     shown = None
     for entry in entries:
@@ -94,7 +95,7 @@ class Output(NamedTuple):
       shown = row
     return "\n\n".join([
       f"# {table.label}: {table.title}",
-      f"Ours: {setting(cells)}; {table.unit}, last epoch; mean ± standard error over {seeds} "
+      f"Ours: {setting(cells)}{changed}; {table.unit}, last epoch; mean ± standard error over {seeds} "
       f"seed{'s' * (seeds > 1)}. {table.source.capitalize()}: {table.dataset}, one number per cell, no error bars. "
       f"The difference is ours minus {table.source}. Ours {minus} is paired by seed: mean [{CONFIDENCE:.0%} confidence "
       "interval, Student's t].",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import storage, summary
+from ban_jax import config, presets, storage, summary
 from ban_jax.errors import ConfigError, choices
 from ban_jax.processes import is_primary
 from experiments import cli
@@ -32,6 +32,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("seeds", None, "Number of seeds, counted from 0; by default that of the scale.")
   flags.DEFINE_string("workdir", None, "Directory of runs and tables, common to all tables (runs/tables/SCALE).")
   flags.DEFINE_string("data_dir", "", "Data directory: that of TFDS for CIFAR, that of the three text files for PTB.")
+  flags.DEFINE_string("changes", "{}", "Values to change in all networks, as JSON: dotted key -> value.")
   flags.DEFINE_string("shard", "1/1", "K/N: as the K-th of N processes on one workdir, train every N-th row and seed.")
   flags.DEFINE_integer(
     "devices_per_student",
@@ -74,6 +75,11 @@ def check_flags(table: Table) -> Request:
     raise ConfigError(f"--shard={flags.FLAGS.shard}: K/N is expected, with K from 1 to N, as 2/4")
   workdir = storage.resolve_workdir(f"runs/tables/{scale}" if flags.FLAGS.workdir is None else flags.FLAGS.workdir)
   rows = [names[name.lower()] for name in dict.fromkeys(given)]
+  for row in table.rows_at(scale):
+    if row.name in rows:
+      cfg = presets.compose(table.builder(scale, 0, "").words(row.network))
+      cli.change(cfg, table.changes, "--changes")
+      config.check(cfg)
   return Request(scale, rows, seeds, (int(number), int(count)), workdir)
 
 
@@ -110,6 +116,7 @@ def overview(table: Table, scale: str) -> str:
 
 def make_table(table: Table) -> Output | None:
   """Lists, plans, or trains what is missing and writes the table, as the flags say; returns what was written."""
+  table = table._replace(changes=cli.read_changes("--changes", flags.FLAGS.changes))
   request = check_flags(table)
   scale, workdir, data_dir = request.scale, request.workdir, flags.FLAGS.data_dir
   if flags.FLAGS.list:

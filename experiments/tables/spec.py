@@ -92,14 +92,14 @@ class Builder(NamedTuple):
 
   def teacher(self, network: str, *, variant: int = 0, longer: int = 1) -> Node:
     """Returns a network that learns from the labels; `longer` multiplies its epochs."""
-    words = self._words(network)
+    words = self.words(network)
     epochs = self.changes.get("train.epochs") or presets.compose(words).train.epochs
     changes = {**self.changes, "train.epochs": longer * epochs}
     return graph.make_node(words, network, changes, self._seed(variant), None, "label")
 
   def student(self, teacher: Node, network: str, loss: str, *, variant: int = 0) -> Node:
     """Returns a network that learns from a teacher; variants differ in their seed only."""
-    return graph.make_node(self._words(network), network, self.changes, self._seed(variant), teacher, loss)
+    return graph.make_node(self.words(network), network, self.changes, self._seed(variant), teacher, loss)
 
   def sequence(self, teacher: Node, network: str, loss: str, length: int) -> list[Node]:
     """Returns BAN-1 to BAN-`length`: `teacher` teaches the first, each of them the next (Eq. 3)."""
@@ -108,7 +108,8 @@ class Builder(NamedTuple):
       nodes.append(nodes[-1]._replace(generation=nodes[-1].generation + 1, teacher=nodes[-1]))
     return nodes
 
-  def _words(self, network: str) -> str:
+  def words(self, network: str) -> str:
+    """Returns the words of a network's configuration at this scale."""
     return f"{self.dataset},{self.substitutes[network] if self.substitutes else network},{self.scale}"
 
   def _seed(self, variant: int) -> int:
@@ -135,6 +136,7 @@ class Table(NamedTuple):
   reference: str = "teacher"  # the column that the others are compared with
   by_row: bool = True  # the plot groups by row; otherwise it has a panel for each row
   source: str = "the paper's"  # whose numbers ours stand beside
+  changes: Mapping[str, object] = {}  # configuration values by dotted key that the caller of the script gives
 
   @property
   def label(self) -> str:
@@ -161,7 +163,7 @@ class Table(NamedTuple):
     changes = dict(SCALES[scale][1].get(self.dataset, {}))
     if data_dir and scale != "smoke":
       changes["data.dir"] = data_dir
-    return Builder(dataset, scale, seed, changes, self.substitutes.get(scale))
+    return Builder(dataset, scale, seed, {**changes, **self.changes}, self.substitutes.get(scale))
 
   def rows_at(self, scale: str) -> list[Row]:
     """Returns the rows at a scale, including those that are only quoted."""
