@@ -282,9 +282,12 @@ def largest_batch(
     fitting, failing = (batch, failing) if fits else (fitting, batch)
     if failing - fitting <= max(step, fitting // 50):
       break
-    # With one point known, the line begins at what is fixed, and may lie too high.
-    guess = max(_crossing(known[-2:], memory), 2 * batch if fits and len(known) == 2 else 0) // step * step
-    if guess <= fitting:
+    # With one point known, and not what is fixed, the line begins at 0 and may lie too high.
+    guess = (
+      max(_crossing(known[-2:], memory), 2 * batch if fits and len(known) == 2 and not fixed else 0) // step * step
+    )
+    stride = max(stride, fitting // 50 // step * step)  # where that much more does not fit, the search ends
+    if guess < fitting + stride and fits or guess <= fitting:
       guess, stride = fitting + stride, 2 * stride
     if guess >= failing:
       guess = failing - step if failing > most else (fitting + failing) // 2 // step * step

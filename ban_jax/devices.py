@@ -221,6 +221,11 @@ def _is_on(flags: Sequence[str], name: str) -> bool:
   return bool(given) and given[-1].lower() in ("", "1", "true")
 
 
+def are_deterministic() -> bool:
+  """Returns whether XLA's flags ask for kernels that give the same bytes each time on GPUs."""
+  return any(_is_on(os.environ.get("XLA_FLAGS", "").split(), name) for name in DETERMINISTIC)
+
+
 def layout(devices: Devices) -> dict[str, Any]:
   """Returns what the bytes of a run depend on besides its configuration, for the manifest."""
   flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
@@ -235,7 +240,7 @@ def layout(devices: Devices) -> dict[str, Any]:
       "matmul_precision": SETTINGS.jax_default_matmul_precision or "default",  # "default" is TF32 on NVIDIA's GPUs
       "threefry_partitionable": SETTINGS.jax_threefry_partitionable,
       "prng_impl": SETTINGS.jax_default_prng_impl,
-      "deterministic_ops": any(_is_on(flags, name) for name in DETERMINISTIC),
+      "deterministic_ops": are_deterministic(),
       "xla_flags": " ".join(sorted(flags)),
       **(of_tpus if devices[0].platform == "tpu" else {}),
     },

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ban_jax import config, feeding, losses, networks, optim, report, storage, trees
+from ban_jax import config, feeding, losses, models, networks, optim, report, storage, trees
 from ban_jax import devices as devices_lib
 from ban_jax import teacher as teacher_lib
 from ban_jax.errors import CheckpointError, ConfigError, check_whole
 from ban_jax.losses import Loss
 from ban_jax.models import common, program
+from ban_jax.models.transformer import TransformerOptions
 from ban_jax.optim import Optimizer
 from ban_jax.registry import OWN
 from ban_jax.resolving import NOTHING, Own, Setup, resolve
@@ -252,6 +253,7 @@ def _job(setup: Setup, generation: int, student: Model, teacher: Teacher, loss: 
     network=setup.network(generation),
   )
   _check_average(job)
+  _check_attention(job)
   return job
 
 
@@ -265,6 +267,24 @@ def _check_average(job: Job) -> None:
     raise ConfigError(
       f"optimizer {job.optimizer.name!r} evaluates an average of the parameters, of which {job.student.name} has no "
       "batch statistics; choose another optimizer, or a network without batch normalisation"
+    )
+
+
+def _check_attention(job: Job) -> None:
+  """Raises a ConfigError where XLA would lose the gradient of cuDNN's attention.
+
+  With deterministic kernels it looks for all layers but the first under another name than it keeps them
+  (https://github.com/openxla/xla/pull/46500): "IndexError: absl::container_internal::raw_hash_map<>::at".
+  """
+  group = job.network.group
+  options = None if group["name"] == OWN else models.check_options(group)[1]
+  if not (isinstance(options, TransformerOptions) and options.cudnn and options.layers > 1):
+    return
+  if devices_lib.are_deterministic():
+    raise ConfigError(
+      f"model.cudnn=True: XLA cannot train cuDNN's attention in {options.layers} layers with deterministic kernels; "
+      "set XLA_FLAGS=--xla_gpu_deterministic_ops=false, and do without equal bytes of equal runs, or choose "
+      "model.cudnn=False"
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from test_models import initial, randomised
 
 import ban_jax
 from ban_jax import data, losses, presets
+from ban_jax import job as job_lib
 from ban_jax.errors import ConfigError
 from ban_jax.models import check_options, common, make_model
 from ban_jax.types import InputSpec
@@ -205,6 +207,30 @@ def test_attention_is_cudnn_s_where_it_is_asked_for(monkeypatch):
 
 
 # ---- Refusals.
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "flags", "refused"),
+  [
+    ("gpt_64", {}, "--xla_gpu_deterministic_ops=true", True),
+    ("vit_32", {}, "--xla_gpu_exclude_nondeterministic_ops", True),
+    ("gpt_64", {}, "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", False),
+    ("gpt_64", {"layers": 1}, "--xla_gpu_deterministic_ops=true", False),
+    ("gpt_64", {"cudnn": False}, "--xla_gpu_deterministic_ops=true", False),
+    ("lstm_32", {}, "--xla_gpu_deterministic_ops=true", False),
+  ],
+)
+def test_cudnn_s_attention_in_several_layers_is_not_trained_with_deterministic_kernels(
+  name, changes, flags, refused, monkeypatch
+):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  group = {**presets.MODELS[name].to_dict(), "cudnn": True, **changes}
+  made = types.SimpleNamespace(network=types.SimpleNamespace(group=group))
+  if refused:
+    with pytest.raises(ConfigError, match=r"in \d layers .* set XLA_FLAGS=--xla_gpu_deterministic_ops=false"):
+      job_lib._check_attention(made)
+  else:
+    job_lib._check_attention(made)
 
 
 @pytest.mark.parametrize(

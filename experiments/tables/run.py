@@ -32,7 +32,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("seeds", None, "Number of seeds, counted from 0; by default that of the scale.")
   flags.DEFINE_string("workdir", None, "Directory of runs and tables, common to all tables (runs/tables/SCALE).")
   flags.DEFINE_string("data_dir", "", "Data directory: that of TFDS for CIFAR, that of the three text files for PTB.")
-  flags.DEFINE_string("changes", "{}", "Values to change in all networks, as JSON: dotted key -> value.")
+  flags.DEFINE_string(
+    "changes", "{}", "Values to change in all networks, as JSON: dotted key -> value. Use a workdir of its own."
+  )
   flags.DEFINE_string("shard", "1/1", "K/N: as the K-th of N processes on one workdir, train every N-th row and seed.")
   flags.DEFINE_integer(
     "devices_per_student",
