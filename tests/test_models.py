@@ -1,6 +1,7 @@
 """Image networks: parameter counts, and values against NumPy references written from the papers' descriptions."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from ban_jax import presets
+from ban_jax.devices import AXIS
 from ban_jax.errors import ConfigError
 from ban_jax.models import MODELS, check_options, common, make_model
 from ban_jax.types import InputSpec
@@ -541,3 +543,61 @@ def test_images_of_which_pooling_leaves_nothing_are_refused(name, shape):
     model = build(name, spec)
     logits = jax.eval_shape(lambda v, x: model.apply(v, (), x, train=False)[0], model.shapes, images(2, 0, spec.shape))
     assert logits.shape == (2, 5)
+
+
+# ---- Moments that are computed once.
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+  """Computes here what programs for accelerators compute."""
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *inputs, default, **_: default(*inputs))
+
+
+def stepped(remat, devices):
+  """Returns a DenseNet's loss, batch statistics and gradient for each device's share of a mini-batch."""
+  model = build("densenet", sync_batch_stats=devices > 1, remat=remat, units=1)
+  variables, inputs = randomised(model), images(8).reshape(devices, -1, *SPEC.shape)
+
+  def loss(params, inputs):
+    given = {**variables, "params": params}
+    logits, _, statistics = model.apply(given, (), inputs, train=True, key=jax.random.key(1), positions=None)
+    return (jnp.sin(logits) ** 2).sum(), statistics
+
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  if devices == 1:
+    return jax.jit(gradient)(variables["params"], inputs[0])
+  return jax.pmap(gradient, AXIS, in_axes=(None, 0), devices=jax.devices()[:devices])(variables["params"], inputs)
+
+
+@pytest.mark.parametrize(("remat", "devices"), [(False, 1), (True, 2)])
+def test_a_densenet_on_accelerators_is_that_on_cpus(remat, devices, request):
+  expected = stepped(remat, devices)
+  request.getfixturevalue("elsewhere")
+  jax.clear_caches()
+  jax.tree.map(
+    lambda ours, cpus: np.testing.assert_allclose(ours, cpus, rtol=1e-3, atol=1e-4), stepped(remat, devices), expected
+  )
+  jax.clear_caches()
+
+
+def test_a_map_s_moments_are_computed_once_on_accelerators():
+  model = build("densenet", units=3)
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+
+  def run(variables, inputs):
+    return model.apply(variables, (), inputs, train=True, key=jax.random.key(1), positions=None)
+
+  traced, sums = jax.jit(run).trace(variables, images()), {}
+  for platform in ("cpu", "tpu", "cuda"):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # Over examples and pixels; how many channels each has.
+    found = re.findall(r"stablehlo.add across dimensions = \[0, 1, 2\].*-> tensor<(\d+)xf32>", text)
+    sums[platform] = sorted(map(int, found))
+  once, joined, channels = [], [], 7
+  for growth in SMALL["densenet"]["growth"]:
+    once += [channels, *[growth] * 3, *[4 * growth] * 3]
+    joined += [*(channels + growth * before for before in range(4)), *[4 * growth] * 3]
+    channels = (channels + 3 * growth) // 2
+  assert sums["tpu"] == sums["cuda"] == sorted(2 * [*once, channels])
+  assert sums["cpu"] == sorted(2 * [*joined, channels])

@@ -43,6 +43,55 @@ def norm(
   )
 
 
+def _mean(x: Float[Array, "B ... C"]) -> Float[Array, " C"]:
+  return x.astype(jnp.float32).mean(range(x.ndim - 1))
+
+
+def _mean_square(x: Float[Array, "B ... C"]) -> Float[Array, " C"]:
+  return jax.lax.square(x.astype(jnp.float32)).mean(range(x.ndim - 1))
+
+
+def moments(x: Float[Array, "B ... C"]) -> Float[Array, "2 C"]:
+  """Returns mean and mean square of each channel, which `JoinedNorm` takes; on CPUs, where it does not, zeros."""
+  return jax.lax.platform_dependent(
+    x, cpu=lambda x: jnp.zeros((2, x.shape[-1])), default=lambda x: jnp.stack([_mean(x), _mean_square(x)])
+  )
+
+
+class JoinedNorm(nn.Module):
+  """`norm` of joined maps with their joined `moments`: those of a map that many layers read are computed once.
+
+  On CPUs they are computed of the joined maps in every layer, as `norm` does it, so that no byte differs.
+  """
+
+  train: bool
+  dtype: Any
+  axis_name: str | None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B ... C"], known: Float[Array, "2 C"]) -> Float[Array, "B ... C"]:
+    shape, keep = x.shape[-1:], 0.9
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    mean, var = running_mean.value, running_var.value
+    if self.train:
+      # One at a time, the square first: so their gradients are added up in `norm`'s order on CPUs.
+      square, mean = (
+        jax.lax.platform_dependent(x, own, cpu=lambda x, own, of=of: of(x), default=lambda x, own: own)
+        for of, own in ((_mean_square, known[1]), (_mean, known[0]))
+      )
+      if self.axis_name and not self.is_initializing():
+        mean, square = jax.lax.pmean(jnp.stack([mean, square]), self.axis_name)
+      var = jnp.maximum(0.0, square - jax.lax.square(mean))
+      if not self.is_initializing():
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * var
+    scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+    y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+    return y.astype(self.dtype)
+
+
 def norm_relu(x: Float[Array, "B ... C"], *, train: bool, dtype: Any, axis_name: str | None, name: str) -> Array:
   """Returns relu(norm(x)); call it in a compact module, where it creates the submodule `name`."""
   return relu(norm(train=train, dtype=dtype, axis_name=axis_name, name=name)(x))

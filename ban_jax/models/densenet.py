@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -43,6 +44,13 @@ class DenseNetOptions:
     return self.growth if isinstance(self.growth, tuple) else (self.growth,) * STAGES
 
 
+class Map(NamedTuple):
+  """A feature map, which all later units of its stage read, and the moments of its channels."""
+
+  values: Float[Array, "B H W C"]
+  moments: Float[Array, "2 C"]
+
+
 class DenseUnit(nn.Module):
   """Bottleneck unit: BN-ReLU-1x1 conv to four times the growth, BN-ReLU-3x3 conv to the growth.
 
@@ -56,9 +64,9 @@ class DenseUnit(nn.Module):
   axis_name: str | None
 
   @nn.compact
-  def __call__(self, *maps: Float[Array, "B H W _"]) -> Float[Array, "B H W growth"]:
+  def __call__(self, *maps: Map) -> Float[Array, "B H W growth"]:
     activated = functools.partial(common.norm_relu, train=self.train, dtype=self.dtype, axis_name=self.axis_name)
-    y = activated(jnp.concatenate(maps, axis=-1), name="norm1")  # [B, H, W, C]
+    y = common.relu(common.JoinedNorm(self.train, self.dtype, self.axis_name, name="norm1")(*_join(maps)))
     y = common.conv(4 * self.growth, 1, dtype=self.dtype, name="conv1")(y)  # [B, H, W, 4 growth]
     return common.conv(self.growth, 3, dtype=self.dtype, name="conv2")(activated(y, name="norm2"))
 
@@ -72,11 +80,16 @@ class Transition(nn.Module):
   axis_name: str | None
 
   @nn.compact
-  def __call__(self, *maps: Float[Array, "B H W _"]) -> Float[Array, "B H W C"]:
-    x = jnp.concatenate(maps, axis=-1)
-    y = common.norm_relu(x, train=self.train, dtype=self.dtype, axis_name=self.axis_name, name="norm")
+  def __call__(self, *maps: Map) -> Float[Array, "B H W C"]:
+    x, moments = _join(maps)
+    y = common.relu(common.JoinedNorm(self.train, self.dtype, self.axis_name, name="norm")(x, moments))
     width = int(round(x.shape[-1] * self.compression, 6))  # floor, where 100 * 0.29 counts as 29
     return common.conv(width, 1, dtype=self.dtype, name="conv")(y)
+
+
+def _join(maps: Sequence[Map]) -> Map:
+  """Returns the maps as one of all channels."""
+  return Map(*(jnp.concatenate(parts, axis=-1) for parts in zip(*maps, strict=True)))
 
 
 def _keep_sums(primitive, *_, **__) -> bool:
@@ -109,9 +122,10 @@ class DenseNet(nn.Module):
     settings = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
     x = common.conv(self.options.stem, 3, dtype=self.dtype, name="stem")(x)
     for stage, growth in enumerate(self.options.growths, 1):
-      maps = [x]
+      maps = [Map(x, common.moments(x))]
       for number in range(1, self.options.units + 1):
-        maps.append(unit(growth, name=f"stage{stage}_unit{number}", **settings)(*maps))
+        y = unit(growth, name=f"stage{stage}_unit{number}", **settings)(*maps)
+        maps.append(Map(y, common.moments(y)))
       x = transition(self.options.compression, name=f"transition{stage}", **settings)(*maps)
       x = common.avg_pool_2x2(x) if stage < STAGES else x
     x = common.norm_relu(x, name="norm", **settings)
