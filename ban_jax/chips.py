@@ -44,10 +44,10 @@ CHIPS = {
   "v6e": Chip(int(31.25 * 2**30), 918e12, 2**19, 2),
   "h100": Chip(84_942_979_072, 989e12),
 }
-# What JAX calls the chips that it finds.
+# What JAX calls the TPUs that it finds.
 DEVICE_KINDS = {
   **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
-  **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100"},
+  **{"TPU v6 lite": "v6e", "TPU v6e": "v6e"},
 }
 EXPECTED = "expected CHIPS:SHAPE as v5e:4x4, or CHIPS-NUMBER as v5e-16, with v4, v5e, v5p or v6e; or h100, or h100x8"
 # What keeps libtpu from asking a TPU machine about itself, and lets other processes compile at the same time.
@@ -107,7 +107,7 @@ def find(name: str) -> Slice:
 
 
 def of_device(device: jax.Device) -> Chip | None:
-  """Returns what is known of the chip that a device is; None for one that is not in CHIPS."""
+  """Returns what is known of the TPU that a device is; None for anything else."""
   return CHIPS.get(DEVICE_KINDS.get(device.device_kind, ""))
 
 

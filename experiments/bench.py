@@ -263,7 +263,7 @@ def floor(options: Options, place: Place) -> Iterator[Measurement]:
     job, kind, devices = job_of(options, place, case), KINDS[case.kind], len(place.devices)
     program = kind.program(job)
     compiled = program.step.lower(*program.arguments).compile()
-    estimate = _estimate(compiled.as_text(), place.devices[0])
+    estimate = _estimate(compiled, place.devices[0])
     work = {"operations": count_flops(program), "bytes": compiled.cost_analysis()["bytes accessed"]}
     least = {
       what: 1e3 * amount * devices / rate for (what, amount), rate in zip(work.items(), rates[case.dtype], strict=True)
@@ -276,11 +276,13 @@ def floor(options: Options, place: Place) -> Iterator[Measurement]:
     yield Measurement("floor", case, f"ms a step; {shown}", times, bound, [least[bound]] * len(times), flops)
 
 
-def _estimate(text: str, device: jax.Device) -> dict[str, float]:
+def _estimate(compiled: Any, device: jax.Device) -> dict[str, float]:
   """Returns the milliseconds of a compiled step by its compiler's estimate, which only those of TPUs give."""
   chip = chips.of_device(device)
-  cycles = sum(each.cycles * each.times for each in compiled_lib.instructions(text))
-  return {"compiler's cycles": 1e3 * cycles / chip.clock} if chip and chip.flops_per_cycle and cycles else {}
+  if chip is None:
+    return {}
+  cycles = sum(each.cycles * each.times for each in compiled_lib.instructions(compiled.as_text()))
+  return {"compiler's cycles": 1e3 * cycles / chip.clock} if cycles else {}
 
 
 def memory(options: Options, place: Place) -> Iterator[Measurement]:

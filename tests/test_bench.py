@@ -129,13 +129,14 @@ def test_a_compiler_s_cycles_are_shown_as_time_on_the_chips_that_have_a_known_cl
   ROOT %b = f32[8]{0} fusion(%a), kind=kLoop, calls=%c, backend_config={"estimated_cycles":"1503000"}
 }"""
   found = {
-    kind: bench._estimate(text, types.SimpleNamespace(device_kind=kind))
+    kind: bench._estimate(types.SimpleNamespace(as_text=lambda: text), types.SimpleNamespace(device_kind=kind))
     for kind in ("TPU v5 lite", "TPU v4", "NVIDIA H100 80GB HBM3", "cpu")
   }
   assert found["TPU v5 lite"] == {"compiler's cycles": pytest.approx(1.0, rel=1e-3)}  # 1.503 GHz
   assert found["TPU v4"] == {"compiler's cycles": pytest.approx(1.503 / 1.049, rel=1e-3)}
   assert found["cpu"] == {}
-  assert bench._estimate(text.replace("estimated_cycles", "none"), types.SimpleNamespace(device_kind="TPU v4")) == {}
+  without = types.SimpleNamespace(as_text=lambda: text.replace("estimated_cycles", "none"))
+  assert bench._estimate(without, types.SimpleNamespace(device_kind="TPU v4")) == {}
 
 
 def test_a_changed_key_is_measured_and_shown(place):

@@ -587,6 +587,8 @@ def test_the_penn_treebank_s_shapes_are_known_without_it():
       "--changes: unknown configuration key 'model.unit'; choose one of: compute_dtype, ",
     ),
     (('--changes={"train.epochs": 0}',), "train.epochs=0"),
+    (('--changes={"train.epochs": 0}', "--columns=teacher"), "train.epochs=0"),
+    (('--changes={"data.augment": ["cutout"]}',), "unknown augmentation 'cutout'; choose one of: "),
     (("--changes=3",), "--changes=3: expected an object of values by key"),
     (("--workdir=",), "the workdir is empty"),
     (("--devices=3",), "train.batch_size=20 cannot be shared equally by 3 devices"),

@@ -14,6 +14,7 @@ from ban_jax import config, job, presets, storage
 from ban_jax.errors import CheckpointError
 from ban_jax.trees import json_digest
 from ban_jax.types import Devices
+from experiments import cli
 
 
 class Node(NamedTuple):
@@ -55,7 +56,7 @@ def make_node(
   crossed = teacher is not None and teacher.network != network
   more = ([loss] if teacher else []) + ([f"teacher={teacher.network}"] if crossed else [])
   cfg = presets.compose(",".join([words, *more]))
-  cfg.update_from_flattened_dict(dict(changes))
+  cli.change(cfg, changes, "--changes")
   cfg.seed = seed
   # Costs almost nothing beside a convolution, and figures.py plots it; over 10,000 words it would cost time.
   cfg.train.gradient_split = teacher is not None and not cfg.data.window

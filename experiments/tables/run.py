@@ -10,7 +10,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from ban_jax import config, presets, storage, summary
+from ban_jax import storage, summary
 from ban_jax.errors import ConfigError, choices
 from ban_jax.processes import is_primary
 from experiments import cli
@@ -77,11 +77,6 @@ def check_flags(table: Table) -> Request:
     raise ConfigError(f"--shard={flags.FLAGS.shard}: K/N is expected, with K from 1 to N, as 2/4")
   workdir = storage.resolve_workdir(f"runs/tables/{scale}" if flags.FLAGS.workdir is None else flags.FLAGS.workdir)
   rows = [names[name.lower()] for name in dict.fromkeys(given)]
-  for row in table.rows_at(scale):
-    if row.name in rows:
-      cfg = presets.compose(table.builder(scale, 0, "").words(row.network))
-      cli.change(cfg, table.changes, "--changes")
-      config.check(cfg)
   return Request(scale, rows, seeds, (int(number), int(count)), workdir)
 
 

@@ -92,14 +92,14 @@ class Builder(NamedTuple):
 
   def teacher(self, network: str, *, variant: int = 0, longer: int = 1) -> Node:
     """Returns a network that learns from the labels; `longer` multiplies its epochs."""
-    words = self.words(network)
-    epochs = self.changes.get("train.epochs") or presets.compose(words).train.epochs
+    words = self._words(network)
+    epochs = self.changes.get("train.epochs", presets.compose(words).train.epochs)
     changes = {**self.changes, "train.epochs": longer * epochs}
     return graph.make_node(words, network, changes, self._seed(variant), None, "label")
 
   def student(self, teacher: Node, network: str, loss: str, *, variant: int = 0) -> Node:
     """Returns a network that learns from a teacher; variants differ in their seed only."""
-    return graph.make_node(self.words(network), network, self.changes, self._seed(variant), teacher, loss)
+    return graph.make_node(self._words(network), network, self.changes, self._seed(variant), teacher, loss)
 
   def sequence(self, teacher: Node, network: str, loss: str, length: int) -> list[Node]:
     """Returns BAN-1 to BAN-`length`: `teacher` teaches the first, each of them the next (Eq. 3)."""
@@ -108,8 +108,7 @@ class Builder(NamedTuple):
       nodes.append(nodes[-1]._replace(generation=nodes[-1].generation + 1, teacher=nodes[-1]))
     return nodes
 
-  def words(self, network: str) -> str:
-    """Returns the words of a network's configuration at this scale."""
+  def _words(self, network: str) -> str:
     return f"{self.dataset},{self.substitutes[network] if self.substitutes else network},{self.scale}"
 
   def _seed(self, variant: int) -> int:
