@@ -18,6 +18,10 @@ from ban_jax.types import InputSpec, Model
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
+# Of batch normalisation.
+MOMENTUM, EPSILON = 0.9, 1e-5
+
+
 def norm(
   *,
   train: bool,
@@ -34,8 +38,8 @@ def norm(
   """
   return nn.BatchNorm(
     use_running_average=not train,
-    momentum=0.9,
-    epsilon=1e-5,
+    momentum=MOMENTUM,
+    epsilon=EPSILON,
     dtype=dtype,
     scale_init=scale,
     axis_name=axis_name,
@@ -70,7 +74,7 @@ class JoinedNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B ... C"], known: Float[Array, "2 C"]) -> Float[Array, "B ... C"]:
-    shape, keep = x.shape[-1:], 0.9
+    shape = x.shape[-1:]
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
     mean, var = running_mean.value, running_var.value
@@ -84,11 +88,11 @@ class JoinedNorm(nn.Module):
         mean, square = jax.lax.pmean(jnp.stack([mean, square]), self.axis_name)
       var = jnp.maximum(0.0, square - jax.lax.square(mean))
       if not self.is_initializing():
-        running_mean.value = keep * running_mean.value + (1 - keep) * mean
-        running_var.value = keep * running_var.value + (1 - keep) * var
+        running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
+        running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
     scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-    y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+    y = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias
     return y.astype(self.dtype)
 
 
