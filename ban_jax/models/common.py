@@ -73,12 +73,13 @@ class JoinedNorm(nn.Module):
   axis_name: str | None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B ... C"], known: Float[Array, "2 C"]) -> Float[Array, "B ... C"]:
+  def __call__(self, x: Float[Array, "B ... C"], known: Float[Array, "2 C"] | None) -> Float[Array, "B ... C"]:
     shape = x.shape[-1:]
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
     mean, var = running_mean.value, running_var.value
     if self.train:
+      assert known is not None
       # One at a time, the square first: so their gradients are added up in `norm`'s order on CPUs.
       square, mean = (
         jax.lax.platform_dependent(x, own, cpu=lambda x, own, of=of: of(x), default=lambda x, own: own)

@@ -45,10 +45,10 @@ class DenseNetOptions:
 
 
 class Map(NamedTuple):
-  """A feature map, which all later units of its stage read, and the moments of its channels."""
+  """A feature map, which all later units of its stage read, and in training the moments of its channels."""
 
   values: Float[Array, "B H W C"]
-  moments: Float[Array, "2 C"]
+  moments: Float[Array, "2 C"] | None
 
 
 class DenseUnit(nn.Module):
@@ -89,7 +89,8 @@ class Transition(nn.Module):
 
 def _join(maps: Sequence[Map]) -> Map:
   """Returns the maps as one of all channels."""
-  return Map(*(jnp.concatenate(parts, axis=-1) for parts in zip(*maps, strict=True)))
+  values, moments = zip(*maps, strict=True)
+  return Map(jnp.concatenate(values, axis=-1), None if moments[0] is None else jnp.concatenate(moments, axis=-1))
 
 
 def _keep_sums(primitive, *_, **__) -> bool:
@@ -121,11 +122,12 @@ class DenseNet(nn.Module):
       unit, transition = (nn.remat(module, policy=_keep_sums) for module in (unit, transition))
     settings = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
     x = common.conv(self.options.stem, 3, dtype=self.dtype, name="stem")(x)
+    moments = common.moments if train else lambda x: None
     for stage, growth in enumerate(self.options.growths, 1):
-      maps = [Map(x, common.moments(x))]
+      maps = [Map(x, moments(x))]
       for number in range(1, self.options.units + 1):
         y = unit(growth, name=f"stage{stage}_unit{number}", **settings)(*maps)
-        maps.append(Map(y, common.moments(y)))
+        maps.append(Map(y, moments(y)))
       x = transition(self.options.compression, name=f"transition{stage}", **settings)(*maps)
       x = common.avg_pool_2x2(x) if stage < STAGES else x
     x = common.norm_relu(x, name="norm", **settings)
