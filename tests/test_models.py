@@ -416,6 +416,15 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
   for axis in range(1, 4):  # no unit always dropped, none always kept
     others = tuple(i for i in range(4) if i != axis)
     assert np.abs((first == 0).mean(others) - rate).max() < 0.05
+  quarters = (first == 0).reshape(16, 4, 4, 16, 64).swapaxes(0, 1).reshape(4, -1)  # rows that share words
+  assert np.abs(np.corrcoef(quarters) - np.eye(4)).max() < 5 / np.sqrt(quarters.shape[1])
+
+
+def test_dropout_draws_are_those_of_their_version():
+  """Whoever changes them raises common.DRAWS, so that a run that is under way is not resumed with others."""
+  first, second = drop(0.5, (2, 5, 3), key=1)
+  kept = "".join(np.packbits(y != 0).tobytes().hex() for y in (first, second))
+  assert (common.DRAWS, kept) == (3, "7af94068364bf530")
 
 
 def test_dropout_mask_belongs_to_the_position():

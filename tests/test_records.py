@@ -24,6 +24,7 @@ from ban_jax import devices as devices_lib
 from ban_jax import job as job_lib
 from ban_jax import report, resolving, resuming, storage, train, trees
 from ban_jax.errors import CheckpointError
+from ban_jax.models import common
 from ban_jax.storage import finished, steps
 from ban_jax.types import Generation, InputSpec, Network
 
@@ -232,9 +233,10 @@ def test_a_run_keeps_every_layout_that_took_part_and_a_resumption_names_what_cha
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_training_begun_with_other_draws_of_dropout_is_refused_and_others_are_not(dropout, tmp_path):
+@pytest.mark.parametrize("drawn", [{}, {"dropout_draws": common.DRAWS - 1}])
+def test_a_training_begun_with_other_draws_of_dropout_is_refused_and_others_are_not(dropout, drawn, tmp_path):
   job = job_lib.prepare(resolving.resolve(config(model__dropout=dropout), None), None, None)
-  layout = {key: value for key, value in job.lineage["layout"].items() if key != "dropout_draws"}
+  layout = {key: value for key, value in job.lineage["layout"].items() if key != "dropout_draws"} | drawn
   record = {"lineage": {**job.lineage, "layout": layout}}  # as an earlier version left it
   resuming.check(job, tmp_path, {"lineage": job.lineage})
   refused = pytest.raises(CheckpointError, match="begun by an earlier version, which drew dropout's masks otherwise")
