@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -101,8 +101,17 @@ def saying(what: str) -> Iterator[None]:
     done.set()
 
 
-def largest_batch(name: str, setup: Setup, where: Slice, first: int, fixed: int) -> tuple[int, Report | None]:
-  """Returns the largest batch of a chip with which a training step fits, and its report.
+class Largest(NamedTuple):
+  """The answer of --largest_batch."""
+
+  program: str
+  batch: int  # of a chip; 0: none fits
+  refused: int | None  # the next that was tried and does not fit; None: there are no more training examples
+  report: Report | None
+
+
+def largest_batch(name: str, setup: Setup, where: Slice, first: int, fixed: int) -> Largest:
+  """Returns the largest batch of a chip with which a training step fits.
 
   `first` is tried first; `fixed` bytes are needed without a batch.
   """
@@ -116,7 +125,8 @@ def largest_batch(name: str, setup: Setup, where: Slice, first: int, fixed: int)
     return reports[batch].fits, reports[batch].needed
 
   found = compiled.largest_batch(needed, first, examples // chips_, where.chip.memory, fixed)
-  return found, reports.get(found)
+  refused = min((batch for batch, report in reports.items() if not report.fits), default=None)
+  return Largest(name, found, refused, reports.get(found))
 
 
 def main() -> None:
@@ -147,9 +157,9 @@ def main() -> None:
     name = "student" if "student" in PROGRAMS.value else "teacher"
     first = setup.cfg.train.batch_size // len(where.devices)
     fixed = next((compiled.fixed(each) for each in reports if each.program == name), 0)
-    batch, report = largest_batch(name, setup, where, first, fixed)
-    answer["largest_batch"] = {"program": name, "batch": batch, "report": report and report._asdict()}
-    lines.append(sentence(name, batch, report, where))
+    found = largest_batch(name, setup, where, first, fixed)
+    answer["largest_batch"] = {**found._asdict(), "report": found.report and found.report._asdict()}
+    lines.append(sentence(found, where))
   out = epath.Path(OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps(answer, indent=1) + "\n")
@@ -211,13 +221,14 @@ def misfit(report: Report, where: Slice) -> str:
   )
 
 
-def sentence(name: str, batch: int, report: Report | None, where: Slice) -> str:
-  """Returns the answer of --largest_batch."""
-  if report is None:
-    return f"Largest batch: the {name}'s step fits on no chip of {where.kind}, however small the batch."
+def sentence(found: Largest, where: Slice) -> str:
+  """Returns the answer of --largest_batch as a sentence."""
+  if found.report is None:
+    return f"Largest batch: the {found.program}'s step fits on no chip of {where.kind}, however small the batch."
   return (
-    f"Largest batch: {batch:,} examples a chip, {batch * len(where.devices):,} in all, for the {name}'s step; it takes "
-    f"{mib(report.needed)} of {mib(report.available)} MiB."
+    f"Largest batch: {found.batch:,} examples a chip, {found.batch * len(where.devices):,} in all, for the "
+    f"{found.program}'s step; it takes {mib(found.report.needed)} of {mib(found.report.available)} MiB, and "
+    f"{f'{found.refused:,} do not fit' if found.refused else 'there are no more training examples'}."
   )
 
 
