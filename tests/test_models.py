@@ -450,6 +450,13 @@ def test_dropout_of_an_odd_number_of_units_and_in_bfloat16():
   np.testing.assert_array_equal(first, reduced)  # factor 2 is exact
 
 
+@pytest.mark.parametrize("shape", [(4000, 1), (1000, 2, 2), (64, 1030, 5)])  # 1,030 is more than a byte counts
+def test_dropout_of_any_number_of_rows_drops_at_its_rate_in_each(shape):
+  first, _ = drop(0.3, shape)
+  dropped = (first == 0).mean((0, *range(2, len(shape))))
+  assert np.abs(dropped - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / (first.size / shape[1]))
+
+
 def test_dropout_is_between_the_convolutions_and_only_in_training():
   plain, dropping = (build("wide_resnet", depth=10, width=1, dropout=rate) for rate in (0.0, 0.4))
   variables, x = randomised(plain), images()
