@@ -185,8 +185,8 @@ class Dropout(nn.Module):
     counters = jnp.broadcast_arrays(positions.astype(jnp.uint32).reshape(-1, *(1,) * (x.ndim - 1)), places)
     words = threefry2x32_p.bind(*key, *counters)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    # One byte keeps the four, and a TPU's convolution reads it. Of four masks it would read each for itself, and find
-    # too little of the chip's memory for them: a hundred times the cycles, once, in Wide-ResNet-28-10.
+    # One byte holds what becomes of the four, and a TPU's convolution reads it. Where it read a mask of each quarter,
+    # XLA cut a convolution of Wide-ResNet-28-10 into tiny pieces (docs/performance.md).
     kept = sum(((half >= dropped).astype(jnp.uint8) << i for i, half in enumerate(halves)), jnp.uint8(0))
     quarter = jnp.repeat(jnp.arange(4, dtype=jnp.uint8), shape[1]).reshape(-1, *(1,) * (x.ndim - 2))
     keep = (jnp.concatenate([kept] * 4, axis=1) >> quarter & 1)[:, :rows] > 0
