@@ -50,7 +50,14 @@ CYCLES = {
     ("images", "evaluation"): 83_557,
     ("text", "student"): 542_118,
     ("pod", "student"): 261_731,
-  }
+  },
+  "libtpu 0.0.50.1": {
+    ("images", "teacher"): 263_158,
+    ("images", "student"): 292_847,
+    ("images", "evaluation"): 81_711,
+    ("text", "student"): 527_300,
+    ("pod", "student"): 261_420,
+  },
 }
 
 
