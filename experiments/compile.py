@@ -106,7 +106,7 @@ class Largest(NamedTuple):
 
   program: str
   batch: int  # of a chip; 0: none fits
-  refused: int | None  # the next that was tried and does not fit; None: there are no more training examples
+  refused: int | None  # the least that was tried and does not fit; None: the training examples end within 2 %
   report: Report | None
 
 
@@ -228,7 +228,7 @@ def sentence(found: Largest, where: Slice) -> str:
   return (
     f"Largest batch: {found.batch:,} examples a chip, {found.batch * len(where.devices):,} in all, for the "
     f"{found.program}'s step; it takes {mib(found.report.needed)} of {mib(found.report.available)} MiB, and "
-    f"{f'{found.refused:,} do not fit' if found.refused else 'there are no more training examples'}."
+    f"{f'{found.refused:,} do not fit' if found.refused else 'the training examples end within 2% of it'}."
   )
 
 

@@ -322,12 +322,16 @@ def test_the_largest_batch_is_said_with_what_is_too_much():
   fitting = "Largest batch: {} in all, for the student's step; it takes 14 of 16 MiB, and {}."
   assert done.stdout.splitlines() == [
     fitting.format("768 examples a chip, 3,072", "776 do not fit"),
-    fitting.format("96 examples a chip, 384", "there are no more training examples"),
+    fitting.format("96 examples a chip, 384", "the training examples end within 2% of it"),
     "Largest batch: the student's step fits on no chip of v5e, however small the batch.",
   ], done.stderr
 
 
-HOURS = 3 * 3600
+def answer(folder, topology, *given):
+  """Returns what compile.py writes of large programs, which take it up to three hours."""
+  done = compile_py(topology, *given, f"--out={folder}/out.json", timeout=3 * 3600)
+  assert done.returncode == 0, done.stderr
+  return json.loads((folder / "out.json").read_text())
 
 
 @needs_libtpu
@@ -341,11 +345,7 @@ def test_a_wide_resnet_takes_fewer_cycles_where_fusions_may_use_more_of_the_chip
 ):
   options = [*changes, "model.dropout=0.3", "compute_dtype=bfloat16", "train.steps_per_dispatch=1"]
   config = [f"configs/cifar.py:{words}", *(f"--config.{option}" for option in options)]
-  done = compile_py(
-    "v5e:1x1", *config, "--programs=student", "--vmem_kib=65536", f"--out={tmp_path}/out.json", timeout=HOURS
-  )
-  assert done.returncode == 0, done.stderr
-  (report,) = json.loads((tmp_path / "out.json").read_text())["programs"]
+  (report,) = answer(tmp_path, "v5e:1x1", *config, "--programs=student", "--vmem_kib=65536")["programs"]
   assert report["cycles"] < most
 
 
@@ -362,12 +362,10 @@ def test_a_wide_resnet_takes_fewer_cycles_where_fusions_may_use_more_of_the_chip
     ("densenet_90_60", "v5p-8", 21_696),
   ],
 )
-def test_the_largest_batch_of_a_large_network_fills_the_chip(network, topology, batch, tmp_path):
+def test_the_largest_batch_of_a_large_network_is_just_below_one_that_does_not_fit(network, topology, batch, tmp_path):
   config = [f"configs/cifar.py:cifar100,{network},paper", "--config.compute_dtype=bfloat16", "--programs=student"]
-  given = [*config, f"--config.train.batch_size={batch}", "--largest_batch", f"--out={tmp_path}/out.json"]
-  done = compile_py(topology, *given, timeout=HOURS)
-  assert done.returncode == 0, done.stderr
-  found = json.loads((tmp_path / "out.json").read_text())["largest_batch"]
+  given = [*config, f"--config.train.batch_size={batch}", "--largest_batch"]
+  found = answer(tmp_path, topology, *given)["largest_batch"]
   report = found["report"]
   assert report["fits"]
   assert report["batch"] == found["batch"]
@@ -384,9 +382,7 @@ def test_the_largest_batch_of_a_large_network_fills_the_chip(network, topology, 
 )
 def test_the_steps_compile_for_a_gpu(config, dtype, tmp_path):
   given = [f"configs/{config},paper", f"--config.compute_dtype={dtype}", "--programs=teacher,student,evaluation"]
-  done = compile_py("h100", *given, f"--out={tmp_path}/out.json", timeout=HOURS)
-  assert done.returncode == 0, done.stderr
-  for report in json.loads((tmp_path / "out.json").read_text())["programs"]:
+  for report in answer(tmp_path, "h100", *given)["programs"]:
     assert report["fits"]
     assert report["cycles"] == 0  # nothing is estimated there
 
@@ -396,8 +392,7 @@ def test_the_steps_compile_for_a_gpu(config, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_activation_is_transposed_between_layers_on_a_gpu(dtype, tmp_path):
   given = ["configs/cifar.py:cifar10,wrn_16_1,paper", f"--config.compute_dtype={dtype}", "--programs=student"]
-  done = compile_py("h100", *given, f"--out={tmp_path}/out.json", f"--dump={tmp_path}", "--cache=", timeout=HOURS)
-  assert done.returncode == 0, done.stderr
+  answer(tmp_path, "h100", *given, f"--dump={tmp_path}", "--cache=")
   text = (tmp_path / "student.txt").read_text()
   shapes = re.findall(r"= \w+\[([\d,]+)\]\S* transpose\(", text)
   # Kernels, and their gradients, between our order of axes and cuDNN's.

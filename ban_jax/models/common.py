@@ -161,7 +161,7 @@ DRAWS = 3
 class Dropout(nn.Module):
   """Dropout whose mask depends on an example's position in the global mini-batch.
 
-  All devices fold the same key with each example's position, so a run does not depend on the number of devices. Each
+  All devices draw by the same key and each example's position, so a run does not depend on the number of devices. Each
   unit takes 16 random bits: the rate is rounded to the nearest 1/65536, and the kept units are scaled by the inverse of
   the rounded keep rate.
   """
